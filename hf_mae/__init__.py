@@ -1,0 +1,108 @@
+"""Masked autoencoders (He et al., arXiv:2111.06377) as Hugging Face Transformers models.
+
+Importing this package registers its classes with transformers' Auto classes.
+"""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .configuration_mae import MAEConfig
+    from .image_processing_mae import MAEImageProcessor
+    from .image_processing_pil_mae import MAEImageProcessorPil
+    from .modeling_mae import (
+        MAEBackbone,
+        MAEForImageClassification,
+        MAEForPreTraining,
+        MAEModel,
+        mae_vit_base,
+        mae_vit_huge,
+        mae_vit_large,
+        mae_vit_small,
+        mae_vit_tiny,
+        patchify,
+        unpatchify,
+    )
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "configuration_mae": ("MAEConfig",),
+    "image_processing_mae": ("MAEImageProcessor",),
+    "image_processing_pil_mae": ("MAEImageProcessorPil",),
+    "modeling_mae": (
+        "MAEBackbone",
+        "MAEForImageClassification",
+        "MAEForPreTraining",
+        "MAEModel",
+        "mae_vit_base",
+        "mae_vit_huge",
+        "mae_vit_large",
+        "mae_vit_small",
+        "mae_vit_tiny",
+        "patchify",
+        "unpatchify",
+    ),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [
+    "MAEBackbone",
+    "MAEConfig",
+    "MAEForImageClassification",
+    "MAEForPreTraining",
+    "MAEImageProcessor",
+    "MAEImageProcessorPil",
+    "MAEModel",
+    "mae_vit_base",
+    "mae_vit_huge",
+    "mae_vit_large",
+    "mae_vit_small",
+    "mae_vit_tiny",
+    "patchify",
+    "register",
+    "unpatchify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def register() -> None:
+    """Make transformers' Auto classes and pipelines know `model_type` "mae"; repeating it changes nothing."""
+    from transformers import (
+        AutoBackbone,
+        AutoConfig,
+        AutoImageProcessor,
+        AutoModel,
+        AutoModelForImageClassification,
+        AutoModelForMaskedImageModeling,
+        AutoModelForPreTraining,
+    )
+
+    from .configuration_mae import MAEConfig
+    from .image_processing_mae import MAEImageProcessor
+    from .image_processing_pil_mae import MAEImageProcessorPil
+    from .modeling_mae import MAEBackbone, MAEForImageClassification, MAEForPreTraining, MAEModel
+
+    AutoConfig.register("mae", MAEConfig, exist_ok=True)
+    for auto_class, model_class in (
+        (AutoModel, MAEModel),
+        (AutoModelForPreTraining, MAEForPreTraining),
+        (AutoModelForMaskedImageModeling, MAEForPreTraining),
+        (AutoModelForImageClassification, MAEForImageClassification),
+        (AutoBackbone, MAEBackbone),
+    ):
+        auto_class.register(MAEConfig, model_class, exist_ok=True)
+    processors = {"torchvision": MAEImageProcessor, "pil": MAEImageProcessorPil}
+    AutoImageProcessor.register(MAEConfig, image_processor_classes=processors, exist_ok=True)
+
+
+# `hf-mae --help` must answer before torch could even be imported; the command registers when it starts to work.
+if Path(sys.argv[0] if sys.argv else "").stem != "hf-mae":
+    register()

@@ -1,0 +1,197 @@
+"""Every number that shapes a masked autoencoder, and the table of sizes (arXiv:2111.06377)."""
+
+# No `from __future__ import annotations` here: it would turn off the type checks of `strict`.
+import math
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers.backbone_utils import BackboneConfigMixin
+from transformers.configuration_utils import PreTrainedConfig
+
+# Encoders: base, large and huge as in the paper (Sec. 4), tiny and small as in DeiT (arXiv:2012.12877).
+# The decoder is the paper's default for all of them: 8 blocks, 512 wide, 16 heads (Table 1a and 1b).
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "intermediate_size": 768},
+    "small": {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "intermediate_size": 1536},
+    "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+    "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+    "huge": {
+        "hidden_size": 1280,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "intermediate_size": 5120,
+        "patch_size": 14,
+    },
+}
+
+
+@strict
+class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
+    """Configuration of an MAE; the defaults are ViT-B/16 with the paper's decoder.
+
+    Keys have the names of transformers' `ViTMAEConfig` where both know the thing.
+
+    Args:
+        hidden_size: encoder width D, a multiple of 4 (sin-cos positions) and of the heads.
+        num_hidden_layers: encoder blocks.
+        num_attention_heads: encoder heads.
+        intermediate_size: width of the encoder's MLPs (4 D in the paper).
+        hidden_act: activation of all MLPs.
+        layer_norm_eps: epsilon of every LayerNorm (1e-6 in the original).
+        initializer_range: std of the class and mask tokens.
+        qkv_bias: whether the attention's query, key and value projection has a bias.
+        drop_path_rate: stochastic depth of the last encoder block, in [0, 1); it rises linearly from 0 at
+            the first. 0 in pretraining, 0.1 to 0.3 in fine-tuning (Table 9).
+        image_size: pixels, one side or (height, width).
+        patch_size: pixels, one side or (height, width); must divide `image_size`.
+        num_channels: C, any number from 1.
+        decoder_hidden_size: decoder width E, a multiple of 4 and of the decoder's heads (Table 1b).
+        decoder_num_hidden_layers: decoder blocks (Table 1a).
+        decoder_num_attention_heads: decoder heads.
+        decoder_intermediate_size: width of the decoder's MLPs.
+        mask_ratio: fraction of patches removed in pretraining, in [0, 1) (Fig. 5).
+        mask_strategy: "random" patches, or "block": random rectangles (Table 1f).
+        mask_cell: side, in patches, of the square cells that are kept or removed as one; must divide
+            the patch grid. 1 is the paper's; 2 and 4 make the task harder at high resolution.
+        norm_pix_loss: predict pixels normalised by their patch's mean and standard deviation (Table 1d).
+        eval_mask_seed: seed of the masks of an evaluation that brings no noise, mask or generator of
+            its own, so that its loss is comparable from one evaluation to the next.
+        pooling: what one vector stands for an image: "mean" of the patch tokens, or "cls", the class token.
+        head_initializer_range: std of the classifier's weight: 2e-5 in the fine-tuning recipe, 0.01 in
+            linear probing.
+        trainable_positions: make the position tables parameters, as the original's fine-tuning does.
+        position_resize: how the tables follow another image size: "sincos" makes them anew,
+            "interpolate" resamples them (2-D, bicubic), "auto" makes untouched tables anew and
+            resamples those that were trained or came from elsewhere.
+        reshape_hidden_states: whether the backbone's feature maps are (B, D, H/P, W/P) or all tokens
+            (B, 1 + N, D).
+
+    Raises:
+        ValueError: when two of the numbers don't go together; the message names both and the remedy.
+    """
+
+    model_type = "mae"
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    qkv_bias: bool = True
+    drop_path_rate: float | int = 0.0
+    image_size: int | list[int] | tuple[int, ...] = 224
+    patch_size: int | list[int] | tuple[int, ...] = 16
+    num_channels: int = 3
+    decoder_hidden_size: int = 512
+    decoder_num_hidden_layers: int = 8
+    decoder_num_attention_heads: int = 16
+    decoder_intermediate_size: int = 2048
+    mask_ratio: float | int = 0.75
+    mask_strategy: Literal["random", "block"] = "random"
+    mask_cell: int = 1
+    norm_pix_loss: bool = False
+    eval_mask_seed: int = 0
+    pooling: Literal["mean", "cls"] = "mean"
+    head_initializer_range: float | int = 2e-5
+    trainable_positions: bool = False
+    position_resize: Literal["auto", "sincos", "interpolate"] = "auto"
+    reshape_hidden_states: bool = True
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any):
+        out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
+        super().__post_init__(**kwargs)
+        # JSON has no tuples: without this a config would differ from itself after a round trip.
+        for key in ("image_size", "patch_size"):
+            if isinstance(value := getattr(self, key), tuple):
+                setattr(self, key, list(value))
+        self._check()
+        self.stage_names = ["stem"] + [f"stage{i}" for i in range(1, self.num_hidden_layers + 1)]
+        self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
+
+    @property
+    def image_height_width(self) -> tuple[int, int]:
+        """(H, W) in pixels."""
+        return _pair(self.image_size)
+
+    @property
+    def patch_height_width(self) -> tuple[int, int]:
+        """(height, width) of a patch in pixels."""
+        return _pair(self.patch_size)
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Patches from top to bottom and from left to right."""
+        (height, width), (patch_height, patch_width) = self.image_height_width, self.patch_height_width
+        return height // patch_height, width // patch_width
+
+    @property
+    def num_patches(self) -> int:
+        """N, patches per image."""
+        return self.grid_size[0] * self.grid_size[1]
+
+    def _check(self) -> None:
+        for key in ("image_size", "patch_size"):
+            value = getattr(self, key)
+            if isinstance(value, list) and len(value) != 2:
+                raise ValueError(f"{key} {value} has {len(value)} numbers; give one, or a height and a width")
+            if min(_pair(value)) < 1:
+                raise ValueError(f"{key} {value} is not positive; give pixels from 1")
+        (height, width), (patch_height, patch_width) = self.image_height_width, self.patch_height_width
+        if height % patch_height or width % patch_width:
+            nearest = [max(1, round(height / patch_height)) * patch_height]
+            nearest.append(max(1, round(width / patch_width)) * patch_width)
+            raise ValueError(
+                f"image_size {height}x{width} is not a multiple of patch_size {patch_height}x{patch_width}; "
+                f"the nearest that fits is {nearest[0]}x{nearest[1]}"
+            )
+        for name in ("", "decoder_"):
+            width, heads = getattr(self, f"{name}hidden_size"), getattr(self, f"{name}num_attention_heads")
+            if heads < 1 or width % heads or width % 4:
+                raise ValueError(
+                    f"{name}hidden_size {width} must be a multiple of {name}num_attention_heads {heads}, and of 4 "
+                    "for the sin-cos positions; change one of the two"
+                )
+        if self.num_channels < 1:
+            raise ValueError(f"num_channels {self.num_channels} is not positive; give 1 or more")
+        rows, columns = self.grid_size
+        if self.mask_cell < 1 or rows % self.mask_cell or columns % self.mask_cell:
+            raise ValueError(
+                f"mask_cell {self.mask_cell} doesn't divide the patch grid {rows}x{columns}; choose a divisor of both"
+            )
+        self.num_kept_patches(self.mask_ratio)
+        if not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate {self.drop_path_rate} lies outside [0, 1); give e.g. 0.1")
+
+    def num_kept_patches(self, mask_ratio: float, grid_size: tuple[int, int] | None = None) -> int:
+        """K, the patches that the encoder sees of each image: `int(N * (1 - mask_ratio))`, in whole cells.
+
+        Args:
+            mask_ratio: fraction removed, in [0, 1).
+            grid_size: patches from top to bottom and from left to right; the config's own when omitted.
+
+        Raises:
+            ValueError: if the ratio lies outside [0, 1) or keeps nothing.
+        """
+        rows, columns = grid_size or self.grid_size
+        cells = (rows // self.mask_cell) * (columns // self.mask_cell)
+        if not 0 <= mask_ratio < 1:
+            raise ValueError(f"mask_ratio {mask_ratio} lies outside [0, 1); the paper uses 0.75")
+        kept = int(cells * (1 - mask_ratio))
+        if kept == 0:
+            largest = math.floor((cells - 1) / cells * 1000) / 1000 if cells else 0
+            raise ValueError(
+                f"mask_ratio {mask_ratio} keeps none of the {cells} {'cells' if self.mask_cell > 1 else 'patches'} "
+                f"of a {rows}x{columns} grid; use {largest} or less, or smaller patches"
+            )
+        return kept * self.mask_cell**2
+
+
+def _pair(size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+__all__ = ["SIZES", "MAEConfig"]
