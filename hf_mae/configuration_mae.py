@@ -1,7 +1,6 @@
 """Every number that shapes a masked autoencoder, and the table of sizes (arXiv:2111.06377)."""
 
 # No `from __future__ import annotations` here: it would turn off the type checks of `strict`.
-import math
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -157,11 +156,6 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
                 )
         if self.num_channels < 1:
             raise ValueError(f"num_channels {self.num_channels} is not positive; give 1 or more")
-        rows, columns = self.grid_size
-        if self.mask_cell < 1 or rows % self.mask_cell or columns % self.mask_cell:
-            raise ValueError(
-                f"mask_cell {self.mask_cell} doesn't divide the patch grid {rows}x{columns}; choose a divisor of both"
-            )
         self.num_kept_patches(self.mask_ratio)
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate {self.drop_path_rate} lies outside [0, 1); give e.g. 0.1")
@@ -174,15 +168,20 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
             grid_size: patches from top to bottom and from left to right; the config's own when omitted.
 
         Raises:
-            ValueError: if the ratio lies outside [0, 1) or keeps nothing.
+            ValueError: if the ratio lies outside [0, 1) or keeps nothing, or cells don't fit the grid.
         """
         rows, columns = grid_size or self.grid_size
+        if self.mask_cell < 1 or rows % self.mask_cell or columns % self.mask_cell:
+            raise ValueError(
+                f"mask_cell {self.mask_cell} doesn't divide the patch grid {rows}x{columns}; choose a divisor of both"
+            )
         cells = (rows // self.mask_cell) * (columns // self.mask_cell)
         if not 0 <= mask_ratio < 1:
             raise ValueError(f"mask_ratio {mask_ratio} lies outside [0, 1); the paper uses 0.75")
         kept = int(cells * (1 - mask_ratio))
         if kept == 0:
-            largest = math.floor((cells - 1) / cells * 1000) / 1000 if cells else 0
+            # Tried one by one: 10 * (1 - 0.9) is below 1 in floating point, so that 0.9 keeps none of 10.
+            largest = max(ratio / 1000 for ratio in range(1000) if int(cells * (1 - ratio / 1000)))
             raise ValueError(
                 f"mask_ratio {mask_ratio} keeps none of the {cells} {'cells' if self.mask_cell > 1 else 'patches'} "
                 f"of a {rows}x{columns} grid; use {largest} or less, or smaller patches"

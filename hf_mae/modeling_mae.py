@@ -124,6 +124,17 @@ def split_by_noise(noise: torch.Tensor, len_keep: int) -> tuple[torch.Tensor, to
     return ids_shuffle, (ids_restore >= len_keep).to(noise.dtype), ids_restore
 
 
+def hashed_noise(seed: int, count: int, device: torch.device) -> torch.Tensor:
+    """(count,) numbers in [0, 1) that are a function of the seed and of their place: equal on every device.
+
+    A hash of a counter (github.com/skeeto/hash-prospector), because torch.compile takes no new torch.Generator.
+    """
+    bits = (torch.arange(count, device=device) + seed * 0x9E3779B9 % 2**32) % 2**32
+    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
+        bits = (bits ^ (bits >> shift)) * factor % 2**32
+    return ((bits ^ (bits >> 15)) >> 8) / 2**24  # 24 bits: what a float32 holds exactly
+
+
 def cell_noise(noise: torch.Tensor, grid_size: tuple[int, int], cell: int) -> torch.Tensor:
     """Give all patches of a square cell (cell x cell) the key of the cell's first patch, (B, N) -> (B, N)."""
     h, w = grid_size
@@ -140,6 +151,8 @@ def block_noise(noise: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor
     """
     h, w = grid_size
     blocks = min(16, noise.shape[1] // 4)
+    if blocks == 0:
+        return noise  # too few numbers, and too few patches, for a rectangle
     area, aspect, top, left = noise[:, : 4 * blocks].reshape(-1, blocks, 4, 1, 1).unbind(2)
     area = (0.08 + 0.32 * area) * h * w
     aspect = 0.3 * (3.3 / 0.3) ** aspect
@@ -594,9 +607,7 @@ class MAEModel(MAEPreTrainedModel):
             hidden_states = layer(hidden_states)
         hidden_states = self.norm(hidden_states)
         pooled = hidden_states[:, 0] if self.config.pooling == "cls" else hidden_states[:, 1:].mean(dim=1)
-        return MAEModelOutput(
-            last_hidden_state=hidden_states, pooler_output=pooled, mask=mask, ids_restore=ids_restore
-        )
+        return MAEModelOutput(last_hidden_state=hidden_states, pooler_output=pooled, mask=mask, ids_restore=ids_restore)
 
     def choose_patches(
         self,
@@ -621,8 +632,10 @@ class MAEModel(MAEPreTrainedModel):
                     "per patch"
                 )
         if mask is not None:
-            if noise is not None or mask_ratio is not None:
-                raise ValueError("mask came with mask_ratio or noise, which it makes void; pass one or the other")
+            if noise is not None or mask_ratio is not None or generator is not None:
+                raise ValueError(
+                    "mask came with mask_ratio, noise or generator, which it makes void; pass one or the other"
+                )
             # Sorted by the mask itself: kept patches come first, in image order.
             len_keep, noise = _kept_by(mask), (mask != 0).to(torch.float32)
         else:
@@ -654,7 +667,7 @@ def _kept_by(mask: torch.Tensor) -> int:
 class MAEForPreTraining(MAEPreTrainedModel):
     """Encoder and decoder: predicts the pixels of removed patches."""
 
-    # The masks of an evaluation, and stock Trainers, which ask the signature whether a loss comes without labels.
+    # The loss is a mean over the batch, whatever a Trainer passes: accumulated steps weigh alike.
     accepts_loss_kwargs = False
 
     def __init__(self, config: MAEConfig):
@@ -687,7 +700,7 @@ class MAEForPreTraining(MAEPreTrainedModel):
             generator: draws the noise.
             bool_masked_pos: another name for `mask`.
             interpolate_pos_encoding: accept images of another size than `config.image_size`.
-            return_loss: compute the loss.
+            return_loss: compute the loss. A stock Trainer evaluates without labels only where it finds this name.
             **kwargs: `output_hidden_states`, `output_attentions` (the encoder's), `return_dict`.
 
         Raises:
@@ -699,7 +712,14 @@ class MAEForPreTraining(MAEPreTrainedModel):
         if mask is None and mask_ratio is None:
             mask_ratio = self.config.mask_ratio
         encoded = self.mae(
-            pixel_values, mask_ratio, noise, mask, generator, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs
+            pixel_values,
+            mask_ratio,
+            noise,
+            mask,
+            generator,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            return_dict=True,  # also where the config says False
+            **kwargs,
         )
         grid_size = self._check_pixels(pixel_values, interpolate_pos_encoding)
         logits = self.decoder(encoded.last_hidden_state, encoded.ids_restore, grid_size)
@@ -716,8 +736,8 @@ class MAEForPreTraining(MAEPreTrainedModel):
     def eval_noise(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, N) from U[0, 1), the same at every call: row i belongs to the i-th image of a batch."""
         (B, _, H, W), (P, Q) = pixel_values.shape, self.config.patch_height_width
-        generator = torch.Generator().manual_seed(self.config.eval_mask_seed)
-        return torch.rand(B, (H // P) * (W // Q), generator=generator).to(pixel_values.device)
+        N = (H // P) * (W // Q)
+        return hashed_noise(self.config.eval_mask_seed, B * N, pixel_values.device).view(B, N)
 
     def patch_target(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """What `logits` should be: (B, N, V) float32 patches, normalised each by itself with `norm_pix_loss`."""
@@ -793,8 +813,10 @@ class MAEForImageClassification(MAEPreTrainedModel):
 
         Raises:
             ValueError: if the labels fit none of these.
+            TypeError: for an unknown argument, `mask_ratio` among them.
         """
-        outputs = self.mae(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        _refuse_unknown(self, kwargs)
+        outputs = self.mae(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs)
         logits = self.classifier(self.fc_norm(outputs.pooler_output))
         loss = None if labels is None else self.classification_loss(logits, labels)
         return ImageClassifierOutput(
@@ -804,10 +826,16 @@ class MAEForImageClassification(MAEPreTrainedModel):
     def classification_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Cross-entropy (hard or soft labels), binary cross-entropy or squared error, by `config.problem_type`."""
         logits, problem = logits.float(), self.config.problem_type
-        if problem == "regression":
-            return F.mse_loss(logits.view(labels.shape) if logits.numel() == labels.numel() else logits, labels.float())
-        if problem == "multi_label_classification":
-            return F.binary_cross_entropy_with_logits(logits, labels.float())
+        if problem in ("regression", "multi_label_classification"):
+            rows = labels.unsqueeze(1) if problem == "regression" and labels.ndim == 1 else labels
+            if rows.shape != logits.shape:
+                # The losses would broadcast them.
+                raise ValueError(
+                    f"labels of shape {tuple(labels.shape)} don't fit {tuple(logits.shape)} (images, num_labels), what "
+                    f'problem_type "{problem}" needs; give a row of {logits.shape[1]} an image, or change num_labels'
+                )
+            loss = F.mse_loss if problem == "regression" else F.binary_cross_entropy_with_logits
+            return loss(logits, rows.float())
         if labels.ndim == 1 and not labels.is_floating_point():
             return F.cross_entropy(logits, labels)
         if labels.shape == logits.shape and labels.is_floating_point():

@@ -1,0 +1,102 @@
+"""The command line: `hf-mae COMMAND`. Whatever takes long to import is imported inside the commands."""
+
+import sys
+from collections.abc import Callable
+
+COMMANDS = {
+    "pretrain": "train a masked autoencoder, from scratch or from a checkpoint",
+    "stats": "print a data set's per-channel mean and standard deviation",
+}
+
+USAGE = """usage: hf-mae COMMAND [--key value ...]
+
+Masked autoencoders (arXiv:2111.06377) as Hugging Face Transformers models.
+
+{commands}
+
+hf-mae COMMAND --help lists the keys of a command. A first run, on a data set that comes along:
+  hf-mae pretrain --recipe quickstart
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; 0 if it went well, 2 for a mistake that its one-line message names, 1 for a run that failed."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE.format(commands="\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items())))
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name == "--version":
+        from . import __version__
+
+        print(__version__)
+        return 0
+    runners: dict[str, Callable[[list[str]], int]] = {"pretrain": _pretrain, "stats": _stats}
+    if name not in runners:
+        import difflib
+
+        nearest = difflib.get_close_matches(name, runners, n=1)
+        hint = f"did you mean '{nearest[0]}'?" if nearest else f"there are {', '.join(runners)}"
+        return _fail(f"unknown command '{name}'; {hint}")
+    from . import register
+    from .data.sources import DataError
+    from .training.checkpoint import CheckpointError
+    from .training.recipe import RecipeError
+
+    register()
+    try:
+        return runners[name](rest)
+    except (DataError, RecipeError, CheckpointError) as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return _fail("interrupted; go on with --resume auto") or 130
+
+
+def _fail(message: str) -> int:
+    print(f"hf-mae: error: {message}", file=sys.stderr)
+    return 2
+
+
+def _pretrain(arguments: list[str]) -> int:
+    from .training.pretrain import pretrain
+    from .training.recipe import load_pretrain_recipe
+
+    summary = pretrain(load_pretrain_recipe(arguments))
+    if summary["model"]:
+        print(
+            f"evaluation loss {summary['first_eval_loss']:.4f} before step 1, {summary['last_eval_loss']:.4f} after "
+            f"step {summary['steps']}\n"
+            f"model    {summary['model']}\n"
+            f"picture  {summary['picture']}\n"
+            f"load it  import hf_mae; from transformers import AutoModel; "
+            f"model = AutoModel.from_pretrained({summary['model']!r})"
+        )
+    return 0
+
+
+def _stats(arguments: list[str]) -> int:
+    import json
+
+    from .data.sources import open_source
+    from .data.stats import channel_stats, probe_rows
+    from .data.stream import Rows
+    from .training.recipe import load_pretrain_recipe
+
+    recipe = load_pretrain_recipe(arguments)
+    source = open_source(
+        recipe.dataset,
+        split=recipe.split,
+        config_name=recipe.dataset_config,
+        revision=recipe.dataset_revision,
+        image_column=recipe.image_column,
+        streaming=recipe.streaming,
+    )
+    rows = Rows(source)
+    num_channels, dtype = probe_rows(rows)
+    num_channels = recipe.model_config.get("num_channels", num_channels)
+    print(json.dumps(channel_stats(rows, num_channels, dtype, recipe.max_samples or len(rows)), indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,272 @@
+"""Bytes -> image, and what a broken or hostile file gets: a `BadImage`, never a dead run.
+
+Pillow decodes every common format. Its C libraries fail with an exception where torchvision's decoders end the
+process on one flipped bit, so torchvision is not used. numpy reads `.npy`, and tifffile (an extra) the TIFF files
+that Pillow has no mode for: several bands, or colours of more than 8 bits.
+"""
+
+import contextlib
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+# Shape letters in this file
+#   H, W pixels   C channels
+
+DTYPES = ("uint8", "uint16", "float32")
+MAX_SIDE = 65_535  # pixels; the most that JPEG can hold
+
+# Only raster formats that start with their own magic bytes. It keeps out EPS, for which Pillow runs Ghostscript,
+# and formats such as TGA that accept nearly any bytes.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF")
+_NPY_MAGIC = b"\x93NUMPY"
+_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL = 258, 277  # TIFF tags
+
+
+class BadImage(ValueError):
+    """A sample that cannot be used: to be counted and skipped, not to stop a run.
+
+    Attributes:
+        reason: class name of the decoder's exception, or one of our own words: `EmptyFile`, `TooManyPixels`,
+            `WrongChannels`, `WrongDtype`, `NotFinite`.
+    """
+
+    def __init__(self, message: str, reason: str = "BadImage"):
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self):
+        return type(self), (str(self), self.reason)
+
+
+class MissingPackage(ImportError):
+    """An optional package is needed for this kind of file: the user's to install, so not a `BadImage`."""
+
+
+def decode_image(data: bytes | np.ndarray, num_channels: int, dtype: str = "uint8") -> Image.Image | np.ndarray:
+    """Decode one sample, whatever it was stored as.
+
+    Colour becomes gray and gray becomes colour for encoded images, as `PIL.Image.convert` does it; transparency is
+    dropped, an animation gives its first frame, EXIF orientation is not applied (all as torchvision's ImageFolder).
+    Integers are scaled between 8 and 16 bits (a factor of 257), never clipped.
+
+    Args:
+        data: the file's bytes; or an array (H, W), (C, H, W) or (H, W, C). The axis that has `num_channels`
+            entries is the channels' one; where both ends do, the first is.
+        num_channels: channels wanted. A one-band array is repeated for 3.
+        dtype: `uint8` in [0, 255], `uint16` in [0, 65535], or `float32` with the values of the file.
+
+    Returns:
+        A PIL image of mode `L` or `RGB` for uint8 with 1 or 3 channels, else an array (H, W, C) of `dtype`.
+
+    Raises:
+        BadImage: for every fault of the data.
+        MissingPackage: where tifffile or its codecs are needed and not installed.
+        ValueError: if `dtype` is none of the three.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not supported: use one of {', '.join(DTYPES)}")
+    with _as_bad_image():
+        image = _read(data, num_channels)
+        if isinstance(image, np.ndarray):
+            return _from_array(image, num_channels, dtype)
+        return _from_pil(image, num_channels, dtype)
+
+
+def probe_image(data: bytes | np.ndarray) -> tuple[int, str]:
+    """Say which `num_channels` and `dtype` fit a sample.
+
+    Args:
+        data: as for `decode_image`.
+
+    Returns:
+        Channels, and `uint8`, `uint16` or `float32`. Every colour or palette image that Pillow reads counts as 3,
+        with transparency or without; an array has as many channels as its shorter end axis is long.
+
+    Raises:
+        BadImage: for every fault of the data that its header shows.
+        MissingPackage: where tifffile or its codecs are needed and not installed.
+    """
+    with _as_bad_image():
+        image = _read(data, None)
+        if isinstance(image, np.ndarray):
+            channels = 1 if image.ndim == 2 else min(image.shape[0], image.shape[-1])
+            return channels, _natural_dtype(image)
+        if image.mode in ("1", "L"):
+            return 1, "uint8"
+        if image.mode == "F":
+            return 1, "float32"
+        return (1, "uint16") if image.mode.startswith("I") else (3, "uint8")
+
+
+@contextlib.contextmanager
+def _as_bad_image() -> Iterator[None]:
+    """Turn every exception of a decoder into a BadImage: no decoder documents which ones it raises."""
+    try:
+        yield
+    except (BadImage, MissingPackage):
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadImage(str(error), "TooManyPixels") from error
+    except Exception as error:  # MemoryError and RecursionError included
+        raise BadImage(f"{type(error).__name__}: {error}", type(error).__name__) from error
+
+
+def _read(data: bytes | np.ndarray, num_channels: int | None) -> Image.Image | np.ndarray:
+    """Open a sample after a look at its size; Pillow's image is not decoded yet. None: channels not known yet."""
+    if isinstance(data, np.ndarray):
+        _check_shape(data.shape, num_channels)
+        return data
+    if not data:
+        raise BadImage("the file is empty", "EmptyFile")
+    if data.startswith(_NPY_MAGIC):
+        return _read_npy(data, num_channels)
+    if data.startswith(_TIFF_MAGIC):
+        return _read_tiff(data, num_channels)
+    # A faster decoder would be plugged in here, for bytes that start with FF D8 FF.
+    return _open_with_pillow(data, _FORMATS)
+
+
+def _open_with_pillow(data: bytes, formats: tuple[str, ...]) -> Image.Image:
+    image = Image.open(io.BytesIO(data), formats=formats)
+    limit = Image.MAX_IMAGE_PIXELS  # a user of huge images may have raised it
+    if max(image.size) > MAX_SIDE or (limit is not None and image.width * image.height > limit):
+        raise BadImage(f"{image.width} x {image.height} pixels, at most {limit} are decoded", "TooManyPixels")
+    return image
+
+
+def _check_shape(shape: Sequence[int], num_channels: int | None) -> None:
+    """Refuse an array before it is decoded, from the shape that its header claims."""
+    if len(shape) not in (2, 3):
+        raise BadImage(f"shape {tuple(shape)} is not that of one image", "WrongChannels")
+    if 0 in shape:
+        raise BadImage(f"shape {tuple(shape)} has no pixels", "EmptyFile")
+    limit = Image.MAX_IMAGE_PIXELS
+    elements = int(np.prod(shape, dtype=np.float64))
+    height, width = sorted(shape)[-2:]
+    # The second bound is on memory: a few kilobytes of compressed TIFF may claim thousands of bands.
+    if max(shape) > MAX_SIDE or (
+        limit is not None and (height * width > limit or elements > limit * max(num_channels or 64, 4))
+    ):
+        raise BadImage(f"shape {tuple(shape)}, at most {limit} pixels are decoded", "TooManyPixels")
+
+
+def _read_npy(data: bytes, num_channels: int | None) -> np.ndarray:
+    stream = io.BytesIO(data)
+    version = np.lib.format.read_magic(stream)
+    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, _ = header(stream)
+    _check_shape(shape, num_channels)
+    return np.load(io.BytesIO(data), allow_pickle=False)
+
+
+def _read_tiff(data: bytes, num_channels: int | None) -> Image.Image | np.ndarray:
+    """Pillow for what it decodes without loss, tifffile for the rest."""
+    if num_channels not in (None, 1, 3):
+        return _read_with_tifffile(data, num_channels)
+    try:
+        image: Any = _open_with_pillow(data, ("TIFF",))
+    except UnidentifiedImageError:  # also what Pillow says of a band count that it has no mode for
+        return _read_with_tifffile(data, num_channels)
+    bits = max(image.tag_v2.get(_BITS_PER_SAMPLE, (1,)))
+    bands = image.tag_v2.get(_SAMPLES_PER_PIXEL, 1)
+    if bands == 1:
+        # A stack of one-band pages is one image of many bands, where that is the count asked for.
+        is_stack = image.n_frames > 1 and num_channels in (None, image.n_frames)
+        return _read_with_tifffile(data, num_channels) if is_stack else image
+    return image if bits <= 8 and bands <= 4 else _read_with_tifffile(data, num_channels)
+
+
+def _read_with_tifffile(data: bytes, num_channels: int | None) -> np.ndarray:
+    try:
+        import tifffile
+    except ImportError as error:
+        message = "TIFF files of several bands or more than 8 bits need tifffile: pip install tifffile"
+        raise MissingPackage(message) from error
+    with tifffile.TiffFile(io.BytesIO(data)) as tiff:
+        series = tiff.series[0]
+        _check_shape(series.shape, num_channels)
+        try:
+            return series.asarray(maxworkers=1)
+        except ValueError as error:
+            if "imagecodecs" in str(error):
+                raise MissingPackage(f"{error}: pip install imagecodecs") from error
+            raise
+
+
+def _from_pil(image: Image.Image, num_channels: int, dtype: str) -> Image.Image | np.ndarray:
+    if image.mode == "F" or image.mode.startswith("I"):
+        array = np.asarray(image)
+        if image.mode == "I" and dtype != "float32":
+            # 32 bits are what 16-bit files come as where Pillow has no 16-bit mode for them.
+            array = _to_dtype(array, "uint16")
+        return _from_array(array, num_channels, dtype)
+    if num_channels in (1, 3):
+        # Pillow's own conversion clips 16-bit gray to 255, which is why those modes went the other way.
+        image = image.convert("L" if num_channels == 1 else "RGB")
+        return image if dtype == "uint8" else _from_array(np.asarray(image), num_channels, dtype)
+    image.load()
+    return _from_array(np.asarray(image), num_channels, dtype)
+
+
+def _from_array(array: np.ndarray, num_channels: int, dtype: str) -> Image.Image | np.ndarray:
+    array = _to_dtype(_to_channels_last(array, num_channels), dtype)
+    if dtype == "uint8" and num_channels in (1, 3):
+        return Image.fromarray(np.ascontiguousarray(array[:, :, 0] if num_channels == 1 else array))
+    return np.array(array)  # writable and in memory, where it was a view of a mapped file
+
+
+def _to_channels_last(array: np.ndarray, num_channels: int) -> np.ndarray:
+    """(H, W), (C, H, W) or (H, W, C) -> (H, W, C)."""
+    for channels in (num_channels, 1) if num_channels == 3 else (num_channels,):
+        if array.ndim == 2 and channels == 1:
+            banded = array[:, :, None]
+        elif array.ndim == 3 and array.shape[0] == channels:
+            banded = np.moveaxis(array, 0, -1)
+        elif array.ndim == 3 and array.shape[-1] == channels:
+            banded = array
+        else:
+            continue
+        return np.broadcast_to(banded, (*banded.shape[:2], num_channels))
+    message = f"shape {array.shape} has no axis of {num_channels} channels: set num_channels to the data's"
+    raise BadImage(message, "WrongChannels")
+
+
+def _to_dtype(array: np.ndarray, dtype: str) -> np.ndarray:
+    if array.dtype == np.bool_:
+        array = array.astype(np.uint8) * 255
+    if array.dtype.kind == "f" and dtype == "float32":
+        array = array.astype(np.float32, copy=False)
+        if not np.isfinite(array).all():
+            raise BadImage("the image has values that are not finite numbers", "NotFinite")
+        return array
+    if array.dtype.kind not in "ui":
+        raise BadImage(f"the image holds {array.dtype}, which does not become {dtype}", "WrongDtype")
+    if dtype == "float32":
+        return array.astype(np.float32)
+    if array.dtype == np.uint8 and dtype == "uint16":
+        return array.astype(np.uint16) * 257
+    if array.dtype == np.uint16 and dtype == "uint8":
+        return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    # Wider integers, such as the int64 of plain lists, are taken as values of the dtype wanted.
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high > np.iinfo(dtype).max:
+        raise BadImage(f"the image holds {array.dtype} from {low} to {high}, too wide for {dtype}", "WrongDtype")
+    return array.astype(dtype)
+
+
+def _natural_dtype(array: np.ndarray) -> str:
+    """The smallest of our dtypes that keeps every value."""
+    if array.dtype == np.bool_ or array.dtype == np.uint8:
+        return "uint8"
+    if array.dtype.kind not in "uif":
+        raise BadImage(f"the image holds {array.dtype}, which is no number", "WrongDtype")
+    if array.dtype == np.uint16:
+        return "uint16"
+    if array.dtype.kind == "f" or int(array.min()) < 0 or int(array.max()) > 65_535:
+        return "float32"
+    return "uint8" if int(array.max()) <= 255 else "uint16"

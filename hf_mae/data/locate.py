@@ -1,0 +1,271 @@
+"""What the user typed as a data set: which files it means, of what kind, in which splits. No row is read."""
+
+import glob
+import json
+import logging
+import os
+import posixpath
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .remote import DataError, SourceUnavailable, is_remote, one_line, with_retries
+
+logger = logging.getLogger(__name__)
+
+IMAGE_EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".avif", ".npy"),
+)
+# Kinds have the names of `datasets`' builders.
+_KINDS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow", ".zip": "zip"}
+_KINDS |= dict.fromkeys(IMAGE_EXTENSIONS, "imagefolder")
+_ARCHIVES = (".parquet", ".tar", ".arrow", ".zip", ".gz", ".tgz")
+# Folders that are splits, and words that mean the same split.
+SPLIT_FOLDERS = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
+
+
+@dataclass
+class Place:
+    """What a name turned out to mean.
+
+    Attributes:
+        name: what the user typed.
+        kind: `digits`, `disk` (made by `save_to_disk`), or the name of the builder of `datasets` for such files.
+        splits: split -> files: paths or URLs; of an imagefolder, relative to `root`.
+        root: folder, a path or a URL; for `imagefolder` and `disk`.
+        class_level: split of an imagefolder -> the folder that holds its class folders, "" or "train/".
+        builder: the builder that found the files; None where we found them.
+        revision: commit of the Hub's repository.
+    """
+
+    name: str
+    kind: str
+    splits: dict[str, list[str]]
+    root: str = ""
+    class_level: dict[str, str] = field(default_factory=dict)
+    builder: Any = None
+    revision: str | None = None
+
+    @property
+    def remote(self) -> bool:
+        return self.revision is not None or any(is_remote(url) for url in (self.root, *self._some_files()))
+
+    def _some_files(self) -> list[str]:
+        return next(iter(self.splits.values()), [])[:1]
+
+
+def locate(dataset: str, config_name: str | None, revision: str | None) -> Place:
+    if dataset == "digits":
+        return Place(dataset, "digits", {"train": []})
+    on_hub = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/?", dataset)
+    if on_hub:
+        return _locate_on_hub(dataset, on_hub[1], config_name, on_hub[2] or revision)
+    path = dataset.removeprefix("file://")
+    if is_remote(path):
+        return _locate_url(dataset)
+    path = os.path.expanduser(path)
+    if os.path.isdir(path):
+        return _locate_folder(dataset, path, config_name)
+    patterns = _expand_braces(path)
+    files = [file for pattern in patterns for file in _matches(pattern, required=len(patterns) > 1)]
+    if files:
+        return _locate_files(dataset, files)
+    if dataset.startswith((".", "/", "~", "file:")) or dataset.count(os.sep) > 1 or dataset.endswith(_ARCHIVES):
+        raise DataError(f"there is no file or folder {dataset}; check the path")
+    if glob.has_magic(dataset):
+        raise DataError(f"there is no file or folder {dataset}: nothing matches the pattern; check it")
+    return _locate_on_hub(dataset, dataset, config_name, revision)
+
+
+def _matches(pattern: str, required: bool) -> list[str]:
+    if os.path.isfile(pattern):
+        return [pattern]
+    if required and not glob.has_magic(pattern):
+        raise DataError(f"there is no file or folder {pattern}; check the numbers in the pattern")
+    return sorted(file for file in glob.glob(pattern, recursive=True) if os.path.isfile(file))
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    """`a-{008..010}` -> a-008, a-009, a-010."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if not match:
+        return [pattern]
+    before, after, width = pattern[: match.start()], pattern[match.end() :], len(match[1])
+    numbers = range(int(match[1]), int(match[2]) + 1)
+    return [expanded for number in numbers for expanded in _expand_braces(f"{before}{number:0{width}}{after}")]
+
+
+def _kind(file: str) -> str | None:
+    return _KINDS.get(posixpath.splitext(file.split("?", 1)[0])[1].lower())
+
+
+def _kind_of_folder(names: Iterable[str]) -> str | None:
+    """What a folder with these files holds. One parquet file outweighs images, as those in a README are."""
+    kinds = Counter(_kind(name) for name in names if posixpath.basename(name) != "metadata.parquet")
+    kinds.pop(None, None)
+    if "parquet" in kinds:
+        return "parquet"
+    return kinds.most_common(1)[0][0] if kinds else None
+
+
+def _locate_folder(dataset: str, path: str, config_name: str | None) -> Place:
+    if os.path.isfile(os.path.join(path, "dataset_dict.json")):
+        splits = json.loads(Path(path, "dataset_dict.json").read_text())["splits"]
+        return Place(dataset, "disk", {split: [] for split in splits}, root=path)
+    if all(os.path.isfile(os.path.join(path, name)) for name in ("dataset_info.json", "state.json")):
+        return Place(dataset, "disk", {"train": []}, root=path)
+    names = sorted(_walk(path))
+    kind = _kind_of_folder(names)
+    if kind == "imagefolder" or kind is None:
+        return _locate_images(dataset, path, names)
+    # An absolute path: a relative one may be the name of one of the builders of `datasets`, such as `text`.
+    builder = load_builder(dataset, os.path.abspath(path), name=config_name)
+    return _from_builder(dataset, builder)
+
+
+def _walk(root: str) -> Iterable[str]:
+    """Paths relative to a folder of its files, not the hidden ones, through links but not in circles."""
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        relative = Path(folder).relative_to(root)
+        yield from ((relative / file).as_posix() for file in files if not file.startswith("."))
+        subfolders[:] = [name for name in subfolders if not (name.startswith(".") or _leads_back(folder, name))]
+
+
+def _leads_back(folder: str, name: str) -> bool:
+    """Whether a subfolder is a link to a folder that it lies in."""
+    path = os.path.join(folder, name)
+    target = os.path.realpath(path)
+    return os.path.islink(path) and os.path.commonpath([target, os.path.realpath(folder)]) == target
+
+
+def _locate_images(dataset: str, root: str, names: list[str]) -> Place:
+    names = [name for name in names if _kind(name) == "imagefolder"]
+    if not names:
+        raise DataError(f"no images in {dataset}; expected files ending in {' '.join(IMAGE_EXTENSIONS)}")
+    folders = Counter(name.split("/", 1)[0] for name in names if "/" in name)
+    found = {}
+    for split, aliases in SPLIT_FOLDERS.items():
+        for alias in aliases:
+            if alias in folders and split not in found:
+                found[split] = f"{alias}/"
+    others = [name for name in folders if f"{name}/" not in found.values()]
+    if found and others:
+        logger.warning(
+            "%s has split folders (%s); its other folders are left out: %s",
+            dataset,
+            " ".join(found.values()),
+            ", ".join(sorted(others)[:5]),
+        )
+    found = found or {"train": ""}
+    splits = {split: [name for name in names if name.startswith(folder)] for split, folder in found.items()}
+    return Place(dataset, "imagefolder", splits, root, found)
+
+
+def _locate_files(dataset: str, files: list[str]) -> Place:
+    """Single files are one split, `train`."""
+    kinds = {_kind(file) for file in files}
+    kind = next(iter(kinds))
+    if len(kinds) > 1 or kind is None or kind == "zip":
+        endings = sorted({posixpath.splitext(file)[1] for file in files})
+        raise DataError(f"{dataset} is {' '.join(endings)}; give files of one kind: .parquet, .tar, .arrow or images")
+    if kind != "imagefolder":
+        return Place(dataset, kind, {"train": files})
+    root = common_folder(files) or ("" if files[0].startswith("/") else ".")
+    names = files if root == "." else [file.removeprefix(f"{root}/") for file in files]
+    return Place(dataset, kind, {"train": names}, root, {"train": ""})
+
+
+def common_folder(paths: list[str]) -> str:
+    """The longest folder that all paths or URLs start with, without the last slash."""
+    # Not commonpath, which would turn :// into :/
+    return os.path.commonprefix(paths).rpartition("/")[0]  # noqa: RUF071
+
+
+def _locate_url(dataset: str) -> Place:
+    import fsspec
+
+    files: list[str] = []
+    for pattern in _expand_braces(dataset):
+        try:
+            fs, path = fsspec.core.url_to_fs(pattern)
+        except (ImportError, ValueError) as error:
+            raise DataError(f"cannot open {pattern}: {one_line(error)}") from error
+        if glob.has_magic(path):
+            found = with_retries(lambda fs=fs, path=path: fs.glob(path), dataset)
+            files += [fs.unstrip_protocol(file) for file in found]
+        elif _kind(path):
+            files.append(pattern)
+        else:
+            return _locate_url_folder(dataset, fs, path)
+    if not files:
+        raise DataError(f"nothing matches {dataset}; check the pattern")
+    return _locate_files(dataset, sorted(files))
+
+
+def _locate_url_folder(dataset: str, fs: Any, path: str) -> Place:
+    from datasets.data_files import DataFilesDict, get_data_patterns
+
+    root = fs.unstrip_protocol(path).rstrip("/")
+    found = [fs.unstrip_protocol(file) for file in with_retries(lambda: fs.find(path), dataset)]
+    names = sorted(file.removeprefix(f"{root}/") for file in found)
+    names = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
+    kind = _kind_of_folder(names)
+    if kind == "imagefolder" or kind is None:
+        return _locate_images(dataset, root, names)
+    # The rules by which `datasets` reads splits from names, so that a bucket has the splits of its local copy.
+    endings = [ending for ending, its_kind in _KINDS.items() if its_kind == kind]
+    patterns = with_retries(lambda: get_data_patterns(root), dataset)
+    by_split = with_retries(
+        lambda: DataFilesDict.from_patterns(patterns, base_path=root, allowed_extensions=endings), dataset
+    )
+    splits = {str(split): list(dict.fromkeys(files)) for split, files in by_split.items() if files}
+    return Place(dataset, kind, splits, root)
+
+
+def _locate_on_hub(dataset: str, repo: str, config_name: str | None, revision: str | None) -> Place:
+    if "/" not in repo:
+        from huggingface_hub import HfApi
+
+        # Names of one word are from the Hub's early days. They lead to a full one, which is what its files go by.
+        try:
+            repo = with_retries(lambda: HfApi().dataset_info(repo, revision=revision), dataset).id
+        except SourceUnavailable:
+            raise
+        except DataError as error:
+            known = "no file or folder, not the built-in set (digits), and no data set on the Hub"
+            raise DataError(f"{dataset} is {known}; check the name") from error
+    return _from_builder(dataset, load_builder(dataset, repo, name=config_name, revision=revision))
+
+
+def load_builder(dataset: str, path: str, **options: Any) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(f"{dataset} needs the package datasets: pip install 'hf-mae[train]'") from error
+    try:
+        return with_retries(lambda: datasets.load_dataset_builder(path, **options), dataset)
+    except DataError:
+        raise
+    except (ValueError, RuntimeError, KeyError) as error:
+        text = one_line(error).split(" Example of usage", 1)[0]
+        remedy = "; choose one with --dataset_config NAME" if "onfig" in text else ""
+        raise DataError(f"{dataset}: {text}{remedy}") from error
+
+
+def _from_builder(dataset: str, builder: Any) -> Place:
+    found = builder.config.data_files or {str(split): [] for split in builder.info.splits or {}}
+    splits = {str(split): list(dict.fromkeys(map(str, files))) for split, files in found.items()}
+    place = Place(dataset, builder.name, splits, builder=builder)
+    if builder.repo_id is not None:
+        place.revision = builder.hash
+    if builder.name == "imagefolder":
+        place.root = common_folder([file for files in splits.values() for file in files])
+        for split, files in splits.items():
+            names = [file.removeprefix(f"{place.root}/") for file in files if _kind(file)]
+            folder = common_folder(names)
+            splits[split], place.class_level[split] = names, f"{folder}/" if folder else ""
+    return place

@@ -1,0 +1,214 @@
+"""Bytes of files that are not on this machine: ranges, and what happens when the network fails.
+
+A failed read is tried again with growing pauses, and raises `SourceUnavailable` in the end, so that a fault of the
+network never passes for a bad sample.
+"""
+
+import errno
+import io
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, TypeVar, cast
+
+logger = logging.getLogger(__name__)
+
+RETRY_TRIES = 6  # reads, the first included
+RETRY_FIRST_DELAY = 1.0  # seconds, doubled each time
+RETRY_MAX_DELAY = 60.0  # seconds
+READ_AHEAD = 4 * 2**20  # bytes a request, where small reads follow each other
+
+# Base classes of broken connections in httpx, aiohttp and botocore, none of which is an OSError. Known by name:
+# which of the three is installed depends on where the data is.
+_CONNECTION_ERRORS = {"TransportError", "ClientConnectionError", "ClientPayloadError", "HTTPClientError"}
+# Not the caller's global generator, which a pause must not advance, nor one that forked workers share.
+_jitter = random.SystemRandom()
+_Result = TypeVar("_Result")
+
+
+class DataError(ValueError):
+    """A mistake in what the user asked for, or something missing: one line, with the remedy."""
+
+
+class SourceUnavailable(DataError):
+    """The network failed at every try."""
+
+
+def is_remote(url: str) -> bool:
+    """Whether this is an fsspec URL; False for a local path."""
+    return "://" in url
+
+
+def one_line(error: BaseException) -> str:
+    """The message on one line of at most 300 characters."""
+    # Signed URLs carry their credentials behind the question mark.
+    words = [word.split("?", 1)[0] + "?..." if "://" in word and "?" in word else word for word in str(error).split()]
+    text = " ".join(words).rstrip(".") or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether another try may help: time-outs, broken connections, HTTP 408, 429 and 5xx, unnamed OSErrors."""
+    chain = list(_causes(error))
+    if any(type(cause).__name__ == "OfflineModeIsEnabled" for cause in chain):
+        return False
+    # `datasets` turns a server's 503 into a FileNotFoundError with the HTTP error somewhere among its causes.
+    if any(_status(cause) in (408, 429) or (_status(cause) or 0) >= 500 for cause in chain):
+        return True
+    if _status(error) is not None:
+        return False
+    if any(_is_broken_connection(cause) for cause in chain):
+        return True
+    final = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+    disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, OSError) and not isinstance(error, final) and not disk_full
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    for _ in range(20):  # a chain may be a circle
+        if error is None:
+            return
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _status(error: BaseException) -> int | None:
+    """HTTP status, from huggingface_hub and httpx (`response.status_code`) or aiohttp (`status`)."""
+    status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status", None)
+    return status if isinstance(status, int) else None
+
+
+def _is_broken_connection(error: BaseException) -> bool:
+    return isinstance(error, (TimeoutError, ConnectionError)) or any(
+        base.__name__ in _CONNECTION_ERRORS for base in type(error).__mro__
+    )
+
+
+def with_retries(call: Callable[[], _Result], what: str) -> _Result:
+    """Call, and call again after transient failures: `RETRY_TRIES` times in all.
+
+    Args:
+        call: function without arguments; it must be safe to repeat.
+        what: name for messages, such as a URL.
+
+    Raises:
+        SourceUnavailable: if every try failed.
+        DataError: at once, for a file that is not there or may not be read.
+    """
+    for attempt in range(1, RETRY_TRIES + 1):
+        try:
+            return call()
+        except DataError:
+            raise
+        except Exception as error:
+            if not is_transient(error):
+                if isinstance(error, OSError) or _status(error) is not None:
+                    remedy = "check the name; for private or gated data log in, as with `hf auth login`"
+                    raise DataError(f"cannot read {what}: {one_line(error)}; {remedy}") from error
+                raise
+            cause = f"{type(error).__name__}: {one_line(error)}"
+            if attempt == RETRY_TRIES:
+                remedy = "check the network, then start again"
+                message = f"{what} could not be read in {attempt} tries ({cause}); {remedy}"
+                raise SourceUnavailable(message) from error
+            delay = min(RETRY_FIRST_DELAY * 2 ** (attempt - 1), RETRY_MAX_DELAY) * _jitter.uniform(0.5, 1.0)
+            logger.warning("try %d of %d for %s failed, again in %.1f s (%s)", attempt, RETRY_TRIES, what, delay, cause)
+            time.sleep(delay)
+    raise AssertionError("RETRY_TRIES must be at least 1")
+
+
+def open_bytes(url: str, *, read_ahead: bool = False) -> BinaryIO:
+    """Open a local path or an fsspec URL for reading and seeking.
+
+    Args:
+        url: path or URL.
+        read_ahead: for many small reads in order: a request then brings `READ_AHEAD` bytes.
+
+    Raises:
+        DataError: if there is no such file; for a URL, as `with_retries` says.
+    """
+    if is_remote(url):
+        raw = RemoteFile(url)
+        return cast(BinaryIO, io.BufferedReader(raw, READ_AHEAD) if read_ahead else raw)
+    try:
+        return open(url, "rb")
+    except OSError as error:
+        raise DataError(f"cannot open {url}: {error.strerror}; it was there when the data set was listed") from error
+
+
+def read_whole(fs: Any, url: str) -> bytes:
+    """All bytes of a remote file.
+
+    Args:
+        fs: its fsspec file system.
+        url: the file's URL, with protocol.
+    """
+
+    def call() -> bytes:
+        path = fs._strip_protocol(url)
+        if "hf" in fs.protocol:
+            # cat_file of the Hub's file system asks for the file's size first; this is one request.
+            with fs.open(path, "rb", block_size=0) as file:
+                return file.read()
+        return fs.cat_file(path)
+
+    return with_retries(call, url)
+
+
+class RemoteFile(io.RawIOBase):
+    """A file behind an fsspec URL: each read is one range request, repeated from the same place if it fails."""
+
+    def __init__(self, url: str):
+        super().__init__()
+        self.url = url
+        self._position = 0
+        self._handle: Any = None
+        self.size = with_retries(self._connect, url)
+
+    def _connect(self) -> int:
+        import fsspec
+
+        fs, path = fsspec.core.url_to_fs(self.url)
+        # Readers here know which bytes they need; fsspec's own read-ahead would fetch 5 MB around each.
+        self._handle = fs.open(path, "rb", cache_type="none")
+        size = getattr(self._handle, "size", None)
+        if size is None or not self._handle.seekable():
+            raise DataError(f"{self.url} does not let parts of it be read: download it and give the local path")
+        return int(size)
+
+    def _fetch(self, start: int, stop: int) -> bytes:
+        if self._handle is None:
+            self._connect()
+        handle: Any = self._handle
+        try:
+            handle.seek(start)
+            data = handle.read(stop - start)
+            if len(data) != stop - start:
+                raise OSError(f"got {len(data)} of {stop - start} bytes")
+        except Exception:
+            self._handle = None  # a new connection for the next try
+            raise
+        return data
+
+    def readinto(self, buffer) -> int:  # type: ignore[override]
+        start, stop = self._position, min(self._position + len(buffer), self.size)
+        if start >= stop:
+            return 0
+        data = with_retries(lambda: self._fetch(start, stop), self.url)
+        buffer[: len(data)] = data
+        self._position = stop
+        return len(data)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}[whence]
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True

@@ -1,0 +1,398 @@
+"""Readers of rows: arrays, image files, Arrow tables and parquet files, all undecoded (tars: tars.py).
+
+No reader keeps a file open between calls, only names, sizes and offsets. So every one can be pickled to a spawned
+worker or used after a fork, and two processes never share a file position.
+"""
+
+import itertools
+import logging
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+import numpy as np
+
+from .remote import DataError, is_remote, one_line, open_bytes, read_whole
+
+logger = logging.getLogger(__name__)
+
+FILES_BLOCK = 64  # remote image files
+THREADS = 16  # requests at the same time, where files are opened or fetched in numbers
+LABEL_NAMES = ("label", "labels", "fine_label", "cls")
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Row:
+    """An undecoded sample and its place in the source.
+
+    Attributes:
+        shard: index into `Source.shard_names`.
+        row: row number inside that shard, from 0.
+        key: the place for people: `train-00000-of-00008.parquet#17`, or a file's path relative to its folder.
+        image: the encoded file's bytes, or an array; b"" where the source has the row but no usable bytes of it.
+        label: a class index where there are classes; whatever the label column holds otherwise; None without one.
+    """
+
+    shard: int
+    row: int
+    key: str
+    image: bytes | np.ndarray
+    label: Any = None
+
+
+class Source:
+    """Rows by place. Subclasses say how they are read; all is ready when the constructor returns.
+
+    Attributes:
+        name: what the user typed.
+        split: the split that these rows are.
+        shard_names: for people, unique.
+        shard_sizes: rows in each shard.
+        random_access: True where any row is cheap to read, as on a local disk; False where whole blocks should be
+            read in order.
+        blocks: (shard, start, stop) in order; together they cover every row once.
+        label_names: names of the classes, by index, where they are known.
+        fingerprint: JSON-able facts that differ where the data differs; no absolute paths.
+    """
+
+    def __init__(self, name: str, split: str, shard_names: list[str], shard_sizes: list[int], random_access: bool):
+        if not sum(shard_sizes):
+            raise DataError(f"{name}: split {split!r} has no rows; check the files")
+        self.name, self.split, self.random_access = name, split, random_access
+        self.shard_names, self.shard_sizes = shard_names, shard_sizes
+        self.blocks = [(shard, 0, size) for shard, size in enumerate(shard_sizes) if size]
+        self.label_names: list[str] | None = None
+        self.fingerprint: dict[str, Any] = {}
+        self._warned = False
+
+    def __len__(self) -> int:
+        """Rows of all shards together."""
+        return sum(self.shard_sizes)
+
+    def read(self, shard: int, rows: Sequence[int]) -> list[Row]:
+        """Rows of one shard, in the order asked for.
+
+        Args:
+            shard: index of the shard.
+            rows: row numbers in it; of a source without random access, best all of one block, which is then fetched
+                once.
+
+        Raises:
+            SourceUnavailable: if the network failed at every try.
+            DataError: if a file is not there any more.
+        """
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The block that a stream read last is not worth sending to a worker.
+        return self.__dict__ | ({"_last": None} if "_last" in self.__dict__ else {})
+
+    def _row(self, shard: int, row: int, image: bytes | np.ndarray | None, label: Any) -> Row:
+        key = f"{self.shard_names[shard]}#{row}"
+        if image is None and not self._warned:
+            # A path in the data is not followed: a file from elsewhere must not make us open local files.
+            logger.warning("%s: row %s has no image bytes (at most a path); such rows count as bad", self.name, key)
+            self._warned = True
+        return Row(shard, row, key, b"" if image is None else image, label)
+
+
+class ArraySource(Source):
+    """Images that are in memory: (n, H, W, C) and their labels (n,), one shard."""
+
+    def __init__(self, name: str, images: np.ndarray, labels: np.ndarray, label_names: list[str]):
+        super().__init__(name, "train", [name], [len(images)], random_access=True)
+        self._images, self._labels, self.label_names = images, labels, label_names
+        self.fingerprint = {"kind": name, "split": "train", "rows": self.shard_sizes}
+
+    def read(self, shard: int, rows: Sequence[int]) -> list[Row]:
+        return [self._row(shard, row, self._images[row], int(self._labels[row])) for row in rows]
+
+
+class FileSource(Source):
+    """One image a file, one shard.
+
+    Args:
+        name: what the user typed.
+        split: name of the split.
+        root: folder, a local path or a URL.
+        names: the files' paths relative to it, in the order of the rows.
+        labels: (n,) class indices, or None.
+    """
+
+    def __init__(self, name: str, split: str, root: str, names: list[str], labels: np.ndarray | None = None):
+        super().__init__(name, split, [split], [len(names)], random_access=not is_remote(root))
+        self._root, self._names, self._labels = root.rstrip("/"), names, labels
+        if not self.random_access:
+            edges = [*range(0, len(names), FILES_BLOCK), len(names)]
+            self.blocks = [(0, start, stop) for start, stop in itertools.pairwise(edges)]
+
+    def read(self, shard: int, rows: Sequence[int]) -> list[Row]:
+        urls = [f"{self._root}/{self._names[row]}" for row in rows]
+        if self.random_access:
+            images: list[bytes | np.ndarray] = [_read_local(url) for url in urls]
+        else:
+            import fsspec
+
+            fs, _ = fsspec.core.url_to_fs(self._root)
+            images = in_threads(lambda url: read_whole(fs, url), urls)
+        return [
+            Row(shard, row, self._names[row], image, None if self._labels is None else int(self._labels[row]))
+            for row, image in zip(rows, images, strict=True)
+        ]
+
+
+def _read_local(path: str) -> bytes | np.ndarray:
+    if path.lower().endswith(".npy"):
+        try:
+            # Mapped, so that a header which claims more than the file holds fails before memory is taken.
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError):
+            pass  # decode_image says what is wrong with these bytes
+    with open_bytes(path) as file:
+        return file.read()
+
+
+def in_threads(call: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
+    """`[call(item) for item in items]`, several at a time."""
+    if len(items) < 2:
+        return [call(item) for item in items]
+    with ThreadPoolExecutor(min(THREADS, len(items))) as pool:
+        return list(pool.map(call, items))
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a table hold image and label."""
+
+    image: str
+    label: str | None
+    label_names: list[str] | None
+
+
+def find_columns(features: Any, image_column: str | None, label_column: str | None, where: str) -> Columns:
+    """Choose the columns of image and label, by name where one is given, else by type.
+
+    Args:
+        features: the `datasets.Features` of the table.
+        image_column: name, or None for the only column of type Image; where there is none, the only one of binary
+            type; where there is none either, the only one of nested numbers.
+        label_column: name, or None for the only ClassLabel column, or one with a usual name, or no label.
+        where: what the user typed, for messages.
+
+    Raises:
+        DataError: for a name that isn't there, and if the choice is not clear.
+    """
+    import datasets
+
+    for flag, name in (("--image_column", image_column), ("--label_column", label_column)):
+        if name is not None and name not in features:
+            near = get_close_matches(name, list(features), 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise DataError(f"{where} has no column {name!r} for {flag}; {hint}its columns: {', '.join(features)}")
+    ranks = {name: rank for name, feature in features.items() if (rank := _image_rank(feature)) is not None}
+    best = [name for name, rank in ranks.items() if rank == min(ranks.values())]
+    if image_column is not None and image_column not in ranks:
+        message = f"column {image_column!r} of {where} holds {features[image_column]}, which is no image"
+        raise DataError(f"{message}; choose another --image_column of {', '.join(features)}")
+    if image_column is None and len(best) != 1:
+        found = f"several columns of images ({', '.join(best)})" if best else "no column of images"
+        raise DataError(f"{where} has {found} among {', '.join(features)}; choose one with --image_column NAME")
+    if label_column is None:
+        classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+        usual = [name for name in LABEL_NAMES if name in (classes or features)]
+        label_column = classes[0] if len(classes) == 1 else (usual[0] if usual else None)
+    label = features.get(label_column) if label_column else None
+    names = list(label.names) if isinstance(label, datasets.ClassLabel) and label.names else None
+    return Columns(image_column or best[0], label_column, names)
+
+
+def _image_rank(feature: Any) -> int | None:
+    """0 for images, 1 for bytes, 2 for nested numbers, None for what is no image."""
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        return 0
+    if isinstance(feature, dict):
+        return 1 if "bytes" in feature else None
+    if isinstance(feature, (datasets.Array2D, datasets.Array3D)):
+        return 2
+    depth = 0
+    while isinstance(feature, (datasets.List, datasets.LargeList)):
+        feature, depth = feature.feature, depth + 1
+    if not isinstance(feature, datasets.Value):
+        return None
+    if depth == 0:
+        return 1 if "binary" in feature.dtype else None
+    return 2 if depth in (2, 3) and feature.dtype.startswith(("int", "uint", "float")) else None
+
+
+def image_of(value: Any) -> bytes | np.ndarray | None:
+    """The image in a cell of an image column (a `pyarrow.Scalar`); None where it holds no bytes, or a ragged list."""
+    import pyarrow as pa
+
+    if isinstance(value, pa.ExtensionScalar):
+        value = value.value
+    if value is None or not value.is_valid:
+        return None
+    if isinstance(value, pa.StructScalar):
+        value = value["bytes"]
+    if isinstance(value, pa.ListScalar):
+        return _nested_array(value)
+    content = value.as_py()
+    return content if isinstance(content, bytes) else None
+
+
+def _nested_array(value: Any) -> np.ndarray | None:
+    """Nested Arrow lists of equal lengths as an array, in the numbers' own dtype."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    values = value.values
+    shape = [len(values)]
+    while isinstance(values, (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)):
+        lengths = pc.call_function("list_value_length", [values]).unique()
+        if len(lengths) != 1 or not lengths[0].is_valid:
+            return None
+        shape.append(lengths[0].as_py())
+        values = values.flatten()
+    return None if values.null_count else values.to_numpy(zero_copy_only=False).reshape(shape)
+
+
+class ArrowSource(Source):
+    """A `datasets.Dataset` on the local disk, mapped into memory: one shard.
+
+    Args:
+        name: what the user typed.
+        split: name of the split.
+        dataset: the table.
+        columns: of image and label.
+        follow_paths: read the files that rows name instead of holding bytes. Only for tables that `datasets` itself
+            made from files that it found.
+    """
+
+    def __init__(self, name: str, split: str, dataset: Any, columns: Columns, follow_paths: bool = False):
+        super().__init__(name, split, [split], [len(dataset)], random_access=True)
+        wanted = [columns.image] + ([columns.label] if columns.label else [])
+        self._table = dataset.select_columns(wanted).with_format("arrow")
+        self._columns, self._follow_paths, self.label_names = columns, follow_paths, columns.label_names
+
+    def read(self, shard: int, rows: Sequence[int]) -> list[Row]:
+        if not rows:
+            return []
+        table = self._table[list(rows)]
+        if self._follow_paths:
+            from datasets.table import embed_table_storage
+
+            table = embed_table_storage(table)
+        images = table[self._columns.image]
+        labels = table[self._columns.label].to_pylist() if self._columns.label else [None] * len(rows)
+        return [self._row(shard, row, image_of(images[i]), labels[i]) for i, row in enumerate(rows)]
+
+
+class ParquetSource(Source):
+    """Parquet files read in place, a row group at a time.
+
+    Args:
+        name: what the user typed.
+        split: name of the split.
+        urls: local paths or URLs, a shard each.
+        names: for people, in the same order.
+        features: the `datasets.Features` where the data set declares them, else None: the first file's are used.
+        image_column: see `find_columns`.
+        label_column: see `find_columns`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        urls: list[str],
+        names: list[str],
+        features: Any,
+        image_column: str | None,
+        label_column: str | None,
+    ):
+        import datasets
+
+        footers = in_threads(_read_footer, urls)
+        self._urls, self._metadata = urls, [metadata for metadata, _ in footers]
+        super().__init__(name, split, names, [m.num_rows for m in self._metadata], random_access=False)
+        schemas = [metadata.schema.to_arrow_schema() for metadata in self._metadata]
+        features = features or datasets.Features.from_arrow_schema(schemas[0])
+        self._columns = find_columns(features, image_column, label_column, name)
+        for column in filter(None, (self._columns.image, self._columns.label)):
+            for schema, shard_name in zip(schemas, names, strict=True):
+                if column not in schema.names:
+                    raise DataError(f"{shard_name} has no column {column!r}, which others of {name} have; leave it out")
+        self.label_names = self._columns.label_names
+        self._starts = [_row_group_starts(metadata) for metadata in self._metadata]
+        self.blocks = [
+            (shard, start, stop)
+            for shard, starts in enumerate(self._starts)
+            for start, stop in zip(starts, [*starts[1:], self.shard_sizes[shard]], strict=True)
+            if stop > start
+        ]
+        self.file_sizes = [size for _, size in footers]
+        self._last: tuple[tuple[int, int], Any] | None = None
+
+    def read(self, shard: int, rows: Sequence[int]) -> list[Row]:
+        result = []
+        for row in rows:
+            group = bisect_right(self._starts[shard], row) - 1
+            table = self._row_group(shard, group)
+            if table is None:
+                result.append(self._row(shard, row, b"", None))
+                continue
+            at = row - self._starts[shard][group]
+            label = table[self._columns.label][at].as_py() if self._columns.label else None
+            result.append(self._row(shard, row, image_of(table[self._columns.image][at]), label))
+        return result
+
+    def _row_group(self, shard: int, group: int) -> Any:
+        """The two columns of a row group, the last one from memory; None if it is corrupt."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if self._last is None or self._last[0] != (shard, group):
+            self._last = None  # frees the memory of one before the next is fetched
+            columns = list(filter(None, (self._columns.image, self._columns.label)))
+            with open_bytes(self._urls[shard]) as file:
+                try:
+                    # pre_buffer joins the column chunks into one request; no threads, for the sake of forked workers.
+                    parquet = pq.ParquetFile(file, metadata=self._metadata[shard], pre_buffer=True)
+                    table = parquet.read_row_group(group, columns=columns, use_threads=False)
+                except (pa.ArrowException, OSError) as error:
+                    if isinstance(error, OSError) and error.errno is not None:
+                        raise DataError(
+                            f"cannot read {self._urls[shard]}: {one_line(error)}; check the disk"
+                        ) from error
+                    # No errno: the bytes came, and they are corrupt. Its rows count as bad samples.
+                    table = None
+                    logger.warning(
+                        "row group %d of %s is corrupt (%s)", group, self.shard_names[shard], one_line(error)
+                    )
+            self._last = (shard, group), table
+        return self._last[1]
+
+
+def _read_footer(url: str) -> tuple[Any, int]:
+    """A parquet file's metadata, and its size in bytes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with open_bytes(url) as file:
+        try:
+            return pq.ParquetFile(file).metadata, file.seek(0, 2)
+        except (pa.ArrowException, OSError) as error:
+            message = f"{url} is not a whole parquet file ({one_line(error)}); fetch it again or leave it out"
+            raise DataError(message) from error
+
+
+def _row_group_starts(metadata: Any) -> list[int]:
+    sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    return np.cumsum([0, *sizes])[:-1].tolist()

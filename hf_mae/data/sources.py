@@ -1,0 +1,237 @@
+"""What the user typed as a data set -> a `Source` of undecoded rows.
+
+`locate.py` finds out what a name means; here a reader is chosen: the files in place where that is cheap or asked for,
+else a table that `datasets` makes and maps.
+"""
+
+import glob
+import hashlib
+import logging
+import os
+import posixpath
+from typing import Any
+
+import numpy as np
+
+from .locate import SPLIT_FOLDERS, Place, common_folder, load_builder, locate
+from .remote import DataError, SourceUnavailable, is_remote, one_line, with_retries
+from .shards import ArraySource, ArrowSource, FileSource, ParquetSource, Row, Source, find_columns, in_threads
+from .tars import TarSource
+
+__all__ = ["DataError", "Row", "Source", "SourceUnavailable", "list_splits", "open_source"]
+
+logger = logging.getLogger(__name__)
+
+
+def open_source(
+    dataset: str,
+    *,
+    split: str = "train",
+    config_name: str | None = None,
+    revision: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    streaming: bool | None = None,
+) -> Source:
+    """Find a data set and get ready to read its rows.
+
+    Args:
+        dataset: `digits` (built in: 1,797 handwritten digits of 8 x 8 pixels); a folder of images; a folder made by
+            `datasets`' `save_to_disk`, or laid out as on the Hub; parquet files or tars, as file, glob or pattern
+            such as `shard-{000..003}.tar`; a URL of such a folder or such files; or the id of a data set on the Hub.
+        split: name of the split. A folder of images without split folders is `train`, and so are single files.
+        config_name: configuration of a data set that has several.
+        revision: branch, tag or commit of a data set on the Hub.
+        image_column: column (or tar member) of the images, where its type does not tell.
+        label_column: the same for the labels.
+        streaming: True reads files in place, False downloads and maps them; None streams what is remote.
+
+    Raises:
+        DataError: for what the user can mend; one line that names the remedy.
+        SourceUnavailable: if the network failed at every try.
+    """
+    place = locate(dataset, config_name, revision)
+    split = _choose_split(place, split)
+    if place.kind == "digits":
+        return _digits()
+    if place.kind == "disk":
+        return _open_saved(place, split, image_column, label_column)
+    if _must_map(place, split, label_column, streaming):
+        return _open_mapped(place, split, image_column, label_column)
+    if place.kind == "imagefolder":
+        return _open_images(place, split, label_column)
+    files = place.splits[split]
+    if place.kind == "parquet":
+        features = place.builder.info.features if place.builder else None
+        source = ParquetSource(dataset, split, files, _short_names(files), features, image_column, label_column)
+        source.fingerprint = _fingerprint(place, source, source.file_sizes)
+        return source
+    source = TarSource(dataset, split, files, _short_names(files), image_column, label_column)
+    source.fingerprint = _fingerprint(place, source)
+    return source
+
+
+def list_splits(dataset: str, *, config_name: str | None = None, revision: str | None = None) -> list[str]:
+    """The splits that `open_source` can open.
+
+    Args:
+        dataset: as for `open_source`, as the others.
+        config_name: configuration of a data set that has several.
+        revision: branch, tag or commit of a data set on the Hub.
+
+    Raises:
+        DataError: if there is no such data set.
+    """
+    return list(locate(dataset, config_name, revision).splits)
+
+
+def _choose_split(place: Place, split: str) -> str:
+    """The name under which the data has a split: "val" and "validation" are one, and a folder may be a split."""
+    if split in place.splits:
+        return split
+    same = [name for name in place.splits if {name, split} <= set(SPLIT_FOLDERS["validation"])]
+    if len(same) == 1:
+        return same[0]
+    if place.kind == "imagefolder" and place.class_level.get("train") == "":
+        files = [name for name in place.splits["train"] if name.startswith(f"{split}/")]
+        if files:
+            place.splits[split], place.class_level[split] = files, f"{split}/"
+            return split
+    raise DataError(f"{place.name} has no split {split!r}; choose one of: {', '.join(place.splits)}")
+
+
+def _must_map(place: Place, split: str, label_column: str | None, streaming: bool | None) -> bool:
+    """Whether rows come from a table that `datasets` makes, not from the files where they are."""
+    readable = place.kind in ("parquet", "webdataset", "imagefolder")
+    archives = any(file.endswith((".zip", ".gz")) for file in place.splits[split])
+    # Labels of an imagefolder on the Hub that are not its class folders are in a file of metadata.
+    metadata = place.kind == "imagefolder" and place.builder is not None and label_column is not None
+    if not readable or archives or metadata:
+        if streaming:
+            raise DataError(f"{place.name} is {place.kind} data that is not read in place; leave streaming unset")
+        if place.remote:
+            logger.warning("%s is %s data that is not read in place: it is downloaded first", place.name, place.kind)
+        return True
+    if place.remote:
+        return streaming is False
+    return place.kind == "parquet" and not streaming
+
+
+def _digits() -> Source:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise DataError("the built-in digits need scikit-learn: pip install 'hf-mae[train]'") from error
+    digits: Any = load_digits()
+    images = np.rint(digits.images * 255 / 16).astype(np.uint8)[:, :, :, None]  # values 0..16
+    return ArraySource("digits", images, digits.target, [str(name) for name in digits.target_names])
+
+
+def _open_images(place: Place, split: str, label_column: str | None) -> Source:
+    if label_column not in (None, "label"):
+        message = f"{place.name} is a folder of images, its labels are its class folders, not {label_column!r}"
+        raise DataError(f"{message}; leave out --label_column")
+    names = place.splits[split]
+    sizes: list[int] = []
+    if place.revision is None:
+        found = in_threads(lambda name: _size(f"{place.root}/{name}"), names)
+        names = [name for name, size in zip(names, found, strict=True) if size is not None]
+        sizes = [size for size in found if size is not None]
+        if len(names) < len(found):
+            logger.warning("%s: %d links lead nowhere and are left out", place.name, len(found) - len(names))
+    classes = {other: _classes(files, place.class_level[other]) for other, files in place.splits.items()}
+    class_names = sorted({name for found in classes.values() for name in found})
+    labels = None
+    if len(class_names) > 1 and classes[split]:
+        number = {name: i for i, name in enumerate(class_names)}
+        labels = np.array([number[name] for name in _classes(names, place.class_level[split])], dtype=np.int64)
+    source = FileSource(place.name, split, place.root, names, labels)
+    source.label_names = None if labels is None else class_names
+    source.fingerprint = _fingerprint(place, source)
+    if place.revision is None:
+        # A digest: the list itself would be in every checkpoint, and may have millions of files.
+        listing = "\n".join(f"{size} {name}" for name, size in zip(names, sizes, strict=True))
+        digest = hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()
+        source.fingerprint["files"] = {"count": len(names), "bytes": sum(sizes), "sha256": digest}
+    return source
+
+
+def _classes(names: list[str], folder: str) -> list[str]:
+    """The class folder of every file; empty unless every file lies in exactly one level of them."""
+    parts = [name.removeprefix(folder).split("/") for name in names]
+    return [part[0] for part in parts] if all(len(part) == 2 for part in parts) else []
+
+
+def _open_saved(place: Place, split: str, image_column: str | None, label_column: str | None) -> Source:
+    import datasets
+
+    try:
+        loaded: Any = datasets.load_from_disk(place.root)
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {place.name}: {one_line(error)}; save it again") from error
+    table = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
+    source = ArrowSource(place.name, split, table, find_columns(table.features, image_column, label_column, place.name))
+    source.fingerprint = _fingerprint(place, source)
+    files = [file["filename"] for file in table.cache_files]
+    source.fingerprint["files"] = [[os.path.basename(file), os.path.getsize(file)] for file in files]
+    return source
+
+
+def _open_mapped(place: Place, split: str, image_column: str | None, label_column: str | None) -> Source:
+    builder = place.builder
+    if builder is None:
+        data_files = {split: [glob.escape(file) for file in place.splits[split]]}
+        builder = load_builder(place.name, place.kind, data_files=data_files)
+    if place.kind == "imagefolder" and any(file.endswith(".zip") for file in place.splits[split]):
+        # `datasets` 5.2 takes the archive's own folder for the class of each of its files, and then refuses it.
+        logger.warning("%s: class folders inside zip files are not read as labels", place.name)
+        builder.config.drop_labels = True
+    # Part of a data set may have been copied, with the README that counts the rows of the whole.
+    checks = "basic_checks" if place.remote else "no_checks"
+    try:
+        with_retries(lambda: builder.download_and_prepare(verification_mode=checks), place.name)
+        table = builder.as_dataset(split=split)
+    except DataError:
+        raise
+    except Exception as error:  # `datasets` lets the exceptions of many libraries through
+        cause = error.__cause__ or error
+        message = f"cannot read {place.name}: {type(cause).__name__}: {one_line(cause)}"
+        raise DataError(f"{message}; check its files") from error
+    columns = find_columns(table.features, image_column, label_column, place.name)
+    own_files = "imagefolder" in (builder.name, builder.info.builder_name)
+    source = ArrowSource(place.name, split, table, columns, follow_paths=own_files)
+    source.fingerprint = _fingerprint(place, source) | {"kind": f"{place.kind}, mapped"}
+    return source
+
+
+def _fingerprint(place: Place, source: Source, sizes: list[int] | None = None) -> dict[str, Any]:
+    facts: dict[str, Any] = {"kind": place.kind, "split": source.split, "rows": source.shard_sizes}
+    if place.revision is not None:
+        return facts | {"revision": place.revision}
+    if place.kind != "imagefolder" and place.splits[source.split]:
+        files = place.splits[source.split]
+        sizes = sizes or [size or 0 for size in in_threads(_size, files)]
+        facts["files"] = [[name, size] for name, size in zip(_short_names(files), sizes, strict=True)]
+    return facts
+
+
+def _size(url: str) -> int | None:
+    """Bytes of a file; None for a link that leads nowhere."""
+    if not is_remote(url):
+        try:
+            return os.stat(url).st_size
+        except FileNotFoundError:
+            return None
+    import fsspec
+
+    fs, path = fsspec.core.url_to_fs(url)
+    return with_retries(lambda: fs.size(path), url)
+
+
+def _short_names(urls: list[str]) -> list[str]:
+    """File names, with as many folders as make them unique."""
+    names = [posixpath.basename(url.split("?", 1)[0]) for url in urls]
+    if len(set(names)) == len(urls):
+        return names
+    folder = common_folder(urls)
+    return [url.removeprefix(f"{folder}/") for url in urls]

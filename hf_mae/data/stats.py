@@ -1,0 +1,96 @@
+"""Per-channel mean and standard deviation of a data set, as the image processor needs them."""
+
+import logging
+from typing import Any
+
+import numpy as np
+
+from .decode import BadImage, decode_image, probe_image
+from .sources import DataError
+from .stream import Rows
+
+logger = logging.getLogger(__name__)
+
+# What brings each pixel type to about [0, 1]; float images are left as they are.
+RESCALE_FACTORS = {"uint8": 1 / 255, "uint16": 1 / 65535, "float32": 1.0}
+
+
+def probe_rows(rows: Rows, most: int = 16) -> tuple[int, str]:
+    """Channels and pixel type of a data set, by a look at up to `most` of its images.
+
+    Gray images among colour ones count as colour; 8-bit ones among 16-bit ones as 16-bit.
+
+    Returns:
+        (num_channels, dtype), dtype one of "uint8", "uint16", "float32".
+
+    Raises:
+        DataError: if none can be decoded, or the channel counts don't go together.
+    """
+    found: list[tuple[int, str]] = []
+    last_error = ""
+    for row in rows.read(_spread(rows, most)):
+        try:
+            found.append(probe_image(row.image))
+        except BadImage as error:
+            last_error = f"{row.key}: {error}"
+    if not found:
+        raise DataError(f"none of the first images of {rows.source.name} can be decoded ({last_error}); check the data")
+    channels, dtypes = {c for c, _ in found}, {d for _, d in found}
+    if len(channels) > 1 and channels != {1, 3}:
+        raise DataError(
+            f"images of {rows.source.name} have {' and '.join(map(str, sorted(channels)))} channels; keep those of "
+            "one count, or pass --num_channels: images of another count are then skipped as bad"
+        )
+    return max(channels), next(d for d in ("float32", "uint16", "uint8") if d in dtypes)
+
+
+def channel_stats(rows: Rows, num_channels: int, dtype: str, max_samples: int = 2048) -> dict[str, Any]:
+    """Mean and standard deviation of each channel over all pixels of (some of) the images.
+
+    Args:
+        rows: the data.
+        num_channels: C.
+        dtype: pixel type, see `RESCALE_FACTORS`; the figures are in rescaled units, for uint8 in [0, 1].
+        max_samples: images looked at, evenly spaced ones of a source with random access.
+
+    Returns:
+        `image_mean` and `image_std` (C numbers each), `rescale_factor`, `num_images`, `num_bad`.
+
+    Raises:
+        DataError: if no image can be decoded, or pixels are not finite.
+    """
+    count, bad, last_error = 0.0, 0, ""
+    mean, squares = np.zeros(num_channels), np.zeros(num_channels)
+    index = _spread(rows, max_samples)
+    for row in rows.read(index):
+        try:
+            image = np.asarray(decode_image(row.image, num_channels, dtype), dtype=np.float64)
+        except BadImage as error:
+            bad, last_error = bad + 1, f"{row.key}: {error}"
+            continue
+        pixels = image.reshape(-1, num_channels) * RESCALE_FACTORS[dtype]
+        # Merged image by image (Chan et al.), since sums of squares of 16-bit data lose their small differences.
+        delta, total = pixels.mean(axis=0) - mean, count + len(pixels)
+        squares += pixels.var(axis=0) * len(pixels) + delta**2 * count * len(pixels) / total
+        mean += delta * len(pixels) / total
+        count = total
+    if count == 0:
+        raise DataError(f"none of {len(index)} images of {rows.source.name} can be decoded ({last_error})")
+    std = np.sqrt(squares / count)
+    if not (np.isfinite(mean).all() and np.isfinite(std).all()):
+        raise DataError(f"{rows.source.name} has pixels that are not finite numbers; replace them before training")
+    return {
+        # A channel that never changes would be divided by zero.
+        "image_mean": mean.tolist(),
+        "image_std": np.where(std > 1e-8, std, 1.0).tolist(),
+        "rescale_factor": RESCALE_FACTORS[dtype],
+        "num_images": len(index) - bad,
+        "num_bad": bad,
+    }
+
+
+def _spread(rows: Rows, most: int) -> np.ndarray:
+    """Up to `most` rows: evenly spaced ones where any row is cheap to read, else the first."""
+    if not rows.source.random_access:
+        return rows.index[:most]
+    return rows.index[np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(np.int64)]

@@ -1,0 +1,51 @@
+"""Images of any kind -> `pixel_values`, batched by torchvision on the device of choice.
+
+What an image becomes before it is resized, and every setting, are shared with image_processing_pil_mae.py.
+"""
+
+# Shape letters in this file
+#   B images   C bands = num_channels   H, W pixels
+
+# transformers' backends redefine the methods of their own base class with other arguments:
+# pyright: reportIncompatibleMethodOverride=false
+
+from typing import Any
+
+import torch
+from transformers.image_processing_backends import TorchvisionBackend
+from transformers.image_utils import SizeDict
+
+from .image_processing_pil_mae import MAEImageProcessorBase, center_spans, resized_size
+
+
+class MAEImageProcessor(MAEImageProcessorBase, TorchvisionBackend):
+    """Images of any kind -> `pixel_values`, by torchvision.
+
+    Equal to `MAEImageProcessorPil`, and so to the reference evaluation transform, up to one step of uint8 (or
+    uint16) in the 1 % of pixels that the two libraries' filters round differently; on noise, two steps in one
+    pixel of 100,000.
+
+    What `num_channels` does to an image is described at `to_bands` and `pil_to_array`: alpha is composited on
+    white, 16 bits are scaled and never clipped, and any number of bands is taken from arrays and tensors.
+    """
+
+    def process_image(self, image: Any, **kwargs: Any) -> torch.Tensor:
+        """(C, H, W) uint8, int32 (16 bits) or float32 of one image, on `device`; see `to_bands`."""
+        return self._to_bands(image, kwargs).contiguous().to(kwargs["device"])
+
+    def resize(self, image: torch.Tensor, size: SizeDict, resample: Any = None, **kwargs: Any) -> torch.Tensor:
+        """Resize (B, C, H, W) to the same size that the Pillow backend computes."""
+        height, width = resized_size(image.shape[-2], image.shape[-1], size)
+        image = super().resize(image, SizeDict(height=height, width=width), resample, **kwargs)
+        # bicubic overshoots; torchvision clamps uint8 alone
+        return image.clamp(0, 65535) if image.dtype == torch.int32 else image
+
+    def center_crop(self, image: torch.Tensor, size: SizeDict, **kwargs: Any) -> torch.Tensor:
+        """Cut the middle out of (B, C, H, W), with zeros around an image that is too small."""
+        (rows, columns), (zero_rows, zero_columns) = center_spans(image.shape[-2], image.shape[-1], size)
+        return torch.nn.functional.pad(image[..., rows, columns], (*zero_columns, *zero_rows))
+
+    def rescale_and_normalize(self, images: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Pixels -> model input; 16-bit images that are neither rescaled nor normalised leave as uint16."""
+        images = super().rescale_and_normalize(images, *args, **kwargs)
+        return images.to(torch.uint16) if images.dtype == torch.int32 else images

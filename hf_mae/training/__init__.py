@@ -1,0 +1,1 @@
+"""Training runs: recipe, optimizer, schedule, loop, checkpoint."""

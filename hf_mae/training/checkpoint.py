@@ -1,0 +1,193 @@
+"""Everything a run needs to continue, written so that it is complete or absent at every instant.
+
+    OUT/checkpoint-12000/   model.safetensors config.json preprocessor_config.json   what from_pretrained loads
+                            optimizer.safetensors trainer.json data.json              what a run goes on from
+                            COMPLETE              sizes and sha256 of all of these; written last
+
+Safetensors and JSON only: reading a checkpoint can run nothing.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "COMPLETE"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, broken, or of another run; one line with the remedy."""
+
+
+def write_checkpoint(output_dir: Path, step: int, write: Callable[[Path], None], keep: int) -> Path:
+    """Write `OUT/checkpoint-STEP`, then remove all but the newest `keep` checkpoints.
+
+    Args:
+        output_dir: folder of the run.
+        step: optimizer steps taken.
+        write: writes the files into the folder that it is given.
+        keep: checkpoints that stay, 2 or more, so that a broken one is never the only one.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    final = output_dir / f"checkpoint-{step}"
+    temporary = output_dir / f".tmp-checkpoint-{step}"
+    for leftover in output_dir.glob(".tmp-checkpoint-*"):
+        shutil.rmtree(leftover)
+    temporary.mkdir(parents=True)
+    write(temporary)
+    manifest = {}
+    for file in sorted(path for path in temporary.iterdir() if path.is_file()):
+        manifest[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        _settle(file)
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    _settle(temporary / MANIFEST)
+    _fsync(temporary)
+    if final.exists():
+        shutil.rmtree(final)
+    temporary.rename(final)
+    _fsync(output_dir)
+    for old in list_checkpoints(output_dir)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Folders named `checkpoint-STEP` of a run, oldest first, complete or not."""
+    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
+    """The checkpoint to go on from.
+
+    Args:
+        output_dir: folder of the run.
+        resume: "auto": the newest complete one, older ones if it is broken; or the path of one.
+
+    Returns:
+        Its folder; None if there is none yet.
+
+    Raises:
+        CheckpointError: if the named one is missing or broken.
+    """
+    if resume != "auto":
+        verify_checkpoint(Path(resume))
+        return Path(resume)
+    for path in reversed(list_checkpoints(output_dir)):
+        try:
+            verify_checkpoint(path)
+        except CheckpointError as error:
+            logger.warning("%s; falling back to the one before", error)
+        else:
+            return path
+    return None
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Compare all files of a checkpoint with its manifest.
+
+    Raises:
+        CheckpointError: naming the first file that is missing or differs.
+    """
+    if not (path / MANIFEST).is_file():
+        raise CheckpointError(f"{path} is not a complete checkpoint (no {MANIFEST} in it); name another one")
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path / MANIFEST} can't be read ({error})") from error
+    for name, expected in manifest.items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing")
+        if file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
+            raise CheckpointError(f"{file} is not what was saved (its sha256 differs)")
+
+
+def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All weights on the host, whole. With sharded weights, every process must call it."""
+    return {name: _whole(tensor) for name, tensor in model.state_dict().items()}
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimizer's state on the host, whole, as `PARAMETER.KEY`. With sharded weights, every process must call it."""
+    return {
+        f"{name}.{key}": _whole(value)
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
+) -> None:
+    """Put a saved state back, on the parameters' devices and sharded as they are.
+
+    Raises:
+        CheckpointError: if the state of a trained parameter is missing.
+    """
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    for name, parameter in model.named_parameters():
+        if not any(parameter is p for p in trained):
+            continue
+        keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in tensors]
+        if len(keys) < 3:
+            raise CheckpointError(f"optimizer.safetensors has no state of {name}; the checkpoint is of another model")
+        for key in keys:
+            value = tensors[f"{name}.{key}"]
+            if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+                value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+            optimizer.state[parameter][key] = value.to(parameter.device)
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write tensors to a safetensors file."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read a safetensors file onto the host."""
+    return load_file(path)
+
+
+def write_json(value: Any, path: Path) -> None:
+    """Write indented JSON."""
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _settle(path: Path) -> None:
+    # safetensors writes files that only their owner can read; a checkpoint is as readable as the user's other files.
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+    _fsync(path)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,610 @@
+"""The pretraining loop: batch -> loss -> step -> log -> save, on one process or many.
+
+Run by `hf-mae pretrain`, or under `torchrun` / `accelerate launch` with `-m hf_mae.cli pretrain`.
+"""
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import gather_object, set_seed
+from torch import nn
+
+from .. import __version__
+from ..data.augment import evaluation_resize
+from ..data.sources import DataError, Source, list_splits, open_source
+from ..data.stats import RESCALE_FACTORS, channel_stats, probe_rows
+from ..data.stream import Batch, EvaluationSet, Rows, StreamPlan, TrainingStream, View, make_loader
+from ..image_processing_mae import MAEImageProcessor
+from ..modeling_mae import MAEForPreTraining
+from ..visualize import reconstruction_grid
+from .checkpoint import (
+    CheckpointError,
+    find_checkpoint,
+    full_state_dict,
+    list_checkpoints,
+    load_optimizer_tensors,
+    load_tensors,
+    optimizer_tensors,
+    save_tensors,
+    write_checkpoint,
+    write_json,
+)
+from .log import BadSamples, RunLog, Stopwatch
+from .optimizer import adamw
+from .recipe import PretrainRecipe, RecipeError, model_config_of
+from .schedule import lr_at
+
+logger = logging.getLogger(__name__)
+
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+HELD_OUT = 0.05
+# These keys may change when a run goes on: they say how it is computed and shown, not what it computes.
+FREE_KEYS = {
+    "output_dir", "resume", "num_workers", "per_device_batch_size", "mixed_precision", "gradient_checkpointing",
+    "compile", "attn_implementation", "log_steps", "log_with", "save_steps", "keep_checkpoints", "eval_steps",
+    "max_eval_samples", "dry_run", "recipe",
+}  # fmt: skip
+
+
+def pretrain(recipe: PretrainRecipe) -> dict[str, Any]:
+    """Pretrain a masked autoencoder.
+
+    Args:
+        recipe: the run.
+
+    Returns:
+        What the run ended with: `model` (folder), `picture` (path), `first_eval_loss`, `last_eval_loss`, `steps`,
+        `images_per_second`; None for what there is not.
+
+    Raises:
+        RecipeError, DataError, CheckpointError: for what a user can mend; one line with the remedy.
+    """
+    run = PretrainRun(recipe)
+    run.describe()
+    if recipe.dry_run:
+        return {"steps": run.total_steps, "model": None, "picture": None}
+    return run.train()
+
+
+@dataclass
+class PretrainData:
+    """The data of a run: training rows, evaluation rows, and what the images are."""
+
+    rows: Rows
+    eval_rows: Rows
+    num_channels: int
+    dtype: str
+    evaluated_on: str
+
+
+def open_data(recipe: PretrainRecipe) -> PretrainData:
+    """Open the training and evaluation rows of a recipe.
+
+    A data set without a split of its own for evaluation gets a held-out part, chosen by a hash of each row's place.
+    """
+    options: dict[str, Any] = {
+        "config_name": recipe.dataset_config,
+        "revision": recipe.dataset_revision,
+        "image_column": recipe.image_column,
+        "label_column": recipe.label_column,
+        "streaming": recipe.streaming,
+    }
+    source = open_source(recipe.dataset, split=recipe.split, **options)
+    evaluation: Source | None = None
+    if recipe.eval_dataset or recipe.eval_split:
+        same = recipe.eval_dataset is None
+        evaluation = open_source(
+            recipe.eval_dataset or recipe.dataset,
+            split=recipe.eval_split or "train",
+            **(options if same else {"image_column": recipe.image_column}),
+        )
+    else:
+        splits = list_splits(recipe.dataset, config_name=recipe.dataset_config, revision=recipe.dataset_revision)
+        name = next((s for s in ("validation", "val", "valid", "test") if s in splits and s != recipe.split), None)
+        if name:
+            evaluation = open_source(recipe.dataset, split=name, **options)
+    if evaluation is None:
+        rows = Rows(source, "train", HELD_OUT, recipe.max_samples)
+        eval_rows = Rows(source, "held_out", HELD_OUT, recipe.max_eval_samples)
+        evaluated_on = f"{HELD_OUT:.0%} of {recipe.split}, held out by a hash of each row's place"
+    else:
+        rows = Rows(source, max_samples=recipe.max_samples)
+        eval_rows = Rows(evaluation, max_samples=recipe.max_eval_samples)
+        evaluated_on = f"split {evaluation.split} of {evaluation.name}"
+    num_channels, dtype = probe_rows(rows)
+    wanted = recipe.model_config.get("num_channels")
+    if wanted is not None and wanted != num_channels and {wanted, num_channels} != {1, 3}:
+        raise DataError(
+            f"images of {source.name} have {num_channels} channels, num_channels is {wanted}; pass --num_channels "
+            f"{num_channels}"
+        )
+    return PretrainData(rows, eval_rows, wanted or num_channels, dtype, evaluated_on)
+
+
+def _accelerator(recipe: PretrainRecipe) -> Accelerator:
+    """One Accelerator for model and optimizer; a strategy that was asked for and not obtained is an error."""
+    precision = recipe.mixed_precision
+    if precision == "auto":
+        precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        log_with=recipe.log_with,
+        project_dir=recipe.output_dir,
+        # The only buffers are tables that never change: nothing to broadcast at each forward.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != asked:
+        raise RecipeError(f"{asked} processes were started, {accelerator.num_processes} work together; use torchrun")
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
+    if fsdp and accelerator.distributed_type != DistributedType.FSDP:
+        raise RecipeError(
+            f"FSDP was asked for and {accelerator.distributed_type.value} obtained; FSDP needs a GPU for each process"
+        )
+    return accelerator
+
+
+class PretrainRun:
+    """One run: what it is made of, and its loop.
+
+    Args:
+        recipe: the run.
+    """
+
+    def __init__(self, recipe: PretrainRecipe):
+        self.recipe = recipe
+        self.output_dir = Path(recipe.output_dir or "outputs/pretrain")
+        self.accelerator = _accelerator(recipe)
+        self.stored = self._find_stored()
+        with self.accelerator.main_process_first():
+            self.data = open_data(recipe)
+        self.total_steps, self.warmup_steps = recipe.steps(len(self.data.rows))
+        self.micro_batch, self.grad_accum_steps = recipe.micro_batch(self.accelerator.num_processes)
+        set_seed(recipe.seed)
+        model = self._build_model()
+        self.config = model.config
+        self.processor = self._build_processor()
+        self.state = self._load_json("trainer.json") if self.stored else {"step": 0, "images_seen": 0}
+        self.plan, self.positions = self._plan_stream()
+        self.items_per_step = self.plan.items_per_step(
+            self.accelerator.num_processes, recipe.num_workers, self.grad_accum_steps
+        )
+        if recipe.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if recipe.compile:
+            model.compile()
+        optimizer = adamw(model, (recipe.adam_beta1, recipe.adam_beta2), recipe.weight_decay)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self._load_optimizer()
+        self.stop_requested = False
+
+    # ------------------------------------------------------------------------------------------ set-up
+
+    def _find_stored(self) -> Path | None:
+        recipe, output_dir = self.recipe, self.output_dir
+        used = (output_dir / "run_config.yaml").exists() or list_checkpoints(output_dir)
+        if recipe.resume == "none":
+            if used and not recipe.dry_run:
+                raise CheckpointError(
+                    f"{output_dir} holds another run; go on with it by --resume auto, or choose another --output_dir"
+                )
+            return None
+        stored = find_checkpoint(output_dir, recipe.resume)
+        before = output_dir / "run_config.yaml"
+        if before.exists() and recipe.resume == "auto":
+            old, new = yaml.safe_load(before.read_text())["recipe"], recipe.to_dict()
+            for key in sorted((old.keys() | new.keys()) - FREE_KEYS):
+                if old.get(key) != new.get(key):
+                    raise CheckpointError(
+                        f"{output_dir} holds a run with {key} {old.get(key)}, not {new.get(key)}; go on with the same "
+                        "recipe, or choose another --output_dir"
+                    )
+        return stored
+
+    def _build_model(self) -> MAEForPreTraining:
+        recipe = self.recipe
+        options = {"attn_implementation": recipe.attn_implementation, "dtype": torch.float32}
+        if self.stored:
+            return MAEForPreTraining.from_pretrained(self.stored, **options)
+        if recipe.model is None:
+            config = model_config_of(recipe, self.data.num_channels)
+            return MAEForPreTraining._from_config(config, **options)
+        try:
+            return MAEForPreTraining.from_pretrained(
+                recipe.model, **{"num_channels": self.data.num_channels, **recipe.model_config}, **options
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise RecipeError(
+                f"--model {recipe.model} can't be loaded: {' '.join(str(error).split())[:300]}"
+            ) from error
+
+    def _build_processor(self) -> MAEImageProcessor:
+        """The image processor that belongs to the model: sizes, scaling, and mean and standard deviation."""
+        if self.stored:
+            return MAEImageProcessor.from_pretrained(self.stored)
+        recipe, data = self.recipe, self.data
+        mean, std = recipe.image_mean, recipe.image_std
+        if mean is None or std is None:
+            if data.num_channels == 3 and data.dtype == "uint8":
+                mean, std = IMAGENET_MEAN, IMAGENET_STD
+            else:
+                with self.accelerator.main_process_first():
+                    stats = channel_stats(data.rows, data.num_channels, data.dtype)
+                mean, std = stats["image_mean"], stats["image_std"]
+        for name, values in (("image_mean", mean), ("image_std", std)):
+            if len(values) != data.num_channels:
+                raise RecipeError(
+                    f"{name} has {len(values)} numbers for {data.num_channels} channels; give one for each"
+                )
+        size, resize = (
+            self.config.image_height_width,
+            evaluation_resize(self.config.image_height_width, recipe.eval_crop_pct),
+        )
+        return MAEImageProcessor(
+            num_channels=data.num_channels,
+            size={"shortest_edge": resize} if isinstance(resize, int) else {"height": resize[0], "width": resize[1]},
+            crop_size={"height": size[0], "width": size[1]},
+            image_mean=mean,
+            image_std=std,
+            do_rescale=data.dtype != "float32",
+            rescale_factor=RESCALE_FACTORS[data.dtype],
+        )
+
+    def _plan_stream(self) -> tuple[StreamPlan, list[int]]:
+        if not self.stored:
+            rows = self.data.rows
+            plan = StreamPlan.choose(
+                self.recipe.total_batch_size,
+                self.accelerator.num_processes,
+                self.recipe.num_workers,
+                len(rows),
+                rows.source.random_access,
+            )
+            return plan, [0] * plan.num_streams
+        state = self._load_json("data.json")
+        if state["fingerprint"] != self.fingerprint:
+            raise CheckpointError(
+                f"{self.recipe.dataset} is not the data that {self.stored} was trained on (its files or rows changed); "
+                "bring the old data back, or start another run from these weights with --model"
+            )
+        return StreamPlan(**state["plan"]), state["positions"]
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """What the order of samples depends on, besides the seed."""
+        return {**self.data.rows.source.fingerprint, "num_samples": len(self.data.rows)}
+
+    def _load_json(self, name: str) -> dict[str, Any]:
+        return yaml.safe_load((self.stored / name).read_text()) if self.stored else {}
+
+    def _load_optimizer(self) -> None:
+        if not self.stored:
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        load_optimizer_tensors(model, self._torch_optimizer, load_tensors(self.stored / "optimizer.safetensors"))
+        if self.accelerator.scaler is not None and self.state.get("scaler"):
+            self.accelerator.scaler.load_state_dict(self.state["scaler"])
+
+    @property
+    def _torch_optimizer(self) -> torch.optim.Optimizer:
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def view(self) -> View:
+        """What becomes of an image on its way into a batch."""
+        size = self.config.image_height_width
+        return View(
+            size=size,
+            num_channels=self.data.num_channels,
+            dtype=self.data.dtype,
+            num_patches=self.config.num_patches,
+            crop_scale=(self.recipe.crop_scale[0], self.recipe.crop_scale[-1]),
+            flip=self.recipe.flip,
+            eval_resize=evaluation_resize(size, self.recipe.eval_crop_pct),
+        )
+
+    def describe(self) -> None:
+        """Write run_config.yaml and print what is about to happen."""
+        recipe, accelerator = self.recipe, self.accelerator
+        derived = {
+            "version": __version__,
+            "processes": accelerator.num_processes,
+            "strategy": accelerator.distributed_type.value,
+            "mixed_precision": accelerator.mixed_precision,
+            "per_device_batch_size": self.micro_batch,
+            "grad_accum_steps": self.grad_accum_steps,
+            "lr": recipe.lr,
+            "total_steps": self.total_steps,
+            "warmup_steps": self.warmup_steps,
+            "training_images": len(self.data.rows),
+            "evaluation_images": len(self.data.eval_rows),
+            "evaluated_on": self.data.evaluated_on,
+            "parameters": self.accelerator.unwrap_model(self.model).num_parameters(),
+        }
+        if accelerator.is_main_process:
+            h, w = self.config.grid_size
+            print(
+                f"{recipe.recipe or 'pretrain'}: {derived['training_images']:,} images of {recipe.dataset}, "
+                f"{self.data.num_channels} x {self.view().size[0]} x {self.view().size[1]} {self.data.dtype}, "
+                f"{h} x {w} patches, {derived['parameters'] / 1e6:.1f} M parameters\n"
+                f"{self.total_steps:,} steps of {recipe.total_batch_size} images = {accelerator.num_processes} "
+                f"{'process' if accelerator.num_processes == 1 else 'processes'} x {self.grad_accum_steps} x "
+                f"{self.micro_batch} ({derived['strategy']}, {accelerator.device}, precision "
+                f"{accelerator.mixed_precision}), lr {recipe.lr:.3g}; evaluation on {self.data.evaluated_on}\n"
+                f"{f'going on from {self.stored}' if self.stored else 'from ' + (recipe.model or 'scratch')}, into "
+                f"{self.output_dir}",
+                flush=True,
+            )
+            if not recipe.dry_run:
+                self.output_dir.mkdir(parents=True, exist_ok=True)
+                text = yaml.safe_dump({"recipe": recipe.to_dict(), "derived": derived}, sort_keys=False)
+                (self.output_dir / "run_config.yaml").write_text(text)
+        accelerator.wait_for_everyone()
+        if recipe.log_with and not recipe.dry_run:
+            accelerator.init_trackers("hf_mae", config={k: v for k, v in recipe.to_dict().items() if _is_plain(v)})
+
+    # ------------------------------------------------------------------------------------------ the loop
+
+    def train(self) -> dict[str, Any]:
+        """All steps that are left, then the final model and its picture."""
+        recipe, first_step = self.recipe, self.state["step"]
+        log = RunLog(self.accelerator, self.output_dir, first_step, self.total_steps)
+        self.bad = None
+        if self.accelerator.is_main_process:
+            before = self._load_json("data.json").get("bad")
+            self.bad = BadSamples(self.output_dir / "bad_samples.jsonl", before)
+        eval_steps = recipe.eval_steps or max(1, self.total_steps // 10)
+        save_steps = recipe.save_steps or max(1, self.total_steps // 10)
+        previous = {sig: signal.signal(sig, self._request_stop) for sig in (signal.SIGTERM, signal.SIGUSR1)}
+        if first_step == 0:
+            log.event(0, eval_loss=self.evaluate())
+        watch, batches = Stopwatch(), self._batches(first_step)
+        losses: list[torch.Tensor] = []
+        logged, seconds_spent = first_step, 0.0
+        try:
+            for step in range(first_step + 1, self.total_steps + 1):
+                logs = step % recipe.log_steps == 0 or step == self.total_steps
+                loss, grad_norm, lr = self._step(step, batches, watch, want_norm=logs)
+                losses.append(loss)
+                self.state = {"step": step, "images_seen": step * recipe.total_batch_size}
+                if logs:
+                    seconds, waited = watch.read()
+                    seconds_spent += seconds
+                    speed = (step - logged) * recipe.total_batch_size / seconds
+                    mean_loss = self._mean_over_ranks(torch.stack(losses).mean())
+                    losses, logged = [], step
+                    log.event(
+                        step, images_seen=self.state["images_seen"], epoch=self.epoch, loss=mean_loss, lr=lr,
+                        grad_norm=grad_norm, images_per_second=speed, data_wait=waited,
+                    )  # fmt: skip
+                    log.progress(
+                        step, loss=f"{mean_loss:.4f}", lr=f"{lr:.2e}", img_s=f"{speed:.0f}", wait=f"{waited:.0%}"
+                    )
+                    self._check_bad(log)
+                stop = self._everyone_stops()
+                if step % eval_steps == 0 or step == self.total_steps:
+                    log.event(step, eval_loss=self.evaluate())
+                if step % save_steps == 0 or step == self.total_steps or stop:
+                    self.save_checkpoint()
+                if step % eval_steps == 0 or step % save_steps == 0:
+                    watch.read()  # evaluating and saving are not part of the training speed
+                if stop:
+                    log.say(f"stopped on request after step {step}; go on with --resume auto")
+                    break
+        finally:
+            for sig, handler in previous.items():
+                signal.signal(sig, handler)
+            log.close()
+        finished = self.state["step"] == self.total_steps
+        summary = {
+            "steps": self.state["step"],
+            "first_eval_loss": log.evaluations[0]["eval_loss"] if log.evaluations else None,
+            "last_eval_loss": log.evaluations[-1]["eval_loss"] if log.evaluations else None,
+            "images_per_second": (logged - first_step) * recipe.total_batch_size / seconds_spent
+            if seconds_spent
+            else None,
+            "bad_samples": self.bad.total if self.bad else 0,
+            "model": self._save_final() if finished else None,
+            "picture": self._save_picture() if finished else None,
+        }
+        self.accelerator.wait_for_everyone()
+        return summary
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data so far."""
+        return self.state["images_seen"] / len(self.data.rows)
+
+    def _step(
+        self, step: int, batches: Iterator[Batch], watch: Stopwatch, want_norm: bool
+    ) -> tuple[torch.Tensor, float | None, float]:
+        """One optimizer step, number `step` from 1: its mean loss on this rank (on the device), gradient norm, lr."""
+        lr = lr_at(step - 1, self.recipe.lr, self.warmup_steps, self.total_steps, self.recipe.min_lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        total = torch.zeros((), device=self.accelerator.device)
+        for micro_step in range(self.grad_accum_steps):
+            started = time.perf_counter()
+            batch = next(batches)
+            watch.waiting(time.perf_counter() - started)
+            last = micro_step == self.grad_accum_steps - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                loss = self.model(self.pixel_values(batch), noise=batch.noise).loss / self.grad_accum_steps
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        grad_norm = None
+        if self.recipe.clip_grad is not None or want_norm:
+            grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad or float("inf"))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total, float(grad_norm) if want_norm and grad_norm is not None else None, lr
+
+    def _batches(self, first_step: int) -> Iterator[Batch]:
+        """Micro-batches on the device, from the step after `first_step`; keeps count of the streams' positions."""
+        stream = TrainingStream(
+            self.data.rows, self.plan, self.view(), self.recipe.seed, self.positions, first_step, self.total_steps,
+            self.accelerator.process_index, self.accelerator.num_processes, self.items_per_step,
+        )  # fmt: skip
+        self.moved: dict[int, int] = {}
+        self.newly_bad: list[tuple[str, str]] = []
+        for item in make_loader(stream, self.recipe.num_workers, self.accelerator.device.type == "cuda"):
+            self.moved.update(item.positions)
+            self.newly_bad += item.bad
+            for start in range(0, len(item.keys), self.micro_batch):
+                part = slice(start, start + self.micro_batch)
+                yield Batch(
+                    images=item.images[part].to(self.accelerator.device, non_blocking=True),
+                    noise=item.noise[part].to(self.accelerator.device, non_blocking=True),
+                    keys=item.keys[part],
+                    labels=item.labels[part],
+                )
+
+    def pixel_values(self, batch: Batch) -> torch.Tensor:
+        """Scale and normalise images on the device: (B, C, H, W) float32."""
+        mean, std = self._mean_and_std
+        return (batch.images.float() - mean) / std
+
+    @cached_property
+    def _mean_and_std(self) -> tuple[torch.Tensor, torch.Tensor]:
+        # In the images' own units, so that scaling and normalising are one pass.
+        factor = RESCALE_FACTORS[self.data.dtype]
+        both = (self.processor.image_mean, self.processor.image_std)
+        mean, std = (torch.tensor(v, device=self.accelerator.device).view(1, -1, 1, 1) / factor for v in both)
+        return mean, std
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Mean loss over the evaluation rows, with the evaluation crop and each row's own fixed mask."""
+        accelerator = self.accelerator
+        dataset = self._evaluation_set(accelerator.process_index, accelerator.num_processes)
+        # Every rank runs as many forwards as the others, since sharded weights are gathered in each.
+        longest = -(-len(self.data.eval_rows) // accelerator.num_processes)
+        batches = iter(make_loader(dataset, min(self.recipe.num_workers, 1)))
+        batch, total = None, torch.zeros(2, device=accelerator.device, dtype=torch.float64)
+        self.model.eval()
+        for _ in range(-(-longest // self.micro_batch)):
+            new = next(batches, None)
+            batch = new or batch
+            if batch is None:
+                raise DataError("none of the evaluation images can be decoded; check the data")
+            batch.images, batch.noise = batch.images.to(accelerator.device), batch.noise.to(accelerator.device)
+            loss = self.model(self.pixel_values(batch), noise=batch.noise).loss
+            if new is not None:
+                total += torch.stack([loss.double() * len(batch.keys), torch.tensor(len(batch.keys)).to(loss)])
+        self.model.train()
+        loss_sum, count = accelerator.reduce(total, "sum").tolist()
+        return loss_sum / count
+
+    def _evaluation_set(self, rank: int, ranks: int) -> EvaluationSet:
+        return EvaluationSet(
+            self.data.eval_rows, self.view(), self.micro_batch, self.config.eval_mask_seed, rank, ranks
+        )
+
+    def _mean_over_ranks(self, value: torch.Tensor) -> float:
+        return self.accelerator.reduce(value, "mean").item()
+
+    def _request_stop(self, *_: Any) -> None:
+        self.stop_requested = True
+
+    def _everyone_stops(self) -> bool:
+        """Whether any rank was asked to stop; all then stop at the same step."""
+        if self.accelerator.num_processes == 1:
+            return self.stop_requested
+        flag = torch.tensor(float(self.stop_requested), device=self.accelerator.device)
+        return self.accelerator.reduce(flag, "sum").item() > 0
+
+    def _check_bad(self, log: RunLog) -> None:
+        """Take in the samples that could not be decoded; stop if they are too many."""
+        bad = gather_object(self.newly_bad)
+        self.newly_bad = []
+        failed = 0.0
+        if self.bad is not None:
+            self.bad.add(bad)
+            failed = self.bad.total / (self.bad.total + self.state["images_seen"])
+            if bad:
+                log.say(f"{self.bad.total} images skipped so far: {dict(self.bad.counts)}; see {self.bad.path}")
+        failed = self._mean_over_ranks(torch.tensor(failed, device=self.accelerator.device))
+        failed *= self.accelerator.num_processes  # only the main process counts
+        if failed > self.recipe.max_bad_fraction:
+            raise DataError(
+                f"{failed:.1%} of the images can't be decoded, more than max_bad_fraction "
+                f"{self.recipe.max_bad_fraction:.1%}; see {self.output_dir / 'bad_samples.jsonl'}"
+            )
+
+    # ------------------------------------------------------------------------------------------ saving
+
+    def save_checkpoint(self) -> None:
+        """Write `checkpoint-STEP`; every process takes part, the main one writes."""
+        accelerator, model = self.accelerator, self.accelerator.unwrap_model(self.model)
+        weights, moments = full_state_dict(model), optimizer_tensors(model, self._torch_optimizer)
+        moved = gather_object([self.moved])
+        bad = gather_object(self.newly_bad)
+        self.newly_bad = []
+        for positions in moved:
+            for stream, position in positions.items():
+                self.positions[stream] = position
+        if self.bad is not None:
+            self.bad.add(bad)
+            trainer = {**self.state, "total_steps": self.total_steps, "version": __version__}
+            if accelerator.scaler is not None:
+                trainer["scaler"] = accelerator.scaler.state_dict()
+            data = {
+                "plan": vars(self.plan),
+                "seed": self.recipe.seed,
+                "positions": self.positions,
+                "fingerprint": self.fingerprint,
+                "bad": self.bad.state(),
+            }
+
+            def write(folder: Path) -> None:
+                self._write_model(model, weights, folder)
+                save_tensors(moments, folder / "optimizer.safetensors")
+                write_json(trainer, folder / "trainer.json")
+                write_json(data, folder / "data.json")
+
+            write_checkpoint(self.output_dir, self.state["step"], write, self.recipe.keep_checkpoints)
+        accelerator.wait_for_everyone()
+
+    def _write_model(self, model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
+        model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
+        self.processor.save_pretrained(folder)
+
+    def _save_final(self) -> str:
+        model = self.accelerator.unwrap_model(self.model)
+        weights = full_state_dict(model)
+        if self.accelerator.is_main_process:
+            self._write_model(model, weights, self.output_dir)
+        return str(self.output_dir)
+
+    def _save_picture(self, images: int = 12) -> str | None:
+        """Reconstructions of the first evaluation images, by the model as it was saved."""
+        if not self.accelerator.is_main_process:
+            return None
+        model = MAEForPreTraining.from_pretrained(self.output_dir).to(self.accelerator.device).eval()
+        batch = next(iter(self._evaluation_set(0, 1)))
+        batch.images = batch.images[:images].to(self.accelerator.device)
+        grid = reconstruction_grid(
+            model,
+            self.pixel_values(batch),
+            list(self.processor.image_mean),
+            list(self.processor.image_std),
+            batch.noise[:images].to(self.accelerator.device),
+        )
+        path = self.output_dir / "reconstructions" / f"step-{self.state['step']}.png"
+        path.parent.mkdir(exist_ok=True)
+        grid.save(path)
+        return str(path)
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (int, float, str, bool))

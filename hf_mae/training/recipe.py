@@ -1,0 +1,257 @@
+"""The recipe of a run: dataclass defaults < recipe file < command line; and what is derived from it."""
+
+import difflib
+from argparse import ArgumentParser, Namespace
+from dataclasses import asdict, dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+from ..configuration_mae import SIZES, MAEConfig
+
+
+class RecipeError(ValueError):
+    """A key or value that a user gave and that can't be; one line with the remedy."""
+
+
+def _key(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class PretrainRecipe:
+    """All keys of `hf-mae pretrain` but those of `MAEConfig`, which stand in `model_config`."""
+
+    recipe: str | None = _key(None, "name of a recipe of the package, or path of a YAML file")
+    # data
+    dataset: str = _key("digits", "Hub id, folder or URL of images, parquet or tar shards, or digits")
+    dataset_config: str | None = _key(None, "configuration name of a Hub data set")
+    dataset_revision: str | None = _key(None, "branch, tag or commit of a Hub data set")
+    split: str = _key("train", "split to train on")
+    streaming: bool | None = _key(None, "read in place, block by block; the default for what is not local")
+    eval_dataset: str | None = _key(None, "data set to evaluate on; the training one when omitted")
+    eval_split: str | None = _key(None, "split to evaluate on; found by name, or a held-out part, when omitted")
+    image_column: str | None = _key(None, "column of the images; found by type when omitted")
+    label_column: str | None = _key(None, "column of the labels, which pretraining doesn't use")
+    max_samples: int | None = _key(None, "train on so many images at most")
+    max_eval_samples: int | None = _key(2048, "evaluate on so many images at most")
+    max_bad_fraction: float = _key(0.01, "stop when more of the images than this can't be decoded")
+    crop_scale: list[float] = field(
+        default_factory=lambda: [0.2, 1.0], metadata={"help": "smallest and largest area of a random crop"}
+    )
+    flip: bool = _key(True, "mirror half of the training images")
+    eval_crop_pct: float = _key(0.875, "share of the resized side that the evaluation crop keeps (224 of 256)")
+    image_mean: list[float] | None = _key(None, "per channel; ImageNet's for 8-bit colour, else from the data")
+    image_std: list[float] | None = _key(None, "per channel; ImageNet's for 8-bit colour, else from the data")
+    # model
+    model: str | None = _key(None, "folder or Hub id to continue from; from scratch when omitted")
+    model_size: Literal["tiny", "small", "base", "large", "huge"] = _key("base", "row of the table of sizes")
+    # optimization
+    total_batch_size: int = _key(4096, "images of an optimizer step, over all processes")
+    per_device_batch_size: int | None = _key(None, "images at once on a device; at most 64 when omitted")
+    epochs: float | None = _key(800, "passes over the data; total_steps wins")
+    total_steps: int | None = _key(None, "optimizer steps")
+    warmup_epochs: float = _key(40, "length of the linear warm-up, at most a tenth of the run; warmup_steps wins")
+    warmup_steps: int | None = _key(None, "length of the linear warm-up in steps")
+    blr: float = _key(1.5e-4, "learning rate per 256 images: lr = blr * total_batch_size / 256")
+    min_lr: float = _key(0.0, "learning rate at the end of the cosine")
+    weight_decay: float = _key(0.05, "of all but one-dimensional parameters")
+    adam_beta1: float = _key(0.9, "AdamW")
+    adam_beta2: float = _key(0.95, "AdamW")
+    clip_grad: float | None = _key(None, "largest norm of the gradient; not clipped when omitted")
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = _key("auto", "auto: bf16 on a GPU that has it, else no")
+    gradient_checkpointing: bool = _key(False, "trade computation for memory")
+    compile: bool = _key(False, "torch.compile the model")
+    attn_implementation: str = _key("sdpa", "eager, sdpa, flash_attention_2, ...")
+    # run
+    output_dir: str | None = _key(None, "folder of the run; outputs/RECIPE when omitted")
+    resume: str = _key("none", "auto: go on from the newest complete checkpoint, if any; PATH: from this one; none")
+    seed: int = _key(0, "of initial weights, order, crops, flips and masks")
+    num_workers: int = _key(2, "loader processes for each training process")
+    log_steps: int = _key(20, "steps between two lines of the log")
+    eval_steps: int | None = _key(None, "steps between two evaluations; a tenth of the run when omitted")
+    save_steps: int | None = _key(None, "steps between two checkpoints; a tenth of the run when omitted")
+    keep_checkpoints: int = _key(2, "newest checkpoints that are kept, 2 or more")
+    log_with: str | None = _key(None, "trackers: tensorboard, wandb, trackio or all")
+    dry_run: bool = _key(False, "show the run and stop before the first step")
+    model_config: dict[str, Any] = field(default_factory=dict, metadata={"help": "keys of MAEConfig"})
+
+    @property
+    def lr(self) -> float:
+        """The highest learning rate, by the linear scaling rule."""
+        return self.blr * self.total_batch_size / 256
+
+    def steps(self, num_samples: int) -> tuple[int, int]:
+        """Optimizer steps of the run and of its warm-up.
+
+        Args:
+            num_samples: training images of an epoch.
+
+        Raises:
+            RecipeError: if neither steps nor epochs are given.
+        """
+        per_epoch = num_samples / self.total_batch_size
+        if self.total_steps is None and self.epochs is None:
+            raise RecipeError("neither total_steps nor epochs is given; pass e.g. --epochs 800")
+        total = self.total_steps or max(1, round((self.epochs or 0) * per_epoch))
+        if self.warmup_steps is not None:
+            return total, self.warmup_steps
+        return total, min(round(self.warmup_epochs * per_epoch), total // 10)
+
+    def micro_batch(self, ranks: int) -> tuple[int, int]:
+        """Images at once on a device, and how many such micro-batches make a step of one process.
+
+        Args:
+            ranks: processes.
+
+        Raises:
+            RecipeError: if they don't make up the total; it names the sizes that do.
+        """
+        share, remainder = divmod(self.total_batch_size, ranks)
+        if remainder:
+            fitting = [n for n in range(1, ranks + 1) if self.total_batch_size % n == 0]
+            raise RecipeError(
+                f"total_batch_size {self.total_batch_size} can't be dealt to {ranks} processes; use {fitting} "
+                f"processes, or a multiple of {ranks} images"
+            )
+        fitting = [n for n in range(1, share + 1) if share % n == 0]
+        size = self.per_device_batch_size or max(n for n in fitting if n <= 64)
+        if size not in fitting:
+            raise RecipeError(
+                f"total_batch_size {self.total_batch_size} is not a multiple of per_device_batch_size {size} x {ranks} "
+                f"processes; sizes that fit: {', '.join(map(str, fitting[-12:]))}"
+            )
+        return size, share // size
+
+    def to_dict(self) -> dict[str, Any]:
+        """All keys, flat, as a recipe file has them."""
+        flat = asdict(self)
+        return {**flat, **flat.pop("model_config")}
+
+    def check(self) -> None:
+        """Raise a RecipeError for a value that no run can have."""
+        for key in ("total_batch_size", "log_steps", "keep_checkpoints", "total_steps", "save_steps", "eval_steps"):
+            value = getattr(self, key)
+            if value is not None and value < (2 if key == "keep_checkpoints" else 1):
+                raise RecipeError(f"{key} {value} is too small; give {2 if key == 'keep_checkpoints' else 1} or more")
+        if self.num_workers < 0:
+            raise RecipeError(f"num_workers {self.num_workers} is negative; 0 loads in the training process")
+        low, high = (self.crop_scale * 2)[:2] if len(self.crop_scale) == 1 else self.crop_scale[:2]
+        if not 0 < low <= high <= 1:
+            raise RecipeError(
+                f"crop_scale {self.crop_scale} is not 0 < smallest <= largest <= 1; the paper has 0.2 1.0"
+            )
+        if not 0 < self.eval_crop_pct <= 1:
+            raise RecipeError(f"eval_crop_pct {self.eval_crop_pct} lies outside (0, 1]; 0.875 is the usual one")
+
+
+# Keys of MAEConfig that concern other uses of a model than pretraining are keys all the same.
+CONFIG_KEYS = [name for name in MAEConfig.__annotations__ if not name.startswith("_")]
+RECIPE_KEYS = [key.name for key in fields(PretrainRecipe) if key.name != "model_config"]
+
+
+class _Parser(HfArgumentParser):
+    """Raises what argparse would print with a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RecipeError(f"{message}; see hf-mae pretrain --help")
+
+
+def pretrain_parser() -> ArgumentParser:
+    """The command line of `hf-mae pretrain`: the keys of PretrainRecipe and of MAEConfig."""
+    parser = _Parser(PretrainRecipe, prog="hf-mae pretrain", allow_abbrev=False)
+    # The dictionary of the model's keys is no flag; its keys are.
+    parser._remove_action(next(action for action in parser._actions if action.dest == "model_config"))
+    del parser._option_string_actions["--model_config"]
+    group = parser.add_argument_group("model", "keys of MAEConfig; sizes as 224, 208x320 or 208,320")
+    for key in CONFIG_KEYS:
+        group.add_argument(f"--{key}", type=_config_value, default=None, metavar="VALUE")
+    return parser
+
+
+def load_pretrain_recipe(arguments: list[str]) -> PretrainRecipe:
+    """Merge defaults, recipe file and command line.
+
+    Args:
+        arguments: of the command line, e.g. `["--recipe", "quickstart", "--seed", "1"]`.
+
+    Raises:
+        RecipeError: for an unknown recipe or key (it names the nearest) or an impossible value.
+    """
+    parser = pretrain_parser()
+    first = ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe")
+    name = first.parse_known_args(arguments)[0].recipe
+    values = read_recipe(name) if name else {}
+    for key in values:
+        if key not in RECIPE_KEYS + CONFIG_KEYS:
+            raise RecipeError(f"unknown key '{key}' in recipe {name}{_nearest(key, RECIPE_KEYS + CONFIG_KEYS)}")
+    parser.set_defaults(**values)
+    namespace, rest = parser.parse_known_args(arguments)
+    if rest:
+        keys = [f"--{key}" for key in RECIPE_KEYS + CONFIG_KEYS]
+        raise RecipeError(f"unknown argument '{rest[0]}'{_nearest(rest[0].split('=')[0], keys)}")
+    return _recipe_from(namespace)
+
+
+def _recipe_from(namespace: Namespace) -> PretrainRecipe:
+    values = vars(namespace)
+    config = {key: values[key] for key in CONFIG_KEYS if values[key] is not None}
+    recipe = PretrainRecipe(**{key: values[key] for key in RECIPE_KEYS}, model_config=config)
+    if recipe.output_dir is None:
+        recipe.output_dir = f"outputs/{Path(recipe.recipe).stem if recipe.recipe else 'pretrain'}"
+    recipe.check()
+    return recipe
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that the package ships."""
+    folder = resources.files("hf_mae") / "recipes"
+    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """The keys of a recipe of the package, or of a YAML file given by its path.
+
+    Raises:
+        RecipeError: if there is none, naming the nearest, or the file is not a table of keys.
+    """
+    if name in recipe_names():
+        text = (resources.files("hf_mae") / "recipes" / f"{name}.yaml").read_text()
+    elif name.endswith((".yaml", ".yml")) and Path(name).is_file():
+        text = Path(name).read_text()
+    else:
+        known = ", ".join(recipe_names())
+        raise RecipeError(
+            f"unknown recipe '{name}'{_nearest(name, recipe_names())}; there are {known}, or a .yaml file"
+        )
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {name} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"recipe {name} is not a table of keys; write lines such as 'epochs: 800'")
+    return values
+
+
+def model_config_of(recipe: PretrainRecipe, num_channels: int) -> MAEConfig:
+    """The configuration of a model from scratch: table of sizes < data's channels < the recipe's keys."""
+    try:
+        return MAEConfig(**{**SIZES[recipe.model_size], "num_channels": num_channels, **recipe.model_config})
+    except Exception as error:
+        raise RecipeError(" ".join(str(error).split())) from error
+
+
+def _nearest(word: str, words: list[str]) -> str:
+    match = difflib.get_close_matches(word, words, n=1)
+    return f"; did you mean '{match[0]}'?" if match else ""
+
+
+def _config_value(text: str) -> Any:
+    separator = next((s for s in ("x", ",") if s in text and all(part.isdigit() for part in text.split(s))), None)
+    if separator:
+        return [int(part) for part in text.split(separator)]
+    return yaml.safe_load(text)
