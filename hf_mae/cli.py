@@ -38,12 +38,16 @@ def main(arguments: list[str] | None = None) -> int:
         nearest = difflib.get_close_matches(name, runners, n=1)
         hint = f"did you mean '{nearest[0]}'?" if nearest else f"there are {', '.join(runners)}"
         return _fail(f"unknown command '{name}'; {hint}")
+    from transformers.utils import logging as transformers_logging
+
     from . import register
     from .data.sources import DataError
     from .training.checkpoint import CheckpointError
     from .training.recipe import RecipeError
 
     register()
+    # One bar, ours: not another one for each file that a library writes.
+    transformers_logging.disable_progress_bar()
     try:
         return runners[name](rest)
     except (DataError, RecipeError, CheckpointError) as error:

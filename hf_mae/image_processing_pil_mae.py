@@ -26,10 +26,7 @@ from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT
 
 
 def resize_bands(
-    image: np.ndarray,
-    size: tuple[int, int],
-    resample: int,
-    box: tuple[float, float, float, float] | None = None,
+    image: np.ndarray, size: tuple[int, int], resample: int, box: tuple[float, float, float, float] | None = None
 ) -> np.ndarray:
     """Resize every band with Pillow's filters; what leaves is of the dtype that came in.
 

@@ -28,7 +28,7 @@ def reconstruct(
         reconstruction: (B, C, H, W) predictions where patches were removed, the image elsewhere.
         removed: (B, 1, H, W) 1 where a patch was removed.
     """
-    patch_size, (B, C, H, W) = model.config.patch_height_width, pixel_values.shape
+    patch_size, (B, _, H, W) = model.config.patch_height_width, pixel_values.shape
     grid_size = H // patch_size[0], W // patch_size[1]
     output = model(pixel_values, noise=noise, return_loss=False)
     patches = patchify(pixel_values.float(), patch_size)

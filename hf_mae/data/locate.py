@@ -130,8 +130,8 @@ def _locate_folder(dataset: str, path: str, config_name: str | None) -> Place:
 def _walk(root: str) -> Iterable[str]:
     """Paths relative to a folder of its files, not the hidden ones, through links but not in circles."""
     for folder, subfolders, files in os.walk(root, followlinks=True):
-        relative = Path(folder).relative_to(root)
-        yield from ((relative / file).as_posix() for file in files if not file.startswith("."))
+        prefix = "" if folder == root else Path(folder).relative_to(root).as_posix() + "/"
+        yield from (prefix + file for file in files if not file.startswith("."))
         subfolders[:] = [name for name in subfolders if not (name.startswith(".") or _leads_back(folder, name))]
 
 

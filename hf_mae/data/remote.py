@@ -22,6 +22,7 @@ READ_AHEAD = 4 * 2**20  # bytes a request, where small reads follow each other
 # Base classes of broken connections in httpx, aiohttp and botocore, none of which is an OSError. Known by name:
 # which of the three is installed depends on where the data is.
 _CONNECTION_ERRORS = {"TransportError", "ClientConnectionError", "ClientPayloadError", "HTTPClientError"}
+_NO_RANGES = "does not let parts of it be read; download it and give the local path"
 # Not the caller's global generator, which a pause must not advance, nor one that forked workers share.
 _jitter = random.SystemRandom()
 _Result = TypeVar("_Result")
@@ -43,7 +44,7 @@ def is_remote(url: str) -> bool:
 def one_line(error: BaseException) -> str:
     """The message on one line of at most 300 characters."""
     # Signed URLs carry their credentials behind the question mark.
-    words = [word.split("?", 1)[0] + "?..." if "://" in word and "?" in word else word for word in str(error).split()]
+    words = [word.split("?", 1)[0] + "?[...]" if "://" in word and "?" in word else word for word in str(error).split()]
     text = " ".join(words).rstrip(".") or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
 
@@ -105,7 +106,8 @@ def with_retries(call: Callable[[], _Result], what: str) -> _Result:
             if not is_transient(error):
                 if isinstance(error, OSError) or _status(error) is not None:
                     remedy = "check the name; for private or gated data log in, as with `hf auth login`"
-                    raise DataError(f"cannot read {what}: {one_line(error)}; {remedy}") from error
+                    reason = "there is no such file" if str(error) == what else one_line(error)
+                    raise DataError(f"cannot read {what}: {reason}; {remedy}") from error
                 raise
             cause = f"{type(error).__name__}: {one_line(error)}"
             if attempt == RETRY_TRIES:
@@ -174,7 +176,7 @@ class RemoteFile(io.RawIOBase):
         self._handle = fs.open(path, "rb", cache_type="none")
         size = getattr(self._handle, "size", None)
         if size is None or not self._handle.seekable():
-            raise DataError(f"{self.url} does not let parts of it be read: download it and give the local path")
+            raise DataError(f"{self.url} {_NO_RANGES}")
         return int(size)
 
     def _fetch(self, start: int, stop: int) -> bytes:
@@ -186,6 +188,8 @@ class RemoteFile(io.RawIOBase):
             data = handle.read(stop - start)
             if len(data) != stop - start:
                 raise OSError(f"got {len(data)} of {stop - start} bytes")
+        except ValueError as error:  # a web server that only sends files from their start
+            raise DataError(f"{self.url} {_NO_RANGES} ({one_line(error)})") from error
         except Exception:
             self._handle = None  # a new connection for the next try
             raise

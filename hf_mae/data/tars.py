@@ -66,7 +66,9 @@ class TarSource(Source):
         super().__init__(name, split, names, sizes, random_access=not remote)
         if remote:
             self.blocks = [(i, *block) for i, index in enumerate(self._indices) for block in _blocks(index)]
-        self._starts = [[start for shard, start, _ in self.blocks if shard == i] for i in range(len(urls))]
+        self._starts: list[list[int]] = [[] for _ in urls]
+        for shard, start, _ in self.blocks:
+            self._starts[shard].append(start)
         self._last: tuple[tuple[int, int, int], tuple[int, bytes]] | None = None
         if label_column:
             self._check_label(label_column)

@@ -123,7 +123,7 @@ def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's state on the host, whole, as `PARAMETER.KEY`. With sharded weights, every process must call it."""
+    """The optimizer's state on the host, whole, as `PARAMETER.KEY`; with sharded weights, called by every process."""
     return {
         f"{name}.{key}": _whole(value)
         for name, parameter in model.named_parameters()

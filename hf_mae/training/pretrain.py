@@ -3,36 +3,29 @@
 Run by `hf-mae pretrain`, or under `torchrun` / `accelerate launch` with `-m hf_mae.cli pretrain`.
 """
 
-import logging
-import os
+import json
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
-from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from accelerate import DistributedType
 from accelerate.utils import gather_object, set_seed
 from torch import nn
 
 from .. import __version__
-from ..data.augment import evaluation_resize
-from ..data.sources import DataError, Source, list_splits, open_source
-from ..data.stats import RESCALE_FACTORS, channel_stats, probe_rows
-from ..data.stream import Batch, EvaluationSet, Rows, StreamPlan, TrainingStream, View, make_loader
-from ..image_processing_mae import MAEImageProcessor
+from ..data.sources import DataError
+from ..data.stats import RESCALE_FACTORS
+from ..data.stream import Batch, EvaluationSet, TrainingStream, make_loader
 from ..modeling_mae import MAEForPreTraining
 from ..visualize import reconstruction_grid
 from .checkpoint import (
-    CheckpointError,
-    find_checkpoint,
     full_state_dict,
-    list_checkpoints,
     load_optimizer_tensors,
     load_tensors,
     optimizer_tensors,
@@ -42,19 +35,16 @@ from .checkpoint import (
 )
 from .log import BadSamples, RunLog, Stopwatch
 from .optimizer import adamw
-from .recipe import PretrainRecipe, RecipeError, model_config_of
+from .recipe import PretrainRecipe
 from .schedule import lr_at
+from .setup import build_model, build_processor, find_stored, make_accelerator, make_view, open_data, plan_stream
 
-logger = logging.getLogger(__name__)
-
-IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-HELD_OUT = 0.05
-# These keys may change when a run goes on: they say how it is computed and shown, not what it computes.
-FREE_KEYS = {
-    "output_dir", "resume", "num_workers", "per_device_batch_size", "mixed_precision", "gradient_checkpointing",
-    "compile", "attn_implementation", "log_steps", "log_with", "save_steps", "keep_checkpoints", "eval_steps",
-    "max_eval_samples", "dry_run", "recipe",
-}  # fmt: skip
+STRATEGIES = {
+    DistributedType.NO: "one process",
+    DistributedType.MULTI_CPU: "DDP",
+    DistributedType.MULTI_GPU: "DDP",
+    DistributedType.FSDP: "FSDP",
+}
 
 
 def pretrain(recipe: PretrainRecipe) -> dict[str, Any]:
@@ -77,84 +67,6 @@ def pretrain(recipe: PretrainRecipe) -> dict[str, Any]:
     return run.train()
 
 
-@dataclass
-class PretrainData:
-    """The data of a run: training rows, evaluation rows, and what the images are."""
-
-    rows: Rows
-    eval_rows: Rows
-    num_channels: int
-    dtype: str
-    evaluated_on: str
-
-
-def open_data(recipe: PretrainRecipe) -> PretrainData:
-    """Open the training and evaluation rows of a recipe.
-
-    A data set without a split of its own for evaluation gets a held-out part, chosen by a hash of each row's place.
-    """
-    options: dict[str, Any] = {
-        "config_name": recipe.dataset_config,
-        "revision": recipe.dataset_revision,
-        "image_column": recipe.image_column,
-        "label_column": recipe.label_column,
-        "streaming": recipe.streaming,
-    }
-    source = open_source(recipe.dataset, split=recipe.split, **options)
-    evaluation: Source | None = None
-    if recipe.eval_dataset or recipe.eval_split:
-        same = recipe.eval_dataset is None
-        evaluation = open_source(
-            recipe.eval_dataset or recipe.dataset,
-            split=recipe.eval_split or "train",
-            **(options if same else {"image_column": recipe.image_column}),
-        )
-    else:
-        splits = list_splits(recipe.dataset, config_name=recipe.dataset_config, revision=recipe.dataset_revision)
-        name = next((s for s in ("validation", "val", "valid", "test") if s in splits and s != recipe.split), None)
-        if name:
-            evaluation = open_source(recipe.dataset, split=name, **options)
-    if evaluation is None:
-        rows = Rows(source, "train", HELD_OUT, recipe.max_samples)
-        eval_rows = Rows(source, "held_out", HELD_OUT, recipe.max_eval_samples)
-        evaluated_on = f"{HELD_OUT:.0%} of {recipe.split}, held out by a hash of each row's place"
-    else:
-        rows = Rows(source, max_samples=recipe.max_samples)
-        eval_rows = Rows(evaluation, max_samples=recipe.max_eval_samples)
-        evaluated_on = f"split {evaluation.split} of {evaluation.name}"
-    num_channels, dtype = probe_rows(rows)
-    wanted = recipe.model_config.get("num_channels")
-    if wanted is not None and wanted != num_channels and {wanted, num_channels} != {1, 3}:
-        raise DataError(
-            f"images of {source.name} have {num_channels} channels, num_channels is {wanted}; pass --num_channels "
-            f"{num_channels}"
-        )
-    return PretrainData(rows, eval_rows, wanted or num_channels, dtype, evaluated_on)
-
-
-def _accelerator(recipe: PretrainRecipe) -> Accelerator:
-    """One Accelerator for model and optimizer; a strategy that was asked for and not obtained is an error."""
-    precision = recipe.mixed_precision
-    if precision == "auto":
-        precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
-    accelerator = Accelerator(
-        mixed_precision=precision,
-        log_with=recipe.log_with,
-        project_dir=recipe.output_dir,
-        # The only buffers are tables that never change: nothing to broadcast at each forward.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != asked:
-        raise RecipeError(f"{asked} processes were started, {accelerator.num_processes} work together; use torchrun")
-    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
-    if fsdp and accelerator.distributed_type != DistributedType.FSDP:
-        raise RecipeError(
-            f"FSDP was asked for and {accelerator.distributed_type.value} obtained; FSDP needs a GPU for each process"
-        )
-    return accelerator
-
-
 class PretrainRun:
     """One run: what it is made of, and its loop.
 
@@ -165,128 +77,33 @@ class PretrainRun:
     def __init__(self, recipe: PretrainRecipe):
         self.recipe = recipe
         self.output_dir = Path(recipe.output_dir or "outputs/pretrain")
-        self.accelerator = _accelerator(recipe)
-        self.stored = self._find_stored()
+        self.accelerator = make_accelerator(recipe)
+        self.stored = find_stored(recipe, self.output_dir)
+        # One process after the other, so that what a data set library caches is written once.
         with self.accelerator.main_process_first():
             self.data = open_data(recipe)
+        ranks = self.accelerator.num_processes
         self.total_steps, self.warmup_steps = recipe.steps(len(self.data.rows))
-        self.micro_batch, self.grad_accum_steps = recipe.micro_batch(self.accelerator.num_processes)
+        self.micro_batch, self.grad_accum_steps = recipe.micro_batch(ranks)
         set_seed(recipe.seed)
-        model = self._build_model()
+        model = build_model(recipe, self.stored, self.data.num_channels)
         self.config = model.config
-        self.processor = self._build_processor()
-        self.state = self._load_json("trainer.json") if self.stored else {"step": 0, "images_seen": 0}
-        self.plan, self.positions = self._plan_stream()
-        self.items_per_step = self.plan.items_per_step(
-            self.accelerator.num_processes, recipe.num_workers, self.grad_accum_steps
-        )
-        if recipe.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        if recipe.compile:
-            model.compile()
+        self.processor = build_processor(recipe, self.stored, self.data, self.config)
+        self.view = make_view(recipe, self.data, self.config)
+        self.state: dict[str, Any] = self._load_json("trainer.json") or {"step": 0, "images_seen": 0}
+        self.data_state = self._load_json("data.json")
+        self.plan, self.positions = plan_stream(recipe, self.data, ranks, self.data_state)
+        self.items_per_step = self.plan.items_per_step(ranks, recipe.num_workers, self.grad_accum_steps)
         optimizer = adamw(model, (recipe.adam_beta1, recipe.adam_beta2), recipe.weight_decay)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self._load_optimizer()
         self.stop_requested = False
+        self.bad: BadSamples | None = None
+        self.moved: dict[int, int] = {}
+        self.newly_bad: list[tuple[str, str]] = []
 
-    # ------------------------------------------------------------------------------------------ set-up
-
-    def _find_stored(self) -> Path | None:
-        recipe, output_dir = self.recipe, self.output_dir
-        used = (output_dir / "run_config.yaml").exists() or list_checkpoints(output_dir)
-        if recipe.resume == "none":
-            if used and not recipe.dry_run:
-                raise CheckpointError(
-                    f"{output_dir} holds another run; go on with it by --resume auto, or choose another --output_dir"
-                )
-            return None
-        stored = find_checkpoint(output_dir, recipe.resume)
-        before = output_dir / "run_config.yaml"
-        if before.exists() and recipe.resume == "auto":
-            old, new = yaml.safe_load(before.read_text())["recipe"], recipe.to_dict()
-            for key in sorted((old.keys() | new.keys()) - FREE_KEYS):
-                if old.get(key) != new.get(key):
-                    raise CheckpointError(
-                        f"{output_dir} holds a run with {key} {old.get(key)}, not {new.get(key)}; go on with the same "
-                        "recipe, or choose another --output_dir"
-                    )
-        return stored
-
-    def _build_model(self) -> MAEForPreTraining:
-        recipe = self.recipe
-        options = {"attn_implementation": recipe.attn_implementation, "dtype": torch.float32}
-        if self.stored:
-            return MAEForPreTraining.from_pretrained(self.stored, **options)
-        if recipe.model is None:
-            config = model_config_of(recipe, self.data.num_channels)
-            return MAEForPreTraining._from_config(config, **options)
-        try:
-            return MAEForPreTraining.from_pretrained(
-                recipe.model, **{"num_channels": self.data.num_channels, **recipe.model_config}, **options
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise RecipeError(
-                f"--model {recipe.model} can't be loaded: {' '.join(str(error).split())[:300]}"
-            ) from error
-
-    def _build_processor(self) -> MAEImageProcessor:
-        """The image processor that belongs to the model: sizes, scaling, and mean and standard deviation."""
-        if self.stored:
-            return MAEImageProcessor.from_pretrained(self.stored)
-        recipe, data = self.recipe, self.data
-        mean, std = recipe.image_mean, recipe.image_std
-        if mean is None or std is None:
-            if data.num_channels == 3 and data.dtype == "uint8":
-                mean, std = IMAGENET_MEAN, IMAGENET_STD
-            else:
-                with self.accelerator.main_process_first():
-                    stats = channel_stats(data.rows, data.num_channels, data.dtype)
-                mean, std = stats["image_mean"], stats["image_std"]
-        for name, values in (("image_mean", mean), ("image_std", std)):
-            if len(values) != data.num_channels:
-                raise RecipeError(
-                    f"{name} has {len(values)} numbers for {data.num_channels} channels; give one for each"
-                )
-        size, resize = (
-            self.config.image_height_width,
-            evaluation_resize(self.config.image_height_width, recipe.eval_crop_pct),
-        )
-        return MAEImageProcessor(
-            num_channels=data.num_channels,
-            size={"shortest_edge": resize} if isinstance(resize, int) else {"height": resize[0], "width": resize[1]},
-            crop_size={"height": size[0], "width": size[1]},
-            image_mean=mean,
-            image_std=std,
-            do_rescale=data.dtype != "float32",
-            rescale_factor=RESCALE_FACTORS[data.dtype],
-        )
-
-    def _plan_stream(self) -> tuple[StreamPlan, list[int]]:
-        if not self.stored:
-            rows = self.data.rows
-            plan = StreamPlan.choose(
-                self.recipe.total_batch_size,
-                self.accelerator.num_processes,
-                self.recipe.num_workers,
-                len(rows),
-                rows.source.random_access,
-            )
-            return plan, [0] * plan.num_streams
-        state = self._load_json("data.json")
-        if state["fingerprint"] != self.fingerprint:
-            raise CheckpointError(
-                f"{self.recipe.dataset} is not the data that {self.stored} was trained on (its files or rows changed); "
-                "bring the old data back, or start another run from these weights with --model"
-            )
-        return StreamPlan(**state["plan"]), state["positions"]
-
-    @cached_property
-    def fingerprint(self) -> dict[str, Any]:
-        """What the order of samples depends on, besides the seed."""
-        return {**self.data.rows.source.fingerprint, "num_samples": len(self.data.rows)}
-
-    def _load_json(self, name: str) -> dict[str, Any]:
-        return yaml.safe_load((self.stored / name).read_text()) if self.stored else {}
+    def _load_json(self, name: str) -> Any:
+        return json.loads((self.stored / name).read_text()) if self.stored else None
 
     def _load_optimizer(self) -> None:
         if not self.stored:
@@ -300,26 +117,13 @@ class PretrainRun:
     def _torch_optimizer(self) -> torch.optim.Optimizer:
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
-    def view(self) -> View:
-        """What becomes of an image on its way into a batch."""
-        size = self.config.image_height_width
-        return View(
-            size=size,
-            num_channels=self.data.num_channels,
-            dtype=self.data.dtype,
-            num_patches=self.config.num_patches,
-            crop_scale=(self.recipe.crop_scale[0], self.recipe.crop_scale[-1]),
-            flip=self.recipe.flip,
-            eval_resize=evaluation_resize(size, self.recipe.eval_crop_pct),
-        )
-
     def describe(self) -> None:
         """Write run_config.yaml and print what is about to happen."""
         recipe, accelerator = self.recipe, self.accelerator
         derived = {
             "version": __version__,
             "processes": accelerator.num_processes,
-            "strategy": accelerator.distributed_type.value,
+            "strategy": STRATEGIES.get(accelerator.distributed_type, accelerator.distributed_type.value),
             "mixed_precision": accelerator.mixed_precision,
             "per_device_batch_size": self.micro_batch,
             "grad_accum_steps": self.grad_accum_steps,
@@ -335,7 +139,7 @@ class PretrainRun:
             h, w = self.config.grid_size
             print(
                 f"{recipe.recipe or 'pretrain'}: {derived['training_images']:,} images of {recipe.dataset}, "
-                f"{self.data.num_channels} x {self.view().size[0]} x {self.view().size[1]} {self.data.dtype}, "
+                f"{self.data.num_channels} x {self.view.size[0]} x {self.view.size[1]} {self.data.dtype}, "
                 f"{h} x {w} patches, {derived['parameters'] / 1e6:.1f} M parameters\n"
                 f"{self.total_steps:,} steps of {recipe.total_batch_size} images = {accelerator.num_processes} "
                 f"{'process' if accelerator.num_processes == 1 else 'processes'} x {self.grad_accum_steps} x "
@@ -359,9 +163,8 @@ class PretrainRun:
         """All steps that are left, then the final model and its picture."""
         recipe, first_step = self.recipe, self.state["step"]
         log = RunLog(self.accelerator, self.output_dir, first_step, self.total_steps)
-        self.bad = None
         if self.accelerator.is_main_process:
-            before = self._load_json("data.json").get("bad")
+            before = self.data_state["bad"] if self.data_state else None
             self.bad = BadSamples(self.output_dir / "bad_samples.jsonl", before)
         eval_steps = recipe.eval_steps or max(1, self.total_steps // 10)
         save_steps = recipe.save_steps or max(1, self.total_steps // 10)
@@ -381,7 +184,7 @@ class PretrainRun:
                     seconds, waited = watch.read()
                     seconds_spent += seconds
                     speed = (step - logged) * recipe.total_batch_size / seconds
-                    mean_loss = self._mean_over_ranks(torch.stack(losses).mean())
+                    mean_loss = self._reduce(torch.stack(losses).mean(), "mean").item()
                     losses, logged = [], step
                     log.event(
                         step, images_seen=self.state["images_seen"], epoch=self.epoch, loss=mean_loss, lr=lr,
@@ -404,6 +207,8 @@ class PretrainRun:
         finally:
             for sig, handler in previous.items():
                 signal.signal(sig, handler)
+            # Ends the loader's workers, which ignore the SIGTERM by which they would be ended at exit.
+            batches.close()
             log.close()
         finished = self.state["step"] == self.total_steps
         summary = {
@@ -426,7 +231,7 @@ class PretrainRun:
         return self.state["images_seen"] / len(self.data.rows)
 
     def _step(
-        self, step: int, batches: Iterator[Batch], watch: Stopwatch, want_norm: bool
+        self, step: int, batches: Generator[Batch], watch: Stopwatch, want_norm: bool
     ) -> tuple[torch.Tensor, float | None, float]:
         """One optimizer step, number `step` from 1: its mean loss on this rank (on the device), gradient norm, lr."""
         lr = lr_at(step - 1, self.recipe.lr, self.warmup_steps, self.total_steps, self.recipe.min_lr)
@@ -449,14 +254,12 @@ class PretrainRun:
         self.optimizer.zero_grad()
         return total, float(grad_norm) if want_norm and grad_norm is not None else None, lr
 
-    def _batches(self, first_step: int) -> Iterator[Batch]:
+    def _batches(self, first_step: int) -> Generator[Batch]:
         """Micro-batches on the device, from the step after `first_step`; keeps count of the streams' positions."""
         stream = TrainingStream(
-            self.data.rows, self.plan, self.view(), self.recipe.seed, self.positions, first_step, self.total_steps,
+            self.data.rows, self.plan, self.view, self.recipe.seed, self.positions, first_step, self.total_steps,
             self.accelerator.process_index, self.accelerator.num_processes, self.items_per_step,
         )  # fmt: skip
-        self.moved: dict[int, int] = {}
-        self.newly_bad: list[tuple[str, str]] = []
         for item in make_loader(stream, self.recipe.num_workers, self.accelerator.device.type == "cuda"):
             self.moved.update(item.positions)
             self.newly_bad += item.bad
@@ -502,16 +305,14 @@ class PretrainRun:
             if new is not None:
                 total += torch.stack([loss.double() * len(batch.keys), torch.tensor(len(batch.keys)).to(loss)])
         self.model.train()
-        loss_sum, count = accelerator.reduce(total, "sum").tolist()
+        loss_sum, count = self._reduce(total, "sum").tolist()
         return loss_sum / count
 
     def _evaluation_set(self, rank: int, ranks: int) -> EvaluationSet:
-        return EvaluationSet(
-            self.data.eval_rows, self.view(), self.micro_batch, self.config.eval_mask_seed, rank, ranks
-        )
+        return EvaluationSet(self.data.eval_rows, self.view, self.micro_batch, self.config.eval_mask_seed, rank, ranks)
 
-    def _mean_over_ranks(self, value: torch.Tensor) -> float:
-        return self.accelerator.reduce(value, "mean").item()
+    def _reduce(self, value: torch.Tensor, how: str) -> torch.Tensor:
+        return cast(torch.Tensor, self.accelerator.reduce(value, how))
 
     def _request_stop(self, *_: Any) -> None:
         self.stop_requested = True
@@ -521,7 +322,7 @@ class PretrainRun:
         if self.accelerator.num_processes == 1:
             return self.stop_requested
         flag = torch.tensor(float(self.stop_requested), device=self.accelerator.device)
-        return self.accelerator.reduce(flag, "sum").item() > 0
+        return self._reduce(flag, "sum").item() > 0
 
     def _check_bad(self, log: RunLog) -> None:
         """Take in the samples that could not be decoded; stop if they are too many."""
@@ -533,8 +334,8 @@ class PretrainRun:
             failed = self.bad.total / (self.bad.total + self.state["images_seen"])
             if bad:
                 log.say(f"{self.bad.total} images skipped so far: {dict(self.bad.counts)}; see {self.bad.path}")
-        failed = self._mean_over_ranks(torch.tensor(failed, device=self.accelerator.device))
-        failed *= self.accelerator.num_processes  # only the main process counts
+        # Only the main process counts: the sum is its number, and all ranks stop by it.
+        failed = self._reduce(torch.tensor(failed, device=self.accelerator.device), "sum").item()
         if failed > self.recipe.max_bad_fraction:
             raise DataError(
                 f"{failed:.1%} of the images can't be decoded, more than max_bad_fraction "
@@ -562,7 +363,7 @@ class PretrainRun:
                 "plan": vars(self.plan),
                 "seed": self.recipe.seed,
                 "positions": self.positions,
-                "fingerprint": self.fingerprint,
+                "fingerprint": self.data.fingerprint,
                 "bad": self.bad.state(),
             }
 

@@ -162,7 +162,7 @@ class _Parser(HfArgumentParser):
 
 def pretrain_parser() -> ArgumentParser:
     """The command line of `hf-mae pretrain`: the keys of PretrainRecipe and of MAEConfig."""
-    parser = _Parser(PretrainRecipe, prog="hf-mae pretrain", allow_abbrev=False)
+    parser = _Parser([PretrainRecipe], prog="hf-mae pretrain", allow_abbrev=False)
     # The dictionary of the model's keys is no flag; its keys are.
     parser._remove_action(next(action for action in parser._actions if action.dest == "model_config"))
     del parser._option_string_actions["--model_config"]

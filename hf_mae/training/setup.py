@@ -1,0 +1,242 @@
+"""What a pretraining run is made of: processes, data, model, image processor, streams; new or from a checkpoint."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+
+from ..configuration_mae import MAEConfig
+from ..data.augment import evaluation_resize
+from ..data.sources import DataError, list_splits, open_source
+from ..data.stats import RESCALE_FACTORS, channel_stats, probe_rows
+from ..data.stream import Rows, StreamPlan, View
+from ..image_processing_mae import MAEImageProcessor
+from ..modeling_mae import MAEForPreTraining
+from .checkpoint import CheckpointError, find_checkpoint, list_checkpoints
+from .recipe import PretrainRecipe, RecipeError, model_config_of
+
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+HELD_OUT = 0.05
+# These keys may change when a run goes on: they say how it is computed and shown, not what it computes.
+FREE_KEYS = {
+    "output_dir", "resume", "recipe", "num_workers", "per_device_batch_size", "mixed_precision", "compile",
+    "gradient_checkpointing", "attn_implementation", "log_steps", "log_with", "save_steps", "keep_checkpoints",
+    "eval_steps", "max_eval_samples", "max_bad_fraction", "dry_run",
+}  # fmt: skip
+
+
+def make_accelerator(recipe: PretrainRecipe) -> Accelerator:
+    """One Accelerator for model and optimizer.
+
+    Raises:
+        RecipeError: if processes or a strategy were asked for and not obtained; Accelerate alone would go on without.
+    """
+    precision = recipe.mixed_precision
+    if precision == "auto":
+        precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        log_with=recipe.log_with,
+        project_dir=recipe.output_dir,
+        # The only buffers are tables that never change: nothing to broadcast at each forward.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != asked:
+        raise RecipeError(f"{asked} processes were started, {accelerator.num_processes} work together; use torchrun")
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
+    if fsdp and accelerator.distributed_type != DistributedType.FSDP:
+        raise RecipeError(
+            f"FSDP was asked for and {accelerator.distributed_type.value} obtained; FSDP needs a GPU for each process"
+        )
+    return accelerator
+
+
+@dataclass
+class PretrainData:
+    """The data of a run.
+
+    Args:
+        rows: to train on.
+        eval_rows: to evaluate on.
+        num_channels: C of every image in a batch.
+        dtype: of their pixels: "uint8", "uint16" or "float32".
+        evaluated_on: what the evaluation rows are, for people.
+    """
+
+    rows: Rows
+    eval_rows: Rows
+    num_channels: int
+    dtype: str
+    evaluated_on: str
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What the order of samples depends on, besides the seed; as it comes back from JSON."""
+        return json.loads(json.dumps({**self.rows.source.fingerprint, "num_samples": len(self.rows)}))
+
+
+def open_data(recipe: PretrainRecipe) -> PretrainData:
+    """Open the training and evaluation rows of a recipe.
+
+    A data set without a split of its own for evaluation gets a held-out part, chosen by a hash of each row's place.
+
+    Raises:
+        DataError: for what is not there, or has other channels than the recipe says.
+    """
+    place: dict[str, Any] = {"config_name": recipe.dataset_config, "revision": recipe.dataset_revision}
+    columns: dict[str, Any] = {"image_column": recipe.image_column, "label_column": recipe.label_column}
+    options: dict[str, Any] = {**place, **columns, "streaming": recipe.streaming}
+    source = open_source(recipe.dataset, split=recipe.split, **options)
+    evaluation = None
+    if recipe.eval_dataset:
+        evaluation = open_source(recipe.eval_dataset, split=recipe.eval_split or "train", **columns)
+    elif name := recipe.eval_split or _evaluation_split(list_splits(recipe.dataset, **place), recipe.split):
+        evaluation = open_source(recipe.dataset, split=name, **options)
+    if evaluation is None:
+        rows = Rows(source, "train", HELD_OUT, recipe.max_samples)
+        eval_rows = Rows(source, "held_out", HELD_OUT, recipe.max_eval_samples)
+        evaluated_on = f"{HELD_OUT:.0%} of {recipe.split}, held out by a hash of each row's place"
+    else:
+        rows = Rows(source, max_samples=recipe.max_samples)
+        eval_rows = Rows(evaluation, max_samples=recipe.max_eval_samples)
+        evaluated_on = f"split {evaluation.split} of {evaluation.name}"
+    num_channels, dtype = probe_rows(rows)
+    wanted = recipe.model_config.get("num_channels")
+    if wanted is not None and wanted != num_channels and {wanted, num_channels} != {1, 3}:
+        raise DataError(
+            f"images of {source.name} have {num_channels} channels, num_channels is {wanted}; pass --num_channels "
+            f"{num_channels}"
+        )
+    return PretrainData(rows, eval_rows, wanted or num_channels, dtype, evaluated_on)
+
+
+def _evaluation_split(splits: list[str], training: str) -> str | None:
+    return next((name for name in ("validation", "val", "valid", "test") if name in splits and name != training), None)
+
+
+def find_stored(recipe: PretrainRecipe, output_dir: Path) -> Path | None:
+    """The checkpoint that the run goes on from; None for a new run.
+
+    Raises:
+        CheckpointError: if the folder holds a run that this one is not to go on with, or can't.
+    """
+    before = output_dir / "run_config.yaml"
+    if recipe.resume == "none":
+        if (before.exists() or list_checkpoints(output_dir)) and not recipe.dry_run:
+            raise CheckpointError(
+                f"{output_dir} holds another run; go on with it by --resume auto, or choose another --output_dir"
+            )
+        return None
+    if before.exists() and recipe.resume == "auto":
+        old, new = yaml.safe_load(before.read_text())["recipe"], recipe.to_dict()
+        for key in sorted((old.keys() | new.keys()) - FREE_KEYS):
+            if old.get(key) != new.get(key):
+                raise CheckpointError(
+                    f"{output_dir} holds a run with {key} {old.get(key)}, not {new.get(key)}; go on with the same "
+                    "recipe, or choose another --output_dir"
+                )
+    return find_checkpoint(output_dir, recipe.resume)
+
+
+def build_model(recipe: PretrainRecipe, stored: Path | None, num_channels: int) -> MAEForPreTraining:
+    """The model of a run: from its checkpoint, from another model (at the recipe's size and channels), or new.
+
+    Raises:
+        RecipeError: if the recipe's model can't be loaded or made.
+    """
+    options = {"attn_implementation": recipe.attn_implementation, "dtype": torch.float32}
+    if stored:
+        model = MAEForPreTraining.from_pretrained(stored, **options)
+    elif recipe.model is None:
+        model = MAEForPreTraining._from_config(model_config_of(recipe, num_channels), **options)
+    else:
+        changes = {"num_channels": num_channels, **recipe.model_config}
+        try:
+            model = MAEForPreTraining.from_pretrained(recipe.model, **changes, **options)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise RecipeError(f"--model {recipe.model} can't be loaded: {reason}") from error
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if recipe.compile:
+        model.compile()
+    return model.train()
+
+
+def build_processor(
+    recipe: PretrainRecipe, stored: Path | None, data: PretrainData, config: MAEConfig
+) -> MAEImageProcessor:
+    """The image processor that belongs to the model: sizes, scaling, and mean and standard deviation.
+
+    Raises:
+        RecipeError: if mean or standard deviation have another length than there are channels.
+    """
+    if stored:
+        return MAEImageProcessor.from_pretrained(stored)
+    mean, std = recipe.image_mean, recipe.image_std
+    if mean is None or std is None:
+        if data.num_channels == 3 and data.dtype == "uint8":
+            mean, std = IMAGENET_MEAN, IMAGENET_STD
+        else:
+            stats = channel_stats(data.rows, data.num_channels, data.dtype)
+            mean, std = stats["image_mean"], stats["image_std"]
+    for name, values in (("image_mean", mean), ("image_std", std)):
+        if len(values) != data.num_channels:
+            raise RecipeError(f"{name} has {len(values)} numbers for {data.num_channels} channels; give one for each")
+    size = config.image_height_width
+    resize = evaluation_resize(size, recipe.eval_crop_pct)
+    return MAEImageProcessor(
+        num_channels=data.num_channels,
+        size={"shortest_edge": resize} if isinstance(resize, int) else {"height": resize[0], "width": resize[1]},
+        crop_size={"height": size[0], "width": size[1]},
+        image_mean=mean,
+        image_std=std,
+        do_rescale=data.dtype != "float32",
+        rescale_factor=RESCALE_FACTORS[data.dtype],
+    )
+
+
+def make_view(recipe: PretrainRecipe, data: PretrainData, config: MAEConfig) -> View:
+    """What becomes of an image on its way into a batch."""
+    size = config.image_height_width
+    return View(
+        size=size,
+        num_channels=data.num_channels,
+        dtype=data.dtype,
+        num_patches=config.num_patches,
+        crop_scale=(recipe.crop_scale[0], recipe.crop_scale[-1]),
+        flip=recipe.flip,
+        eval_resize=evaluation_resize(size, recipe.eval_crop_pct),
+    )
+
+
+def plan_stream(
+    recipe: PretrainRecipe, data: PretrainData, ranks: int, state: dict[str, Any] | None
+) -> tuple[StreamPlan, list[int]]:
+    """How batches are put together, and what each stream has read.
+
+    Args:
+        recipe: of the run.
+        data: of the run.
+        ranks: processes.
+        state: of a checkpoint (data.json); None for a new run.
+
+    Raises:
+        CheckpointError: if the data is not what the checkpoint was trained on.
+    """
+    if state is None:
+        access = data.rows.source.random_access
+        plan = StreamPlan.choose(recipe.total_batch_size, ranks, recipe.num_workers, len(data.rows), access)
+        return plan, [0] * plan.num_streams
+    if state["fingerprint"] != data.fingerprint:
+        raise CheckpointError(
+            f"{recipe.dataset} is not the data that this run was trained on (its files or rows changed); bring the old "
+            "data back, or start another run from these weights with --model"
+        )
+    return StreamPlan(**state["plan"]), state["positions"]
