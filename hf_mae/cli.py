@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 COMMANDS = {
     "pretrain": "train a masked autoencoder, from scratch or from a checkpoint",
+    "evaluate": "evaluate knn | evaluate linear-probe: what frozen features are worth",
     "stats": "print a data set's per-channel mean and standard deviation",
 }
 
@@ -20,7 +21,7 @@ hf-mae COMMAND --help lists the keys of a command. A first run, on a data set th
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; 0 if it went well, 2 for a mistake that its one-line message names, 1 for a run that failed."""
+    """Run a command; 0 if it went well, 2 for a mistake that its one-line message names, 130 if interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE.format(commands="\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items())))
@@ -31,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    runners: dict[str, Callable[[list[str]], int]] = {"pretrain": _pretrain, "stats": _stats}
+    runners: dict[str, Callable[[list[str]], int]] = {"pretrain": _pretrain, "evaluate": _evaluate, "stats": _stats}
     if name not in runners:
         import difflib
 
@@ -53,7 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (DataError, RecipeError, CheckpointError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        return _fail("interrupted; go on with --resume auto") or 130
+        _fail("interrupted; go on with --resume auto")
+        return 130
 
 
 def _fail(message: str) -> int:
@@ -66,7 +68,7 @@ def _pretrain(arguments: list[str]) -> int:
     from .training.recipe import load_pretrain_recipe
 
     summary = pretrain(load_pretrain_recipe(arguments))
-    if summary["model"]:
+    if summary["picture"]:  # only the main process has one
         print(
             f"evaluation loss {summary['first_eval_loss']:.4f} before step 1, {summary['last_eval_loss']:.4f} after "
             f"step {summary['steps']}\n"
@@ -75,6 +77,39 @@ def _pretrain(arguments: list[str]) -> int:
             f"load it  import hf_mae; from transformers import AutoModel; "
             f"model = AutoModel.from_pretrained({summary['model']!r})"
         )
+    return 0
+
+
+def _evaluate(arguments: list[str]) -> int:
+    import json
+    import statistics
+
+    from .evaluation.features import EvaluateRecipe, split_features
+    from .training.recipe import RecipeError, parse_dataclass
+
+    protocols = ("knn", "linear-probe")
+    if not arguments or arguments[0] not in protocols:
+        raise RecipeError(f"evaluate what? hf-mae evaluate {' | '.join(protocols)} --model DIR --dataset DATA")
+    recipe = parse_dataclass(EvaluateRecipe, arguments[1:], f"hf-mae evaluate {arguments[0]}")
+    train, test = split_features(recipe)
+    runs = []
+    for seed in range(recipe.seeds):
+        parts = train.sample(recipe.fraction, seed), test.sample(recipe.fraction, seed)
+        if arguments[0] == "knn":
+            from .evaluation.knn import knn_accuracy
+
+            runs.append(knn_accuracy(*parts))
+        else:
+            from .evaluation.linear_probe import fast_linear_accuracy
+
+            runs.append(fast_linear_accuracy(*parts))
+    results = {
+        name: {"mean": statistics.mean(values), "min": min(values), "max": max(values)}
+        for name in runs[0]
+        for values in [[run[name] for run in runs]]
+    }
+    protocol = {"protocol": arguments[0], **vars(recipe), "features": len(train.labels), "queries": len(test.labels)}
+    print(json.dumps({**protocol, "results": results}, indent=1))
     return 0
 
 

@@ -10,7 +10,7 @@ patchify -> mask -> embed what is kept -> encoder -> decoder -> loss; then the m
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +22,17 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils import ModelOutput
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import ModelOutput, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_mae import SIZES, MAEConfig
+
+
+class MAEKwargs(TypedDict, total=False):
+    """What every `forward` takes besides its own arguments, and besides transformers' `return_dict`."""
+
+    output_hidden_states: bool | None
+    output_attentions: bool | None
 
 
 @dataclass
@@ -240,7 +246,7 @@ class MAEPatchEmbed(nn.Conv2d):
         patch_size = config.patch_height_width
         super().__init__(config.num_channels, config.hidden_size, kernel_size=patch_size, stride=patch_size)
 
-    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """(B, K, V) -> (B, K, D). Works on patches, not on images, so that removed ones cost nothing."""
         return F.linear(patches, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
 
@@ -310,7 +316,7 @@ class MAEAttention(nn.Module):
         qkv = self.qkv(hidden_states).view(B, length, 3, width // self.head_dim, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, length, head_dim)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+            self.config._attn_implementation or "eager", eager_attention_forward
         )
         hidden_states, weights = attention(self, query, key, value, None, scaling=self.scaling, dropout=0.0, **kwargs)
         return self.proj(hidden_states.reshape(B, length, width)), weights
@@ -417,10 +423,9 @@ class MAEPreTrainedModel(PreTrainedModel):
     """What all MAE models share: initial values, loading at another image size or channel count."""
 
     config: MAEConfig
-    config_class = MAEConfig
     base_model_prefix = "mae"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = "image"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MAEEmbeddings", "MAELayer"]
     _supports_sdpa = True
@@ -469,7 +474,7 @@ class MAEPreTrainedModel(PreTrainedModel):
         if pretrained_model_name_or_path is None or kwargs.get("state_dict") is not None:
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
         hub_options = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-        stored = cls.config_class.from_pretrained(
+        stored = MAEConfig.from_pretrained(
             pretrained_model_name_or_path, **{key: kwargs[key] for key in hub_options if key in kwargs}
         )
         if isinstance(config, PreTrainedConfig):
@@ -550,9 +555,9 @@ def _set_predicted_channels(decoder_pred: nn.Linear, config: MAEConfig) -> None:
         decoder_pred.out_features = out_features
 
 
-def _refuse_unknown(model: nn.Module, kwargs: dict[str, Any]) -> None:
+def _refuse_unknown(model: nn.Module, kwargs: MAEKwargs) -> None:
     """A misspelt argument must not be swallowed by the keyword arguments that transformers passes through."""
-    known = {"output_hidden_states", "output_attentions", "return_dict", "use_cache"}
+    known = {*MAEKwargs.__annotations__, "return_dict", "use_cache"}
     if unknown := sorted(set(kwargs) - known):
         raise TypeError(f"{type(model).__name__}.forward() got an unexpected keyword argument '{unknown[0]}'")
 
@@ -578,7 +583,7 @@ class MAEModel(MAEPreTrainedModel):
         generator: torch.Generator | None = None,
         bool_masked_pos: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        **kwargs: Any,
+        **kwargs: Unpack[MAEKwargs],
     ) -> MAEModelOutput:
         """Encode images.
 
@@ -687,7 +692,7 @@ class MAEForPreTraining(MAEPreTrainedModel):
         bool_masked_pos: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         return_loss: bool = True,
-        **kwargs: Any,
+        **kwargs: Unpack[MAEKwargs],
     ) -> MAEForPreTrainingOutput:
         """Remove patches, encode the rest, predict all pixels.
 
@@ -778,18 +783,18 @@ class MAEForImageClassification(MAEPreTrainedModel):
 
     def __init__(self, config: MAEConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = int(config.num_labels or 0)
         mean = config.pooling == "mean"
         self.mae = MAEModel(config, add_final_norm=not mean)
         self.fc_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if mean else nn.Identity()
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if module is self.classifier:
-            init.trunc_normal_(module.weight, std=self.config.head_initializer_range)
-            init.zeros_(module.bias)
+            init.trunc_normal_(self.classifier.weight, std=self.config.head_initializer_range)
+            init.zeros_(self.classifier.bias)
         else:
             super()._init_weights(module)
 
@@ -799,7 +804,7 @@ class MAEForImageClassification(MAEPreTrainedModel):
         pixel_values: torch.Tensor,
         labels: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        **kwargs: Any,
+        **kwargs: Unpack[MAEKwargs],
     ) -> ImageClassifierOutput:
         """Classify images, none of their patches removed.
 
@@ -867,7 +872,9 @@ class MAEBackbone(BackboneMixin, MAEPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> BackboneOutput:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[MAEKwargs]
+    ) -> BackboneOutput:
         """Feature maps (B, D, H/P, W/Q), one for each of `out_features` (tokens with `reshape_hidden_states=False`).
 
         Args:

@@ -1,5 +1,7 @@
 """Pictures of what a model makes of masked images: original | masked | reconstruction (Pillow alone)."""
 
+import math
+
 import torch
 from PIL import Image, ImageDraw
 
@@ -71,10 +73,11 @@ def reconstruction_grid(
     masked, reconstruction, removed = reconstruct(model, pixel_values, noise)
     mean = torch.tensor(image_mean, device=pixel_values.device).view(1, -1, 1, 1)
     std = torch.tensor(image_std, device=pixel_values.device).view(1, -1, 1, 1)
-    shown = [image * std + mean for image in (pixel_values.float(), masked, reconstruction)]
-    shown[1] = torch.where(removed > 0, torch.full_like(shown[1], GRAY), shown[1])
     bands = slice(0, 3 if pixel_values.shape[1] >= 3 else 1)
-    columns = [_to_pictures(_stretch(images[:, bands], shown[0][:, bands]), cell) for images in shown]
+    shown = [(image * std + mean)[:, bands] for image in (pixel_values.float(), masked, reconstruction)]
+    shown = [_stretch(images, shown[0]) for images in shown]
+    shown[1] = torch.where(removed > 0, GRAY, shown[1])
+    columns = [_to_pictures(images, cell) for images in shown]
 
     width, height = columns[0][0].size
     pairs = min(pairs, len(columns[0]))
@@ -114,7 +117,9 @@ def _to_pictures(images: torch.Tensor, cell: int) -> list[Image.Image]:
 
 
 def _with_footer(grid: Image.Image, text: str) -> Image.Image:
-    taller = Image.new("RGB", (grid.width, grid.height + HEADER), "white")
+    # A picture of one image is narrower than the text.
+    width = 2 * MARGIN + math.ceil(ImageDraw.Draw(grid).textlength(text, font_size=12))
+    taller = Image.new("RGB", (max(grid.width, width), grid.height + HEADER), "white")
     taller.paste(grid, (0, 0))
     ImageDraw.Draw(taller).text((MARGIN, grid.height + 2), text, fill="black", font_size=12)
     return taller

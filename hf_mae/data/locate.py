@@ -52,13 +52,23 @@ class Place:
 
     @property
     def remote(self) -> bool:
-        return self.revision is not None or any(is_remote(url) for url in (self.root, *self._some_files()))
-
-    def _some_files(self) -> list[str]:
-        return next(iter(self.splits.values()), [])[:1]
+        """Whether the files are behind URLs."""
+        first_files = [files[0] for files in self.splits.values() if files]
+        return self.revision is not None or any(is_remote(place) for place in (self.root, *first_files))
 
 
 def locate(dataset: str, config_name: str | None, revision: str | None) -> Place:
+    """Find out what a name means: the first that fits of the built-in set, a URL, a local path, an id on the Hub.
+
+    Args:
+        dataset: what the user typed.
+        config_name: configuration, of a folder laid out as on the Hub or a data set there.
+        revision: branch, tag or commit, on the Hub.
+
+    Raises:
+        DataError: if it means nothing, or something without images.
+        SourceUnavailable: if the network failed at every try.
+    """
     if dataset == "digits":
         return Place(dataset, "digits", {"train": []})
     on_hub = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/?", dataset)
@@ -242,6 +252,13 @@ def _locate_on_hub(dataset: str, repo: str, config_name: str | None, revision: s
 
 
 def load_builder(dataset: str, path: str, **options: Any) -> Any:
+    """`datasets.load_dataset_builder`, with its many exceptions as DataErrors.
+
+    Args:
+        dataset: what the user typed, for messages.
+        path: absolute local path, id on the Hub, or the name of a kind of files.
+        options: passed on.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -265,7 +282,7 @@ def _from_builder(dataset: str, builder: Any) -> Place:
     if builder.name == "imagefolder":
         place.root = common_folder([file for files in splits.values() for file in files])
         for split, files in splits.items():
-            names = [file.removeprefix(f"{place.root}/") for file in files if _kind(file)]
+            names = [file.removeprefix(f"{place.root}/") for file in files if _kind(file) in ("imagefolder", "zip")]
             folder = common_folder(names)
             splits[split], place.class_level[split] = names, f"{folder}/" if folder else ""
     return place

@@ -208,8 +208,10 @@ def _fingerprint(place: Place, source: Source, sizes: list[int] | None = None) -
     facts: dict[str, Any] = {"kind": place.kind, "split": source.split, "rows": source.shard_sizes}
     if place.revision is not None:
         return facts | {"revision": place.revision}
-    if place.kind != "imagefolder" and place.splits[source.split]:
-        files = place.splits[source.split]
+    files = place.splits[source.split]
+    if place.kind == "imagefolder" and place.builder is not None:
+        files = [f"{place.root}/{file}" for file in files]
+    if files and (place.kind != "imagefolder" or place.builder is not None):
         sizes = sizes or [size or 0 for size in _sizes(files)]
         facts["files"] = [[name, size] for name, size in zip(_short_names(files), sizes, strict=True)]
     return facts

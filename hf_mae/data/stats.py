@@ -80,9 +80,9 @@ def channel_stats(rows: Rows, num_channels: int, dtype: str, max_samples: int = 
     if not (np.isfinite(mean).all() and np.isfinite(std).all()):
         raise DataError(f"{rows.source.name} has pixels that are not finite numbers; replace them before training")
     return {
-        # A channel that never changes would be divided by zero.
         "image_mean": mean.tolist(),
-        "image_std": np.where(std > 1e-8, std, 1.0).tolist(),
+        # A channel that never changes would be divided by zero; how small a change is depends on the data's unit.
+        "image_std": np.where(std > 1e-9 * np.abs(mean), std, 1.0).tolist(),
         "rescale_factor": RESCALE_FACTORS[dtype],
         "num_images": len(index) - bad,
         "num_bad": bad,

@@ -344,6 +344,7 @@ class TrainingStream(IterableDataset):
                 rng = sample_rng(self.seed, epoch, row.shard, row.row)
                 pixels = training_view(image, rng, self.view.size, self.view.crop_scale, self.view.flip)
                 samples.append((pixels, rng.random(self.view.num_patches, dtype=np.float32), row))
+                failed = 0
             except BadImage as error:
                 bad.append((row.key, error.reason))
                 failed += 1

@@ -32,7 +32,9 @@ class CheckpointError(ValueError):
 
 
 def write_checkpoint(output_dir: Path, step: int, write: Callable[[Path], None], keep: int) -> Path:
-    """Write `OUT/checkpoint-STEP`, then remove all but the newest `keep` checkpoints.
+    """Write `OUT/checkpoint-STEP`, then remove all but this and the `keep` - 1 before it.
+
+    Those of later steps stay: they are broken, or of a run that was gone back on.
 
     Args:
         output_dir: folder of the run.
@@ -52,15 +54,16 @@ def write_checkpoint(output_dir: Path, step: int, write: Callable[[Path], None],
     manifest = {}
     for file in sorted(path for path in temporary.iterdir() if path.is_file()):
         manifest[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-        _settle(file)
+        settle(file)
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    _settle(temporary / MANIFEST)
+    settle(temporary / MANIFEST)
     _fsync(temporary)
     if final.exists():
         shutil.rmtree(final)
     temporary.rename(final)
     _fsync(output_dir)
-    for old in list_checkpoints(output_dir)[:-keep]:
+    older = [path for path in list_checkpoints(output_dir) if _step_of(path) <= step]
+    for old in older[:-keep]:
         shutil.rmtree(old)
     return final
 
@@ -68,7 +71,11 @@ def write_checkpoint(output_dir: Path, step: int, write: Callable[[Path], None],
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Folders named `checkpoint-STEP` of a run, oldest first, complete or not."""
     found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    return sorted(found, key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.split("-")[1])
 
 
 def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
@@ -113,7 +120,7 @@ def verify_checkpoint(path: Path) -> None:
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{file} is missing")
-        if file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
+        if expected != {"bytes": file.stat().st_size, "sha256": _sha256(file)}:
             raise CheckpointError(f"{file} is not what was saved (its sha256 differs)")
 
 
@@ -177,8 +184,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _settle(path: Path) -> None:
-    # safetensors writes files that only their owner can read; a checkpoint is as readable as the user's other files.
+def settle(path: Path) -> None:
+    """Get a file onto the disk, as readable as the user's others: safetensors writes for the owner alone."""
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)

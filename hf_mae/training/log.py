@@ -28,7 +28,8 @@ class RunLog:
         self.evaluations: list[dict[str, Any]] = []
         if accelerator.is_main_process and self.metrics_file.exists():
             events = [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
-            events = [event for event in events if event["step"] <= first_step]
+            # A run that starts anew evaluates before its first step anew.
+            events = [event for event in events if event["step"] <= first_step > 0]
             self.evaluations = [event for event in events if "eval_loss" in event]
             self.metrics_file.write_text("".join(json.dumps(event) + "\n" for event in events))
         self.bar = tqdm(
@@ -56,8 +57,10 @@ class RunLog:
             self.bar.write(text)
 
     def close(self) -> None:
+        """Close bar and trackers, but not the process group, as `end_training` would: the run still saves its end."""
         self.bar.close()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
 
 class BadSamples:

@@ -30,6 +30,7 @@ from .checkpoint import (
     load_tensors,
     optimizer_tensors,
     save_tensors,
+    settle,
     write_checkpoint,
     write_json,
 )
@@ -223,6 +224,7 @@ class PretrainRun:
             "picture": self._save_picture() if finished else None,
         }
         self.accelerator.wait_for_everyone()
+        self.accelerator.state.destroy_process_group()
         return summary
 
     @property
@@ -385,6 +387,8 @@ class PretrainRun:
         weights = full_state_dict(model)
         if self.accelerator.is_main_process:
             self._write_model(model, weights, self.output_dir)
+            for file in self.output_dir.glob("*.safetensors"):
+                settle(file)
         return str(self.output_dir)
 
     def _save_picture(self, images: int = 12) -> str | None:

@@ -1,16 +1,18 @@
 """The recipe of a run: dataclass defaults < recipe file < command line; and what is derived from it."""
 
 import difflib
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentError, ArgumentParser, Namespace
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar, cast
 
 import yaml
 from transformers import HfArgumentParser
 
 from ..configuration_mae import SIZES, MAEConfig
+
+T = TypeVar("T")
 
 
 class RecipeError(ValueError):
@@ -129,18 +131,25 @@ class PretrainRecipe:
     def to_dict(self) -> dict[str, Any]:
         """All keys, flat, as a recipe file has them."""
         flat = asdict(self)
-        return {**flat, **flat.pop("model_config")}
+        model_config = flat.pop("model_config")
+        return {**flat, **model_config}
 
     def check(self) -> None:
         """Raise a RecipeError for a value that no run can have."""
-        for key in ("total_batch_size", "log_steps", "keep_checkpoints", "total_steps", "save_steps", "eval_steps"):
+        for key in (
+            "total_batch_size", "per_device_batch_size", "log_steps", "keep_checkpoints", "total_steps", "save_steps",
+            "eval_steps", "max_samples", "max_eval_samples",
+        ):  # fmt: skip
             value = getattr(self, key)
             if value is not None and value < (2 if key == "keep_checkpoints" else 1):
                 raise RecipeError(f"{key} {value} is too small; give {2 if key == 'keep_checkpoints' else 1} or more")
+        if self.epochs is not None and self.epochs <= 0:
+            raise RecipeError(f"epochs {self.epochs} is not positive; give e.g. 800, or total_steps")
+        if self.seed < 0:
+            raise RecipeError(f"seed {self.seed} is negative; give 0 or more")
         if self.num_workers < 0:
             raise RecipeError(f"num_workers {self.num_workers} is negative; 0 loads in the training process")
-        low, high = (self.crop_scale * 2)[:2] if len(self.crop_scale) == 1 else self.crop_scale[:2]
-        if not 0 < low <= high <= 1:
+        if len(self.crop_scale) not in (1, 2) or not 0 < self.crop_scale[0] <= self.crop_scale[-1] <= 1:
             raise RecipeError(
                 f"crop_scale {self.crop_scale} is not 0 < smallest <= largest <= 1; the paper has 0.2 1.0"
             )
@@ -157,12 +166,12 @@ class _Parser(HfArgumentParser):
     """Raises what argparse would print with a page of usage."""
 
     def error(self, message: str) -> NoReturn:
-        raise RecipeError(f"{message}; see hf-mae pretrain --help")
+        raise RecipeError(f"{message}; see {self.prog} --help")
 
 
 def pretrain_parser() -> ArgumentParser:
     """The command line of `hf-mae pretrain`: the keys of PretrainRecipe and of MAEConfig."""
-    parser = _Parser([PretrainRecipe], prog="hf-mae pretrain", allow_abbrev=False)
+    parser = _Parser(cast(Any, PretrainRecipe), prog="hf-mae pretrain", allow_abbrev=False)
     # The dictionary of the model's keys is no flag; its keys are.
     parser._remove_action(next(action for action in parser._actions if action.dest == "model_config"))
     del parser._option_string_actions["--model_config"]
@@ -186,15 +195,30 @@ def load_pretrain_recipe(arguments: list[str]) -> PretrainRecipe:
     first.add_argument("--recipe")
     name = first.parse_known_args(arguments)[0].recipe
     values = read_recipe(name) if name else {}
-    for key in values:
+    for key, value in values.items():
         if key not in RECIPE_KEYS + CONFIG_KEYS:
-            raise RecipeError(f"unknown key '{key}' in recipe {name}{_nearest(key, RECIPE_KEYS + CONFIG_KEYS)}")
+            raise RecipeError(f"unknown key '{key}' in recipe {name}{_nearest(str(key), RECIPE_KEYS + CONFIG_KEYS)}")
+        if key in RECIPE_KEYS and value is not None:
+            values[key] = _typed(parser, key, value, name)
     parser.set_defaults(**values)
     namespace, rest = parser.parse_known_args(arguments)
     if rest:
         keys = [f"--{key}" for key in RECIPE_KEYS + CONFIG_KEYS]
         raise RecipeError(f"unknown argument '{rest[0]}'{_nearest(rest[0].split('=')[0], keys)}")
     return _recipe_from(namespace)
+
+
+def _typed(parser: ArgumentParser, key: str, value: Any, name: str | None) -> Any:
+    """A value of a recipe file as the command line takes it: of the key's type, and one of its choices."""
+    action = next(action for action in parser._actions if action.dest == key)
+    # YAML reads a bare `no` as false, which is a word for mixed_precision.
+    words = ["no" if word is False else str(word) for word in (value if isinstance(value, list) else [value])]
+    try:
+        if isinstance(value, dict) or (len(words) != 1 and action.nargs != "+"):
+            raise ArgumentError(action, f"expected one value, not {value}")
+        return parser._get_values(action, words)
+    except ArgumentError as error:
+        raise RecipeError(f"recipe {name}: {error}") from error
 
 
 def _recipe_from(namespace: Namespace) -> PretrainRecipe:
@@ -205,6 +229,25 @@ def _recipe_from(namespace: Namespace) -> PretrainRecipe:
         recipe.output_dir = f"outputs/{Path(recipe.recipe).stem if recipe.recipe else 'pretrain'}"
     recipe.check()
     return recipe
+
+
+def parse_dataclass(kind: type[T], arguments: list[str], prog: str) -> T:
+    """Read the keys of a dataclass from a command line.
+
+    Args:
+        kind: the dataclass; its fields are the keys.
+        arguments: e.g. `["--model", "outputs/quickstart"]`.
+        prog: what the user typed before them.
+
+    Raises:
+        RecipeError: for an unknown key (it names the nearest), a missing one or a bad value.
+    """
+    parser = _Parser(cast(Any, kind), prog=prog, allow_abbrev=False)
+    namespace, rest = parser.parse_known_args(arguments)
+    if rest:
+        keys = [f"--{key.name}" for key in fields(cast(Any, kind))]
+        raise RecipeError(f"unknown argument '{rest[0]}'{_nearest(rest[0].split('=')[0], keys)}")
+    return kind(**vars(namespace))
 
 
 def recipe_names() -> list[str]:
@@ -254,4 +297,9 @@ def _config_value(text: str) -> Any:
     separator = next((s for s in ("x", ",") if s in text and all(part.isdigit() for part in text.split(s))), None)
     if separator:
         return [int(part) for part in text.split(separator)]
-    return yaml.safe_load(text)
+    value = yaml.safe_load(text)
+    try:
+        # YAML takes 1e-6, without a point, for a word.
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value

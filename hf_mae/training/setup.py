@@ -192,7 +192,7 @@ def build_processor(
     size = config.image_height_width
     resize = evaluation_resize(size, recipe.eval_crop_pct)
     return MAEImageProcessor(
-        num_channels=data.num_channels,
+        num_channels=data.num_channels,  # pyright: ignore[reportCallIssue] (its own key, unknown to the base class)
         size={"shortest_edge": resize} if isinstance(resize, int) else {"height": resize[0], "width": resize[1]},
         crop_size={"height": size[0], "width": size[1]},
         image_mean=mean,
