@@ -9,6 +9,9 @@ COMMANDS = {
     "stats": "print a data set's per-channel mean and standard deviation",
 }
 
+# Import names of the extra [train], without which the package loads and runs models all the same.
+EXTRAS = ("accelerate", "datasets", "evaluate", "fsspec", "pyarrow", "sklearn", "tqdm", "yaml")
+
 USAGE = """usage: hf-mae COMMAND [--key value ...]
 
 Masked autoencoders (arXiv:2111.06377) as Hugging Face Transformers models.
@@ -39,9 +42,22 @@ def main(arguments: list[str] | None = None) -> int:
         nearest = difflib.get_close_matches(name, runners, n=1)
         hint = f"did you mean '{nearest[0]}'?" if nearest else f"there are {', '.join(runners)}"
         return _fail(f"unknown command '{name}'; {hint}")
+    try:
+        return _run(runners[name], rest)
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        return _fail(f"hf-mae {name} needs the package {error.name}: pip install 'hf-mae[train]'")
+    except KeyboardInterrupt:
+        _fail("interrupted; go on with --resume auto")
+        return 130
+
+
+def _run(runner: Callable[[list[str]], int], arguments: list[str]) -> int:
     from transformers.utils import logging as transformers_logging
 
     from . import register
+    from .data.decode import MissingPackage
     from .data.sources import DataError
     from .training.checkpoint import CheckpointError
     from .training.recipe import RecipeError
@@ -50,12 +66,9 @@ def main(arguments: list[str] | None = None) -> int:
     # One bar, ours: not another one for each file that a library writes.
     transformers_logging.disable_progress_bar()
     try:
-        return runners[name](rest)
-    except (DataError, RecipeError, CheckpointError) as error:
+        return runner(arguments)
+    except (DataError, RecipeError, CheckpointError, MissingPackage) as error:
         return _fail(str(error))
-    except KeyboardInterrupt:
-        _fail("interrupted; go on with --resume auto")
-        return 130
 
 
 def _fail(message: str) -> int:

@@ -15,7 +15,7 @@ import logging
 import math
 import signal
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .augment import evaluation_view, sample_rng, training_view
-from .decode import BadImage, decode_image
+from .decode import BadImage, MissingPackage, decode_image
 from .sources import DataError, Row, Source
 
 logger = logging.getLogger(__name__)
@@ -404,3 +404,19 @@ def make_loader(
         worker_init_fn=start if num_workers else None,
         prefetch_factor=2 if num_workers else None,
     )
+
+
+def each_batch(loader: DataLoader) -> Generator[Batch]:
+    """The batches of a loader. Its workers are ended whatever happens, and their errors are told in one line."""
+    batches = iter(loader)
+    try:
+        yield from batches
+    except (DataError, MissingPackage) as error:
+        # A worker's error has the worker's traceback for a message, whose last line is the message.
+        last_line = str(error).strip().rpartition("\n")[2]
+        raise type(error)(last_line.removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")) from error
+    finally:
+        # Left to the garbage collector, they would live on in an error's traceback, and the process wait for them for
+        # ever at its end, where it sends them the SIGTERM that they ignore.
+        if loader.num_workers:
+            batches._shutdown_workers()  # type: ignore[attr-defined]

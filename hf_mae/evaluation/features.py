@@ -9,7 +9,7 @@ from torch import nn
 
 from ..data.sources import DataError, Source, open_source
 from ..data.stats import RESCALE_FACTORS
-from ..data.stream import EvaluationSet, Rows, View, make_loader
+from ..data.stream import EvaluationSet, Rows, View, each_batch, make_loader
 from ..image_processing_mae import MAEImageProcessor
 from ..modeling_mae import MAEModel
 
@@ -108,7 +108,8 @@ def extract_features(encoder: FrozenEncoder, source: Source, recipe: EvaluateRec
     device = next(encoder.parameters()).device
     rows = Rows(source, max_samples=most)
     values, labels = [], []
-    for batch in make_loader(EvaluationSet(rows, encoder.view, recipe.batch_size), recipe.num_workers):
+    loader = make_loader(EvaluationSet(rows, encoder.view, recipe.batch_size), recipe.num_workers)
+    for batch in each_batch(loader):
         if any(label is None for label in batch.labels):
             raise DataError(f"{source.name} has no labels in split {source.split}; name their column by --label_column")
         values.append(encoder(batch.images.to(device)).cpu())

@@ -7,7 +7,7 @@ import json
 import signal
 import time
 from collections.abc import Generator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +21,7 @@ from torch import nn
 from .. import __version__
 from ..data.sources import DataError
 from ..data.stats import RESCALE_FACTORS
-from ..data.stream import Batch, EvaluationSet, TrainingStream, make_loader
+from ..data.stream import Batch, EvaluationSet, TrainingStream, each_batch, make_loader
 from ..modeling_mae import MAEForPreTraining
 from ..visualize import reconstruction_grid
 from .checkpoint import (
@@ -208,7 +208,6 @@ class PretrainRun:
         finally:
             for sig, handler in previous.items():
                 signal.signal(sig, handler)
-            # Ends the loader's workers, which ignore the SIGTERM by which they would be ended at exit.
             batches.close()
             log.close()
         finished = self.state["step"] == self.total_steps
@@ -262,7 +261,8 @@ class PretrainRun:
             self.data.rows, self.plan, self.view, self.recipe.seed, self.positions, first_step, self.total_steps,
             self.accelerator.process_index, self.accelerator.num_processes, self.items_per_step,
         )  # fmt: skip
-        for item in make_loader(stream, self.recipe.num_workers, self.accelerator.device.type == "cuda"):
+        loader = make_loader(stream, self.recipe.num_workers, self.accelerator.device.type == "cuda")
+        for item in each_batch(loader):
             self.moved.update(item.positions)
             self.newly_bad += item.bad
             for start in range(0, len(item.keys), self.micro_batch):
@@ -294,18 +294,18 @@ class PretrainRun:
         dataset = self._evaluation_set(accelerator.process_index, accelerator.num_processes)
         # Every rank runs as many forwards as the others, since sharded weights are gathered in each.
         longest = -(-len(self.data.eval_rows) // accelerator.num_processes)
-        batches = iter(make_loader(dataset, min(self.recipe.num_workers, 1)))
         batch, total = None, torch.zeros(2, device=accelerator.device, dtype=torch.float64)
         self.model.eval()
-        for _ in range(-(-longest // self.micro_batch)):
-            new = next(batches, None)
-            batch = new or batch
-            if batch is None:
-                raise DataError("none of the evaluation images can be decoded; check the data")
-            batch.images, batch.noise = batch.images.to(accelerator.device), batch.noise.to(accelerator.device)
-            loss = self.model(self.pixel_values(batch), noise=batch.noise).loss
-            if new is not None:
-                total += torch.stack([loss.double() * len(batch.keys), torch.tensor(len(batch.keys)).to(loss)])
+        with closing(each_batch(make_loader(dataset, min(self.recipe.num_workers, 1)))) as batches:
+            for _ in range(-(-longest // self.micro_batch)):
+                new = next(batches, None)
+                batch = new or batch
+                if batch is None:
+                    raise DataError("none of the evaluation images can be decoded; check the data")
+                batch.images, batch.noise = batch.images.to(accelerator.device), batch.noise.to(accelerator.device)
+                loss = self.model(self.pixel_values(batch), noise=batch.noise).loss
+                if new is not None:
+                    total += torch.stack([loss.double() * len(batch.keys), torch.tensor(len(batch.keys)).to(loss)])
         self.model.train()
         loss_sum, count = self._reduce(total, "sum").tolist()
         return loss_sum / count
@@ -333,7 +333,9 @@ class PretrainRun:
         failed = 0.0
         if self.bad is not None:
             self.bad.add(bad)
-            failed = self.bad.total / (self.bad.total + self.state["images_seen"])
+            # Not judged by the first few: one bad file among the first ten says nothing.
+            seen = max(self.bad.total + self.state["images_seen"], min(1000, len(self.data.rows)))
+            failed = self.bad.total / seen
             if bad:
                 log.say(f"{self.bad.total} images skipped so far: {dict(self.bad.counts)}; see {self.bad.path}")
         # Only the main process counts: the sum is its number, and all ranks stop by it.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from accelerate.tracking import get_available_trackers
 
 from ..configuration_mae import MAEConfig
 from ..data.augment import evaluation_resize
@@ -36,6 +37,9 @@ def make_accelerator(recipe: PretrainRecipe) -> Accelerator:
     Raises:
         RecipeError: if processes or a strategy were asked for and not obtained; Accelerate alone would go on without.
     """
+    trackers = [tracker.value for tracker in get_available_trackers()]
+    if recipe.log_with not in (None, "all", *trackers):
+        raise RecipeError(f"log_with {recipe.log_with} is not installed; there are {', '.join(trackers) or 'none'}")
     precision = recipe.mixed_precision
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
@@ -48,7 +52,12 @@ def make_accelerator(recipe: PretrainRecipe) -> Accelerator:
     )
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != asked:
-        raise RecipeError(f"{asked} processes were started, {accelerator.num_processes} work together; use torchrun")
+        raise RecipeError(
+            f"{asked} processes were started, {accelerator.num_processes} work together; use torchrun, on CPUs with "
+            "ACCELERATE_USE_CPU=true"
+        )
+    if precision == "fp16" and accelerator.device.type == "cpu":
+        raise RecipeError("mixed_precision fp16 needs a GPU; use bf16 or no")
     fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
     if fsdp and accelerator.distributed_type != DistributedType.FSDP:
         raise RecipeError(
@@ -127,6 +136,8 @@ def find_stored(recipe: PretrainRecipe, output_dir: Path) -> Path | None:
         CheckpointError: if the folder holds a run that this one is not to go on with, or can't.
     """
     before = output_dir / "run_config.yaml"
+    if output_dir.exists() and not output_dir.is_dir():
+        raise CheckpointError(f"{output_dir} is no folder; choose another --output_dir")
     if recipe.resume == "none":
         if (before.exists() or list_checkpoints(output_dir)) and not recipe.dry_run:
             raise CheckpointError(
@@ -151,17 +162,18 @@ def build_model(recipe: PretrainRecipe, stored: Path | None, num_channels: int) 
         RecipeError: if the recipe's model can't be loaded or made.
     """
     options = {"attn_implementation": recipe.attn_implementation, "dtype": torch.float32}
-    if stored:
-        model = MAEForPreTraining.from_pretrained(stored, **options)
-    elif recipe.model is None:
-        model = MAEForPreTraining._from_config(model_config_of(recipe, num_channels), **options)
-    else:
-        changes = {"num_channels": num_channels, **recipe.model_config}
-        try:
+    config = None if stored or recipe.model else model_config_of(recipe, num_channels)
+    try:
+        if stored:
+            model = MAEForPreTraining.from_pretrained(stored, **options)
+        elif config:
+            model = MAEForPreTraining._from_config(config, **options)
+        else:
+            changes = {"num_channels": num_channels, **recipe.model_config}
             model = MAEForPreTraining.from_pretrained(recipe.model, **changes, **options)
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise RecipeError(f"--model {recipe.model} can't be loaded: {reason}") from error
+    except (ImportError, KeyError, OSError, ValueError, RuntimeError) as error:
+        what = f"--model {recipe.model} can't be loaded" if recipe.model else "the model can't be made"
+        raise RecipeError(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if recipe.compile:

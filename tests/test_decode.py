@@ -1,0 +1,295 @@
+import io
+import pickle
+import random
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hf_mae.data.decode import BadImage, decode_image, probe_image
+
+tifffile = pytest.importorskip("tifffile")
+
+pytestmark = [
+    # What Pillow says of broken files on the way to its exception.
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning"),
+]
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format, **options)
+    return stream.getvalue()
+
+
+def tiff(array: np.ndarray, **options) -> bytes:
+    stream = io.BytesIO()
+    tifffile.imwrite(stream, array, **options)
+    return stream.getvalue()
+
+
+def npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def picture(mode: str = "RGB", size: tuple[int, int] = (20, 12)) -> Image.Image:
+    rng = np.random.default_rng(0)
+    return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).convert(mode)
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_of_size(width: int, height: int) -> bytes:
+    """A PNG that claims a size and has no pixels."""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", b"") + png_chunk(b"IEND", b"")
+
+
+def bad_reason(data, num_channels: int = 3, dtype: str = "uint8") -> str:
+    with pytest.raises(BadImage) as caught:
+        decode_image(data, num_channels, dtype)
+    return caught.value.reason
+
+
+# ---------------------------------------------------------------------------------------- good images
+
+
+@pytest.mark.parametrize(
+    ("mode", "format"),
+    [("RGB", "PNG"), ("L", "PNG"), ("1", "PNG"), ("P", "PNG"), ("LA", "PNG"), ("RGBA", "PNG"), ("RGB", "JPEG"),
+     ("CMYK", "JPEG"), ("L", "JPEG"), ("RGBA", "WEBP"), ("P", "GIF"), ("RGB", "BMP"), ("RGB", "TIFF"), ("RGBA", "TIFF"),
+     ("L", "PPM")],
+)  # fmt: skip
+@pytest.mark.parametrize("num_channels", [1, 3])
+def test_every_common_mode_becomes_what_pillow_converts_it_to(mode, format, num_channels):
+    data = encoded(picture(mode), format)
+    wanted = Image.open(io.BytesIO(data)).convert("RGB" if num_channels == 3 else "L")
+    image = decode_image(data, num_channels)
+    assert isinstance(image, Image.Image)
+    assert (image.mode, image.size) == (wanted.mode, wanted.size)
+    assert image.tobytes() == wanted.tobytes()
+    assert probe_image(data) == (1 if mode in ("1", "L") else 3, "uint8")
+
+
+def test_transparency_is_dropped_not_blended():
+    image = Image.new("RGBA", (2, 2), (200, 100, 50, 0))
+    assert decode_image(encoded(image), 3).getpixel((0, 0)) == (200, 100, 50)
+    assert decode_image(encoded(image), 4).tolist() == np.asarray(image).tolist()
+
+
+def test_exif_orientation_is_not_applied_and_broken_exif_is_not_read():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode_image(encoded(picture(), "JPEG", exif=exif), 3).size == (20, 12)
+    assert decode_image(encoded(picture(), "JPEG", exif=b"Exif\0\0II*\0garbage"), 3).size == (20, 12)
+
+
+def test_an_animation_gives_its_first_frame():
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "lime", "blue")]
+    for format in ("GIF", "WEBP"):
+        data = encoded(frames[0], format, save_all=True, append_images=frames[1:], lossless=True)
+        assert decode_image(data, 3).getpixel((4, 4)) == (255, 0, 0)
+
+
+def test_sixteen_bit_gray_is_scaled_not_clipped():
+    values = np.array([[0, 128, 129, 257], [514, 32_768, 65_406, 65_535]], dtype=np.uint16)
+    scaled = np.rint(values / 257).astype(np.uint8)
+    for data in (encoded(Image.fromarray(values)), encoded(Image.fromarray(values), "TIFF"), npy(values), tiff(values)):
+        assert probe_image(data) == (1, "uint16")
+        assert np.array_equal(decode_image(data, 1), scaled)
+        assert np.array_equal(np.asarray(decode_image(data, 3))[:, :, 2], scaled)
+        assert np.array_equal(decode_image(data, 1, "uint16")[:, :, 0], values)
+        assert np.array_equal(decode_image(data, 3, "float32")[:, :, 1], values.astype(np.float32))
+
+
+def test_eight_bits_become_sixteen_by_257_and_float_by_nothing():
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    data = encoded(Image.fromarray(values))
+    assert np.array_equal(decode_image(data, 1, "uint16")[:, :, 0], values.astype(np.uint16) * 257)
+    assert np.array_equal(decode_image(data, 1, "float32")[:, :, 0], values.astype(np.float32))
+    back = decode_image(decode_image(data, 1, "uint16"), 1)
+    assert np.array_equal(back, values)
+
+
+def test_a_32_bit_image_of_pillow_is_taken_as_16_bits_unless_it_holds_more():
+    fits = Image.fromarray(np.array([[0, 65_535]], dtype=np.int32))
+    assert np.asarray(decode_image(encoded(fits, "TIFF"), 1)).tolist() == [[0, 255]]
+    wide = Image.fromarray(np.array([[0, 65_536]], dtype=np.int32))
+    assert bad_reason(encoded(wide, "TIFF"), 1) == "WrongDtype"
+    assert decode_image(encoded(wide, "TIFF"), 1, "float32").ravel().tolist() == [0.0, 65_536.0]
+
+
+@pytest.mark.parametrize("channels_first", [True, False])
+@pytest.mark.parametrize(("bands", "dtype"), [(13, "uint16"), (6, "float32"), (4, "uint8"), (3, "uint16")])
+def test_multi_band_tiff_and_npy_are_read_with_either_axis_order(bands, dtype, channels_first):
+    array = np.random.default_rng(0).integers(0, 200, (20, 24, bands)).astype(dtype)
+    stored = np.ascontiguousarray(np.moveaxis(array, -1, 0)) if channels_first else array
+    planar = "separate" if channels_first else "contig"
+    for data in (tiff(stored, photometric="minisblack", planarconfig=planar), npy(stored), stored):
+        assert probe_image(data) == (bands, dtype)
+        image = decode_image(data, bands, dtype)
+        assert image.dtype == dtype
+        assert np.array_equal(image, array)
+
+
+def test_a_tiff_of_one_band_pages_is_a_stack_where_that_many_channels_are_wanted():
+    pages = np.arange(5 * 6 * 7, dtype=np.uint16).reshape(5, 6, 7)
+    assert probe_image(tiff(pages)) == (5, "uint16")
+    assert np.array_equal(decode_image(tiff(pages), 5, "uint16"), np.moveaxis(pages, 0, -1))
+    assert np.array_equal(decode_image(tiff(pages), 1, "uint16")[:, :, 0], pages[0])
+
+
+def test_where_both_ends_have_the_channel_count_the_first_axis_is_the_channels():
+    array = np.random.default_rng(0).integers(0, 255, (3, 5, 3), dtype=np.uint8)
+    assert np.array_equal(decode_image(array, 3), np.moveaxis(array, 0, -1))
+
+
+def test_one_band_is_repeated_for_colour_and_arrays_become_pillow_images():
+    array = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
+    gray, colour = decode_image(array, 1), decode_image(array, 3)
+    assert (gray.mode, colour.mode) == ("L", "RGB")
+    assert np.array_equal(np.asarray(colour), np.repeat(array, 3, axis=2))
+    assert decode_image(np.zeros((3, 9), np.uint8), 3).size == (9, 3)  # a height of 3 is not three channels
+
+
+def test_plain_integers_are_values_of_the_dtype_asked_for():
+    array = np.array([[0, 200], [255, 3]])
+    assert probe_image(array) == (1, "uint8")
+    assert np.array_equal(decode_image(array, 1), array)
+    assert bad_reason(array + 1, 1) == "WrongDtype"
+    assert bad_reason(-array, 1) == "WrongDtype"
+    assert probe_image(array * 100) == (1, "uint16")
+    assert probe_image(-array) == (1, "float32")
+    assert np.asarray(decode_image(np.array([[True, False]]), 1)).tolist() == [[255, 0]]
+
+
+def test_the_array_returned_is_writable_and_no_view_of_a_mapped_file(tmp_path):
+    np.save(tmp_path / "a.npy", np.ones((4, 4, 5), np.float32))
+    image = decode_image(np.load(tmp_path / "a.npy", mmap_mode="r"), 5, "float32")
+    assert type(image) is np.ndarray
+    assert image.flags.writeable
+
+
+# ---------------------------------------------------------------------------------------- bad images
+
+
+def test_the_hostile_files_get_the_reasons_in_the_table():
+    jpeg, png = encoded(picture(size=(200, 100)), "JPEG"), encoded(picture(size=(200, 100)))
+    flipped = bytearray(png)
+    flipped[len(png) // 2] ^= 1
+    text = zlib.compress(b"a" * (70 * 2**20))
+    bomb = png[:33] + png_chunk(b"zTXt", b"Comment\0\0" + text) + png[33:]
+    table = [
+        (jpeg[: len(jpeg) // 2], "OSError"),
+        (jpeg[:30], "OSError UnidentifiedImageError"),
+        (b"", "EmptyFile"),
+        (b"hello", "UnidentifiedImageError"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "UnidentifiedImageError"),
+        (bytes(flipped), "OSError SyntaxError"),
+        (png[: len(png) // 2], "OSError"),
+        (png_of_size(15_000, 15_000), "TooManyPixels"),
+        (png_of_size(10_000, 10_000), "TooManyPixels"),
+        (png_of_size(70_000, 2), "TooManyPixels"),
+        (bomb, "ValueError"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "UnidentifiedImageError"),
+    ]
+    for data, reasons in table:
+        assert bad_reason(data) in reasons.split()
+
+
+def test_the_size_of_arrays_is_checked_before_they_are_read():
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (50_000, 50_000)})
+    assert bad_reason(header.getvalue(), 1) == "TooManyPixels"
+    assert bad_reason(np.broadcast_to(np.uint8(0), (70_000, 2)), 1) == "TooManyPixels"
+    assert bad_reason(np.broadcast_to(np.uint8(0), (9_000, 1_000, 1_000)), 3) == "TooManyPixels"
+    assert bad_reason(np.zeros((0, 4), np.uint8), 1) == "EmptyFile"
+
+
+def test_an_npy_file_with_pickled_objects_is_refused_unread(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return open, (str(tmp_path / "canary"), "w")
+
+    stream = io.BytesIO()
+    np.save(stream, np.array([[Evil()]], dtype=object), allow_pickle=True)
+    assert bad_reason(stream.getvalue(), 1) == "ValueError"
+    assert bad_reason(np.array([[None]]), 1) == "WrongDtype"
+    assert not (tmp_path / "canary").exists()
+
+
+def test_a_wrong_channel_count_is_named_with_the_one_asked_for():
+    with pytest.raises(BadImage, match=r"\(8, 8, 5\) has no axis of 3 channels") as caught:
+        decode_image(np.zeros((8, 8, 5), np.uint8), 3)
+    assert caught.value.reason == "WrongChannels"
+    assert bad_reason(encoded(picture()), 13) == "WrongChannels"
+    assert bad_reason(np.zeros((2, 2, 2, 2), np.uint8)) == "WrongChannels"
+
+
+def test_floats_do_not_become_integers_and_must_be_finite():
+    floats = np.random.default_rng(0).random((4, 4)).astype(np.float32)
+    for data in (npy(floats), tiff(floats)):
+        assert probe_image(data) == (1, "float32")
+        assert np.array_equal(decode_image(data, 1, "float32")[:, :, 0], floats)
+        assert bad_reason(data, 1, "uint8") == bad_reason(data, 3, "uint16") == "WrongDtype"
+    assert bad_reason(np.array([[np.nan, 1.0]]), 1, "float32") == "NotFinite"
+
+
+def test_the_exception_keeps_its_cause_and_survives_pickling():
+    with pytest.raises(BadImage) as caught:
+        decode_image(b"hello", 3)
+    assert type(caught.value.__cause__).__name__ == "UnidentifiedImageError"
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert (copy.reason, str(copy)) == (caught.value.reason, str(caught.value))
+
+
+def test_running_out_of_memory_on_an_image_is_a_bad_image(monkeypatch):
+    def convert(*_):
+        raise MemoryError
+
+    data = encoded(picture())
+    monkeypatch.setattr(Image.Image, "convert", convert)
+    assert bad_reason(data) == "MemoryError"
+
+
+def test_a_dtype_that_does_not_exist_is_the_users_mistake_not_a_bad_image():
+    with pytest.raises(ValueError, match="'int8' is not supported: use one of uint8") as caught:
+        decode_image(b"", 3, "int8")
+    assert not isinstance(caught.value, BadImage)
+
+
+def test_a_missing_tifffile_is_named_with_the_command_that_installs_it(monkeypatch):
+    data = tiff(np.zeros((8, 8, 13), np.uint16))
+    monkeypatch.setitem(__import__("sys").modules, "tifffile", None)
+    with pytest.raises(ImportError, match="pip install tifffile"):
+        decode_image(data, 13, "uint16")
+
+
+def test_mutated_files_raise_bad_image_and_nothing_else():
+    originals = [
+        encoded(picture(), format) for format in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")
+    ]
+    array = np.random.default_rng(0).integers(0, 255, (12, 12, 13)).astype(np.uint16)
+    originals += [tiff(array), npy(array)]
+    rng = random.Random(0)
+    outcomes = {"decoded": 0, "bad": 0}
+    for number in range(300):
+        data = bytearray(originals[number % len(originals)])
+        for _ in range(rng.randint(1, 8)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        if rng.random() < 0.3:
+            del data[rng.randrange(len(data)) :]
+        for channels, dtype in ((3, "uint8"), (13, "uint16")):
+            try:
+                decode_image(bytes(data), channels, dtype)
+                outcomes["decoded"] += 1
+            except BadImage:
+                outcomes["bad"] += 1
+    assert min(outcomes.values()) > 100
