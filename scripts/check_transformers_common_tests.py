@@ -189,6 +189,16 @@ class MAEImageProcessingTester(VisionImageProcessingTester):
 
 class MAEImageProcessingTest(ImageProcessingTestMixin, unittest.TestCase):
     image_processor_tester_class = MAEImageProcessingTester
+
+    # Our processor is told its number of channels and takes no other, where transformers' takes what comes.
+    def test_call_numpy_4_channels(self):
+        self.image_processor_tester.num_channels = 4
+        super().test_call_numpy_4_channels()
+
+    # The mixin expects the class of the options in the processor's own file; our two processors share one.
+    def test_valid_kwargs_set(self):
+        for processor_class in self.image_processing_classes.values():
+            self.assertIs(processor_class.valid_kwargs, hf_mae.image_processing_pil_mae.MAEImageProcessorKwargs)
 """
 
 DINOV2_TEST = """
@@ -203,11 +213,15 @@ from ..harness import VisionImageProcessingTester, VisionModelTest, VisionModelT
 
 class Dinov2ModelTester(VisionModelTester):
     config_class = Dinov2Config
+    # One of the tests wants to see the conversion of the gated MLP's weights at work.
+    more_numbers = {"use_swiglu_ffn": True}
 
 
 class Dinov2ModelTest(VisionModelTest, unittest.TestCase):
     model_tester_class = Dinov2ModelTester
     all_model_classes = (Dinov2Model, Dinov2ForImageClassification, Dinov2Backbone)
+    # The classifier has a mask token, which it does not use.
+    test_all_params_have_gradient = False
 
 
 class Dinov2BackboneTest(BackboneTesterMixin, unittest.TestCase):
@@ -218,8 +232,13 @@ class Dinov2BackboneTest(BackboneTesterMixin, unittest.TestCase):
         self.model_tester = Dinov2ModelTester(self)
 
 
+# The mixin finds the processors by the folder of the file that this class is in.
+class Dinov2ImageProcessingTester(VisionImageProcessingTester):
+    pass
+
+
 class Dinov2ImageProcessingTest(ImageProcessingTestMixin, unittest.TestCase):
-    image_processor_tester_class = VisionImageProcessingTester
+    image_processor_tester_class = Dinov2ImageProcessingTester
 """
 
 # What the common tests import and the distribution lacks; the last stands for pictures on the Hub.

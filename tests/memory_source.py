@@ -1,5 +1,6 @@
 """A source of images in memory, in shards and blocks of any size, that keeps count of what is read."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ class MemorySource(Source):
         super().__init__("memory", "train", names, [len(shard) for shard in shards], random_access=block is None)
         self.shards, self.reads = shards, []
         starts = np.cumsum([0, *self.shard_sizes])
-        self.labels = [None if labels is None else labels[start:stop] for start, stop in zip(starts, starts[1:])]
+        self.labels = [None if labels is None else labels[start:stop] for start, stop in itertools.pairwise(starts)]
         if block:
             self.blocks = [
                 (shard, start, min(start + block, size))

@@ -52,7 +52,8 @@ def one_line(error: BaseException) -> str:
 def is_transient(error: BaseException) -> bool:
     """Whether another try may help: time-outs, broken connections, HTTP 408, 429 and 5xx, unnamed OSErrors."""
     chain = list(_causes(error))
-    if any(type(cause).__name__ == "OfflineModeIsEnabled" for cause in chain):
+    # `datasets` puts the name of the Hub's exception into the text of its own.
+    if any("OfflineModeIsEnabled" in f"{type(cause).__name__} {cause}" for cause in chain):
         return False
     # `datasets` turns a server's 503 into a FileNotFoundError with the HTTP error somewhere among its causes.
     if any(_status(cause) in (408, 429) or (_status(cause) or 0) >= 500 for cause in chain):

@@ -3,6 +3,8 @@
 import json
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,13 @@ class Stopwatch:
 
     def waiting(self, seconds: float) -> None:
         self.waited += seconds
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """What happens meanwhile takes no time."""
+        before = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - before
 
     def read(self) -> tuple[float, float]:
         """Seconds since the last reading, and the share of them spent waiting for data, in [0, 1]."""

@@ -170,12 +170,13 @@ class PretrainRun:
         eval_steps = recipe.eval_steps or max(1, self.total_steps // 10)
         save_steps = recipe.save_steps or max(1, self.total_steps // 10)
         previous = {sig: signal.signal(sig, self._request_stop) for sig in (signal.SIGTERM, signal.SIGUSR1)}
-        if first_step == 0:
-            log.event(0, eval_loss=self.evaluate())
-        watch, batches = Stopwatch(), self._batches(first_step)
+        batches = self._batches(first_step)
         losses: list[torch.Tensor] = []
         logged, seconds_spent = first_step, 0.0
         try:
+            if first_step == 0:
+                log.event(0, eval_loss=self.evaluate())
+            watch = Stopwatch()
             for step in range(first_step + 1, self.total_steps + 1):
                 logs = step % recipe.log_steps == 0 or step == self.total_steps
                 loss, grad_norm, lr = self._step(step, batches, watch, want_norm=logs)
@@ -196,12 +197,11 @@ class PretrainRun:
                     )
                     self._check_bad(log)
                 stop = self._everyone_stops()
-                if step % eval_steps == 0 or step == self.total_steps:
-                    log.event(step, eval_loss=self.evaluate())
-                if step % save_steps == 0 or step == self.total_steps or stop:
-                    self.save_checkpoint()
-                if step % eval_steps == 0 or step % save_steps == 0:
-                    watch.read()  # evaluating and saving are not part of the training speed
+                with watch.stopped():  # evaluating and saving are not part of the training speed
+                    if step % eval_steps == 0 or step == self.total_steps:
+                        log.event(step, eval_loss=self.evaluate())
+                    if step % save_steps == 0 or step == self.total_steps or stop:
+                        self.save_checkpoint()
                 if stop:
                     log.say(f"stopped on request after step {step}; go on with --resume auto")
                     break

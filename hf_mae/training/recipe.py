@@ -173,8 +173,10 @@ def pretrain_parser() -> ArgumentParser:
     """The command line of `hf-mae pretrain`: the keys of PretrainRecipe and of MAEConfig."""
     parser = _Parser(cast(Any, PretrainRecipe), prog="hf-mae pretrain", allow_abbrev=False)
     # The dictionary of the model's keys is no flag; its keys are.
-    parser._remove_action(next(action for action in parser._actions if action.dest == "model_config"))
-    del parser._option_string_actions["--model_config"]
+    action: Any = next(action for action in parser._actions if action.dest == "model_config")
+    action.container._remove_action(action)
+    for option in action.option_strings:
+        del parser._option_string_actions[option]
     group = parser.add_argument_group("model", "keys of MAEConfig; sizes as 224, 208x320 or 208,320")
     for key in CONFIG_KEYS:
         group.add_argument(f"--{key}", type=_config_value, default=None, metavar="VALUE")

@@ -1,0 +1,141 @@
+"""Runs of `hf-mae pretrain` that take about a second, in this process or in others, and a look at what they leave."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from hf_mae.cli import main
+
+REPOSITORY = Path(__file__).parents[1]
+# Digits of 8 x 8 pixels in 16 patches; two layers and one. Every step is logged.
+TINY_RUN = {
+    "dataset": "digits",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "decoder_hidden_size": 32,
+    "decoder_num_hidden_layers": 1,
+    "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 64,
+    "image_size": 8,
+    "patch_size": 2,
+    "mask_ratio": 0.5,
+    "crop_scale": [0.7, 1.0],
+    "eval_crop_pct": 1.0,
+    "total_batch_size": 32,
+    "total_steps": 12,
+    "warmup_steps": 2,
+    "blr": 8e-3,
+    "num_workers": 0,
+    "log_steps": 1,
+    "eval_steps": 6,
+    "save_steps": 6,
+}
+
+
+def arguments(output_dir, **keys) -> list[str]:
+    """The command line of a tiny run; a key that is None is left out."""
+    words = []
+    for key, value in {**TINY_RUN, "output_dir": output_dir, **keys}.items():
+        if value is not None:
+            words += [f"--{key}", *map(str, value if isinstance(value, list | tuple) else [value])]
+    return ["pretrain", *words]
+
+
+def run(output_dir, **keys) -> Path:
+    """A tiny run in this process that has to go well."""
+    assert start(*arguments(output_dir, **keys)) == 0
+    return Path(output_dir)
+
+
+def start(*words) -> int:
+    """`hf-mae WORDS` in this process, as if it were the first thing that the process does."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return main([str(word) for word in words])
+
+
+def environment(**variables) -> dict[str, str]:
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}
+
+
+def spawn(command, log: Path, **variables) -> subprocess.Popen:
+    """A process in a session of its own, so that a test can end it with all its children."""
+    with log.open("w") as file:
+        return subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment(**variables),
+            start_new_session=True,
+        )
+
+
+def wait_for_step(output_dir: Path, step: int, process: subprocess.Popen, seconds: float = 90) -> None:
+    """Until a run has logged this step."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "the run ended before the step"
+        metrics = output_dir / "metrics.jsonl"
+        if metrics.exists() and any(f'{{"step": {step},' in line for line in metrics.read_text().splitlines()):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no step {step} after {seconds} s")
+
+
+def events(output_dir) -> list[dict]:
+    return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(output_dir) -> dict[int, float]:
+    """Step -> training loss. No step may come twice."""
+    logged = [(event["step"], event["loss"]) for event in events(output_dir) if "loss" in event]
+    assert len(dict(logged)) == len(logged), f"steps logged twice: {[step for step, _ in logged]}"
+    return dict(logged)
+
+
+def evaluations(output_dir) -> dict[int, float]:
+    """Step -> evaluation loss. No step may come twice."""
+    logged = [(event["step"], event["eval_loss"]) for event in events(output_dir) if "eval_loss" in event]
+    assert len(dict(logged)) == len(logged), f"steps evaluated twice: {[step for step, _ in logged]}"
+    return dict(logged)
+
+
+def checkpoints(output_dir) -> list[int]:
+    """Steps of a run's checkpoints."""
+    return sorted(int(path.name.removeprefix("checkpoint-")) for path in Path(output_dir).glob("checkpoint-*"))
+
+
+def weights_hash(folder) -> str:
+    return hashlib.sha256((Path(folder) / "model.safetensors").read_bytes()).hexdigest()
+
+
+def weights_difference(folder, other) -> float:
+    """Largest difference between two models' weights, the biases of attention keys left out.
+
+    Those change nothing (softmax takes no notice of them), so that their gradient is rounding alone; Adam divides it by
+    its own size, and they go wherever rounding leads.
+    """
+    first, second = (load_file(Path(path) / "model.safetensors") for path in (folder, other))
+    assert first.keys() == second.keys()
+    for weights in (first, second):
+        for name in weights:
+            if name.endswith("qkv.bias"):
+                query, _, value = weights[name].chunk(3)
+                weights[name] = torch.cat([query, value])
+    return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+def tree(folder) -> dict[str, tuple[int, int]]:
+    """Every file under a folder, with size and time of change."""
+    stats = {path: path.stat() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+    return {str(path.relative_to(folder)): (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}

@@ -1,0 +1,367 @@
+"""The command line: what it answers, and the one line that names every mistake."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from runs import REPOSITORY, TINY_RUN, arguments, environment, run, start, tree
+
+import hf_mae
+from hf_mae.training.recipe import CONFIG_KEYS, RECIPE_KEYS, recipe_names
+
+datasets = pytest.importorskip("datasets")
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """A working folder and caches of this test alone; nothing is asked of the network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture
+def mistake(capfd):
+    """Starts a command that has to fail by the user's mistake; the message."""
+
+    def message(*words) -> str:
+        capfd.readouterr()
+        assert start(*words) == 2
+        out, err = capfd.readouterr()
+        lines = err.splitlines()
+        assert len(lines) == 1, err
+        assert lines[0].startswith("hf-mae: error: ")
+        assert len(lines[0]) < 700
+        assert "Traceback" not in out
+        return lines[0].removeprefix("hf-mae: error: ")
+
+    return message
+
+
+def pictures(folder, count=40, channels=3):
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        Image.fromarray(rng.integers(0, 256, (12, 12, channels), np.uint8)).save(folder / f"{number:02d}.png")
+    return folder
+
+
+def tiles(folder, count=20, bands=13):
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        np.save(folder / f"{number:02d}.npy", rng.integers(0, 65536, (bands, 8, 8)).astype(np.uint16))
+    return folder
+
+
+# ------------------------------------------------------------------------------------------ answers
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
+def test_help_names_every_command(words, capsys):
+    assert start(*words) == 0
+    printed = capsys.readouterr().out
+    for command in ("pretrain", "evaluate", "stats"):
+        assert re.search(rf"^  {command} +\w", printed, re.MULTILINE)
+    assert "hf-mae pretrain --recipe quickstart" in printed
+
+
+def test_help_and_typing_errors_answer_before_anything_heavy_is_imported(tmp_path):
+    # As the script that pip makes: what counts is its name.
+    script = tmp_path / "hf-mae"
+    script.write_text(
+        "import sys\n"
+        "from hf_mae.cli import main\n"
+        "codes = main(['--help']), main([]), main(['--version']), main(['pretrian'])\n"
+        "print(codes, sorted({'torch', 'transformers', 'numpy', 'yaml'} & sys.modules.keys()))\n"
+    )
+    result = subprocess.run([sys.executable, script], env=environment(), capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "(0, 0, 0, 2) []"
+    assert result.stderr == "hf-mae: error: unknown command 'pretrian'; did you mean 'pretrain'?\n"
+
+
+def test_version_is_the_packages(capsys):
+    assert start("--version") == 0
+    assert capsys.readouterr().out == f"{hf_mae.__version__}\n"
+
+
+def test_help_of_pretrain_lists_every_key_of_recipes_and_models(capsys):
+    with pytest.raises(SystemExit) as ended:
+        start("pretrain", "--help")
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert "--model_config" not in printed
+    for key in RECIPE_KEYS + CONFIG_KEYS:
+        assert re.search(rf"--{key}\b", printed), key
+    assert {"hidden_size", "mask_ratio", "eval_mask_seed"} <= set(CONFIG_KEYS)
+
+
+def test_stats_of_digits_are_those_of_scikit_learns_images(capsys):
+    assert start("stats", "--dataset", "digits") == 0
+    printed = json.loads(capsys.readouterr().out)
+    load_digits = pytest.importorskip("sklearn.datasets").load_digits
+    pixels = np.rint(load_digits().images * 255 / 16) / 255
+    assert printed["image_mean"] == pytest.approx([pixels.mean()], rel=1e-9)
+    assert printed["image_std"] == pytest.approx([pixels.std()], rel=1e-9)
+    assert printed["rescale_factor"] == pytest.approx(1 / 255)
+    assert (printed["num_images"], printed["num_bad"]) == (1797, 0)
+
+
+def test_stats_of_thirteen_bands_have_thirteen_numbers(tmp_path, capsys):
+    tiles(tmp_path / "tiles")
+    assert start("stats", "--dataset", "tiles") == 0
+    printed = json.loads(capsys.readouterr().out)
+    pixels = np.stack([np.load(path) for path in sorted((tmp_path / "tiles").iterdir())]) / 65535
+    assert printed["image_mean"] == pytest.approx(pixels.mean(axis=(0, 2, 3)).tolist(), rel=1e-9)
+    assert printed["image_std"] == pytest.approx(pixels.std(axis=(0, 2, 3)).tolist(), rel=1e-9)
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_a_recipe_of_the_package_can_be_started_on_other_data(tmp_path, recipe, capsys):
+    pictures(tmp_path / "data")
+    assert start("pretrain", "--recipe", recipe, "--dataset", "data", "--dry_run", "--num_workers", 0) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{recipe}: ")
+    assert f"into outputs/{recipe}" in printed
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_the_command_line_beats_a_recipe_file_which_beats_the_defaults(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("total_batch_size: 64\nblr: 1e-3\nmask_ratio: 0.75\nmixed_precision: no\n")
+    words = arguments("out", total_batch_size=None, blr=None, dry_run=True, recipe="mine.yaml", mask_ratio=0.5)
+    assert start(*words) == 0
+    printed = capsys.readouterr().out
+    assert "12 steps of 64 images" in printed
+    assert "precision no), lr 0.00025;" in printed
+
+
+# ------------------------------------------------------------------------------------------ mistakes
+
+# Words of a command line -> words of the message.
+TYPED = {
+    "an unknown command": (["pretrian"], ["unknown command 'pretrian'", "did you mean 'pretrain'?"]),
+    "a command like no other": (["xyzzy"], ["unknown command 'xyzzy'", "pretrain", "stats"]),
+    "an unknown recipe": (["pretrain", "--recipe", "quikstart"], ["'quikstart'", "did you mean 'quickstart'?"]),
+    "a recipe file that is not there": (
+        ["pretrain", "--recipe", "my.yaml"],
+        ["unknown recipe 'my.yaml'", ".yaml file"],
+    ),
+    "an unknown flag": (["pretrain", "--total_stpes", "3"], ["'--total_stpes'", "did you mean '--total_steps'?"]),
+    "an unknown flag with =": (["pretrain", "--mask_rate=0.5"], ["'--mask_rate=0.5'", "'--mask_ratio'"]),
+    "a flag cut short": (["pretrain", "--total_s", "3"], ["'--total_s'", "did you mean"]),
+    "a word too many": (["pretrain", "digits"], ["unknown argument 'digits'"]),
+    "an unknown flag of stats": (["stats", "--dataste", "digits"], ["did you mean '--dataset'?"]),
+    "no number": (["pretrain", "--total_steps", "many"], ["--total_steps", "'many'"]),
+    "no value": (["pretrain", "--total_steps"], ["--total_steps", "expected one argument"]),
+    "none of the choices": (["pretrain", "--model_size", "giant"], ["'giant'", "huge"]),
+    "neither true nor false": (["pretrain", "--flip", "perhaps"], ["--flip", "perhaps"]),
+    "evaluate without a protocol": (["evaluate"], ["knn", "linear-probe"]),
+}
+
+
+@pytest.mark.parametrize("words", TYPED.values(), ids=TYPED.keys())
+def test_what_was_mistyped_is_named_in_one_line(mistake, words):
+    message = mistake(*words[0])
+    assert [word for word in words[1] if word not in message] == []
+
+
+# Keys of a tiny run on digits -> words of the message.
+IMPOSSIBLE = {
+    "no steps": ({"total_steps": 0}, ["total_steps 0", "1 or more"]),
+    "no mask left": ({"mask_ratio": 1}, ["mask_ratio 1", "[0, 1)"]),
+    "all but a patch masked": ({"mask_ratio": 0.99}, ["mask_ratio 0.99", "16 patches", "use 0.937 or less"]),
+    "a mask that is a word": ({"mask_ratio": "most"}, ["mask_ratio", "most"]),
+    "sizes that don't divide": ({"image_size": 225, "patch_size": 16}, ["225x225", "16x16", "224x224"]),
+    "heads that don't divide": ({"num_attention_heads": 3}, ["hidden_size 32", "num_attention_heads 3"]),
+    "an activation that isn't": ({"hidden_act": "gleu"}, ["gleu"]),
+    "an attention that isn't": ({"attn_implementation": "eagre"}, ["eagre", "sdpa"]),
+    "a remainder": ({"total_batch_size": 36, "per_device_batch_size": 8}, ["36", "8 x 1 processes", "fit", "9, 12, 18, 36"]),
+    "negative workers": ({"num_workers": -1}, ["num_workers -1"]),
+    "negative samples": ({"max_samples": -1}, ["max_samples -1"]),
+    "more streams than images": ({"max_samples": 3, "num_workers": 4}, ["3 images", "--num_workers"]),
+    "a crop from large to small": ({"crop_scale": [0.9, 0.5]}, ["crop_scale [0.9, 0.5]", "smallest <= largest"]),
+    "one mean for no channel": ({"image_mean": [0.5, 0.5], "image_std": [1, 1]}, ["image_mean", "2 numbers", "1 channels"]),
+    "one checkpoint only": ({"keep_checkpoints": 1}, ["keep_checkpoints 1", "2 or more"]),
+    "a tracker that isn't": ({"log_with": "wandbb"}, ["log_with wandbb", "tensorboard"]),
+    "half precision on a CPU": ({"mixed_precision": "fp16"}, ["fp16", "GPU", "bf16"]),
+    "a folder that isn't": ({"dataset": "./nowhere"}, ["no file or folder ./nowhere"]),
+    "a name that is nothing": ({"dataset": "nowhere"}, ["nowhere", "digits", "check the name"]),
+    "a pattern without files": ({"dataset": "shard-{000..002}.tar"}, ["shard-000.tar"]),
+    "a split that isn't": ({"split": "tset"}, ["no split 'tset'", "train"]),
+    "an evaluation split that isn't": ({"eval_split": "tset"}, ["no split 'tset'", "train"]),
+    "evaluation data that isn't": ({"eval_dataset": "./nowhere"}, ["./nowhere"]),
+    "a model that isn't": ({"model": "./nowhere"}, ["--model ./nowhere can't be loaded"]),
+    "a checkpoint that isn't": ({"resume": "nowhere/checkpoint-3"}, ["nowhere/checkpoint-3", "not a complete checkpoint"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE.values(), ids=IMPOSSIBLE.keys())
+def test_what_cannot_be_is_named_in_one_line_and_writes_nothing(mistake, tmp_path, case):
+    keys, words = case
+    message = mistake(*arguments("out", **keys))
+    assert [word for word in words if word not in message] == []
+    assert not (tmp_path / "out").exists()
+
+
+FILES = {
+    "an unknown key": ("total_stpes: 3", ["unknown key 'total_stpes'", "mine.yaml", "did you mean 'total_steps'?"]),
+    "a key of another command": ("protocol: knn", ["unknown key 'protocol'"]),
+    "half a step": ("total_steps: 12.5", ["total_steps", "12.5"]),
+    "a word for a number": ("blr: fast", ["blr", "fast"]),
+    "none of the choices": ("model_size: giant", ["model_size", "giant"]),
+    "a list": ("- total_steps", ["mine.yaml", "not a table of keys"]),
+    "no YAML": ("crop_scale: [0.2", ["mine.yaml", "not YAML"]),
+}
+
+
+@pytest.mark.parametrize("case", FILES.values(), ids=FILES.keys())
+def test_what_is_wrong_with_a_recipe_file_is_named_in_one_line(mistake, tmp_path, case):
+    text, words = case
+    (tmp_path / "mine.yaml").write_text(f"{text}\n")
+    message = mistake("pretrain", "--recipe", "mine.yaml", "--dry_run")
+    assert [word for word in words if word not in message] == []
+
+
+def test_data_without_images_is_named_with_what_would_be_images(mistake, tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "one.txt").write_text("one")
+    message = mistake(*arguments("out", dataset="texts"))
+    assert "no images in texts" in message
+    assert ".png" in message
+    datasets.Dataset.from_dict({"price": [1, 2], "weight": [0.5, 0.25]}).to_parquet("numbers.parquet")
+    message = mistake(*arguments("out", dataset="numbers.parquet"))
+    assert "no column of images among price, weight" in message
+    assert "--image_column" in message
+
+
+def test_another_channel_count_than_the_datas_is_named_with_the_right_one(mistake, tmp_path):
+    tiles(tmp_path / "tiles")
+    assert "13 channels, num_channels is 3; pass --num_channels 13" in mistake(
+        *arguments("out", dataset="tiles", num_channels=3)
+    )
+    assert "3 channels" in mistake("stats", "--dataset", "tiles", "--num_channels", 3)
+    pictures(tmp_path / "pictures")
+    assert "3 channels, num_channels is 13; pass --num_channels 3" in mistake(
+        *arguments("out", dataset="pictures", num_channels=13)
+    )
+
+
+def test_an_output_folder_that_holds_another_run_is_left_as_it_is(mistake, tmp_path):
+    run("out", total_steps=2)
+    before = tree("out")
+    message = mistake(*arguments("out", total_steps=2, seed=1))
+    assert "out holds another run" in message
+    assert "--resume auto" in message
+    assert "--output_dir" in message
+    assert tree("out") == before
+    (tmp_path / "file").touch()
+    assert "file is no folder" in mistake(*arguments("file"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "old"),
+    [("mask_ratio", 0.75, 0.5), ("total_steps", 5, 2), ("flip", False, True), ("norm_pix_loss", True, None)],
+)
+def test_a_run_does_not_go_on_with_another_recipe(mistake, key, value, old):
+    run("out", total_steps=2, save_steps=1)
+    before = tree("out")
+    message = mistake(*arguments("out", **{"total_steps": 2, "save_steps": 1, key: value, "resume": "auto"}))
+    assert f"out holds a run with {key} {old}, not {value}" in message
+    assert tree("out") == before
+
+
+def test_a_run_goes_on_with_keys_that_only_say_how_it_is_computed_and_shown(capsys):
+    run("out", total_steps=2, save_steps=1)
+    run(
+        "out", total_steps=2, save_steps=2, resume="auto", num_workers=1, per_device_batch_size=8, log_steps=2,
+        eval_steps=1, keep_checkpoints=3, mixed_precision="bf16", attn_implementation="eager", max_bad_fraction=0.5,
+        gradient_checkpointing=True,
+    )  # fmt: skip
+    assert "going on from out/checkpoint-2" in capsys.readouterr().out
+
+
+def test_a_run_does_not_go_on_with_other_data(mistake, tmp_path):
+    pictures(tmp_path / "data")
+    options = {"dataset": "data", "total_steps": 2, "save_steps": 1}
+    run("out", **options)
+    Image.new("RGB", (12, 12)).save("data/one more.png")
+    message = mistake(*arguments("out", resume="auto", **options))
+    assert "data is not the data that this run was trained on" in message
+    assert "--model" in message
+    (tmp_path / "data" / "one more.png").unlink()
+    run("out", resume="auto", **options)
+
+
+def test_a_broken_checkpoint_that_is_asked_for_by_name_is_not_gone_on_from(mistake, tmp_path):
+    run("out", total_steps=2, save_steps=1)
+    weights = tmp_path / "out" / "checkpoint-1" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    message = mistake(*arguments("other", total_steps=2, resume="out/checkpoint-1"))
+    assert "out/checkpoint-1/model.safetensors is not what was saved" in message
+    weights.unlink()
+    message = mistake(*arguments("other", total_steps=2, resume="out/checkpoint-1"))
+    assert "out/checkpoint-1/model.safetensors is missing" in message
+    # A folder of a run is not one of its checkpoints.
+    assert "not a complete checkpoint" in mistake(*arguments("other", total_steps=2, resume="out"))
+    assert not (tmp_path / "other").exists()
+
+
+# ------------------------------------------------------------------------------------------ missing packages
+
+
+def test_a_package_of_an_extra_that_is_missing_is_named_with_the_extra(mistake, monkeypatch, tmp_path):
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "accelerate", None)
+        for module in ("setup", "pretrain", "log"):
+            without.delitem(sys.modules, f"hf_mae.training.{module}", raising=False)
+        message = mistake(*arguments("out"))
+    assert message == "hf-mae pretrain needs the package accelerate: pip install 'hf-mae[train]'"
+    datasets.Dataset.from_dict({"a": [1]}).to_parquet("numbers.parquet")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    message = mistake(*arguments("out", dataset="numbers.parquet"))
+    assert "needs the package datasets: pip install 'hf-mae[train]'" in message
+
+
+def test_a_file_format_whose_package_is_missing_is_named_with_the_package(mistake, monkeypatch, tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    (tmp_path / "tiles").mkdir()
+    for number in range(20):
+        tifffile.imwrite(f"tiles/{number}.tif", np.zeros((8, 8, 7), np.uint16), photometric="minisblack")
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    assert "pip install tifffile" in mistake(*arguments("out", dataset="tiles"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", ["accelerate", "datasets", "yaml", "sklearn"])
+def test_a_process_without_a_package_of_an_extra_ends_with_one_line(tmp_path, package):
+    script = tmp_path / "hf-mae"
+    script.write_text(
+        f"import sys\nsys.modules[{package!r}] = None\nfrom hf_mae.cli import main\nsys.exit(main(sys.argv[1:]))\n"
+    )
+    (tmp_path / "data").mkdir()
+    dataset = "digits" if package == "sklearn" else "numbers.parquet"
+    datasets.Dataset.from_dict({"a": [1]}).to_parquet("numbers.parquet")
+    result = subprocess.run(
+        [sys.executable, script, *arguments("out", dataset=dataset)], env=environment(), capture_output=True, text=True
+    )
+    assert result.returncode == 2, result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("hf-mae: error: ")
+    assert "pip install 'hf-mae[train]'" in line
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_for_a_first_run_work(tmp_path):
+    """The quickstart recipe as it is, cut to a few steps; started as a module, as torchrun starts it."""
+    command = [sys.executable, "-m", "hf_mae.cli", "pretrain", "--recipe", "quickstart", "--total_steps", "20"]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
+    assert "outputs/quickstart" in result.stdout.splitlines()[-1]
+    load = result.stdout.splitlines()[-1].removeprefix("load it  ")
+    subprocess.run([sys.executable, "-c", load], env=environment(), check=True)
+    assert (REPOSITORY / "hf_mae" / "recipes" / "quickstart.yaml").is_file()
+    assert TINY_RUN["dataset"] == "digits"
