@@ -1,6 +1,6 @@
 """Run transformers' own common model tests on our classes, and on its Dinov2 for comparison.
 
-    python scripts/check_transformers_common_tests.py            # everything, a few minutes on two cores
+    python scripts/check_transformers_common_tests.py            # everything, about five minutes on two cores
     python scripts/check_transformers_common_tests.py -k init    # tests whose name contains "init"
 
 The tests lie in the source distribution of transformers, not in its wheel: the one of the installed version is
@@ -26,9 +26,7 @@ import transformers
 
 # What both testers share. Every test itself comes from transformers' mixins.
 HARNESS = '''
-import copy
 
-import torch
 from torch import nn
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_BACKBONE_MAPPING_NAMES,
@@ -120,6 +118,8 @@ import unittest
 import torch
 
 import hf_mae
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, WeightConverter
 from transformers.testing_utils import torch_device
 
 from ...test_backbone_common import BackboneTesterMixin
@@ -171,6 +171,25 @@ class MAEModelTest(VisionModelTest, unittest.TestCase):
 
     def test_hidden_states_output(self):
         self._with_each_length(super().test_hidden_states_output)
+
+    # Our files hold our names, and these tests skip models without a conversion of weights. A user may register one:
+    # here split queries, keys and values become the fused ones.
+    def _with_a_conversion(self, test):
+        conversions = []
+        for kind in ("weight", "bias"):
+            split = [f"attention.{letter}_proj.{kind}" for letter in "qkv"]
+            conversions.append(WeightConverter(split, f"attention.qkv.{kind}", [Concatenate(dim=0)]))
+        register_checkpoint_conversion_mapping("mae", conversions, overwrite=True)
+        try:
+            test()
+        finally:
+            register_checkpoint_conversion_mapping("mae", [], overwrite=True)
+
+    def test_reverse_loading_mapping(self):
+        self._with_a_conversion(super().test_reverse_loading_mapping)
+
+    def test_can_load_from_already_mapped_keys(self):
+        self._with_a_conversion(super().test_can_load_from_already_mapped_keys)
 
 
 class MAEBackboneTest(BackboneTesterMixin, unittest.TestCase):

@@ -587,6 +587,7 @@ def test_what_lies_behind_an_exception_decides_whether_another_try_may_help():
     assert not remote.is_transient(FileNotFoundError("no data set"))
     assert not remote.is_transient(OSError(28, "No space left on device"))
     assert not remote.is_transient(type("OfflineModeIsEnabled", (ConnectionError,), {})())
+    assert not remote.is_transient(ConnectionError("Couldn't reach 'a/b' on the Hub (OfflineModeIsEnabled)"))
     assert remote.is_transient(type("ConnectError", (type("TransportError", (Exception,), {}),), {})())
     assert not remote.is_transient(ValueError("a bug"))
 

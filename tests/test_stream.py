@@ -340,16 +340,17 @@ GRIDS = list(itertools.product((1, 2, 4), (0, 1, 2, 4), (1, 2, 4)))
 
 @pytest.mark.parametrize("block", [None, 9])
 def test_global_batches_are_those_written_down_on_every_grid(worker, block):
-    rows, plan = memory_rows([61, 3, 80, 29], block), StreamPlan(32, chunks=16, groups=4)
-    expected = list(obvious_batches(rows, plan, VIEW, seed=3, steps=11))  # two epochs
-    assert len({key for keys, _, _ in expected for key in keys}) == 173
-    for ranks, workers, accumulate in GRIDS:
+    rows, plan = memory_rows([31, 3, 42, 24], block), StreamPlan(16, chunks=16, groups=4)
+    expected = list(obvious_batches(rows, plan, VIEW, seed=3, steps=8))  # more than an epoch of every stream
+    assert len({key for keys, _, _ in expected for key in keys}) == 100
+    # With and without blocks it is the same code that deals streams to processes.
+    for ranks, workers, accumulate in GRIDS if block is None else GRIDS[1::4]:
 
         def dataset(rank, items, ranks=ranks):
-            return TrainingStream(rows, plan, VIEW, 3, [0] * 64, 0, 11, rank, ranks, items)
+            return TrainingStream(rows, plan, VIEW, 3, [0] * 64, 0, 8, rank, ranks, items)
 
-        batches = list(run(dataset, plan, ranks, workers, accumulate, 0, 11, [0] * 64, worker))
-        wrong = [step for step in range(11) if not equal(batches[step], expected[step])]
+        batches = list(run(dataset, plan, ranks, workers, accumulate, 0, 8, [0] * 64, worker))
+        wrong = [step for step in range(8) if not equal(batches[step], expected[step])]
         assert not wrong, (ranks, workers, accumulate, wrong)
 
 
@@ -372,7 +373,7 @@ def test_a_run_goes_on_on_any_other_grid_from_the_positions_in_its_batches(worke
 
         return list(run(dataset, plan, *grid, first, last, positions, worker))
 
-    for number, stop in enumerate([1, 2, 3, 5, 6, 7, 11, 12, 16]):
+    for number, stop in enumerate([1, 2, 3, 6, 11, 16]):
         before = part(grids[number * 5 % len(grids)], 0, stop, [0] * 32)
         after = part(grids[(number * 7 + 3) % len(grids)], stop, steps, before[-1][3])
         wrong = [step for step, batch in enumerate(before + after) if not equal(batch, expected[step])]
@@ -493,7 +494,7 @@ def test_a_stream_of_few_images_may_skip_more_than_it_has_while_some_are_good():
     rows = Rows(MemorySource(shards))
     (batch,) = TrainingStream(rows, StreamPlan(12, 1, 1), VIEW, 0, [0], 0, 1)
     assert batch.keys == ["shard0#0"] * 12
-    assert len(batch.bad) >= 33  # three bad ones before all but the first and the last good one of an epoch
+    assert len(batch.bad) >= 33  # of eleven epochs, and part of another
 
 
 def test_endless_bad_images_are_an_error_that_names_the_last():
@@ -516,7 +517,7 @@ def test_an_evaluation_covers_each_row_once_on_any_grid_with_the_same_pixels_and
         )
         for row in rows.read(rows.index)
     }
-    for ranks, workers, batch_size in itertools.product((1, 2, 3, 100), (0, 1, 2, 3), (1, 7, 64)):
+    for ranks, workers, batch_size in itertools.product((1, 3, 100), (0, 1, 3), (1, 7, 64)):
         keys = []
         for rank in range(ranks):
             dataset = EvaluationSet(rows, view, batch_size, mask_seed=7, rank=rank, ranks=ranks)
@@ -566,11 +567,12 @@ def loaded(rows, plan, grid, first, last, positions, method=None):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("block", [None, 9])
 def test_real_workers_give_the_batches_written_down_and_so_does_a_resume_elsewhere(block):
     rows, plan = memory_rows([61, 3, 80, 29], block), StreamPlan(32, chunks=16, groups=4)
     expected = list(obvious_batches(rows, plan, VIEW, seed=3, steps=11))
-    grids = [grid for grid in GRIDS if grid[1]]
+    grids = [grid for grid in GRIDS if grid[1]][block is None :: 2]
     for number, grid in enumerate(grids):
         stop = 1 + number % 10
         before, positions = loaded(rows, plan, grid, 0, stop, [0] * 64)

@@ -238,6 +238,9 @@ class PretrainRun:
         lr = lr_at(step - 1, self.recipe.lr, self.warmup_steps, self.total_steps, self.recipe.min_lr)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        if self.config.drop_path_rate:
+            # These random numbers too are a function of seed, step and rank, so that a resumed run draws the same.
+            torch.manual_seed(hash((self.recipe.seed, step, self.accelerator.process_index)))
         total = torch.zeros((), device=self.accelerator.device)
         for micro_step in range(self.grad_accum_steps):
             started = time.perf_counter()
