@@ -26,7 +26,6 @@ import transformers
 
 # What both testers share. Every test itself comes from transformers' mixins.
 HARNESS = '''
-
 from torch import nn
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_BACKBONE_MAPPING_NAMES,

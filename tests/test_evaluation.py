@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
+from tiny import tiny_config
 
 from hf_mae import MAEForPreTraining, MAEImageProcessor
 from hf_mae.data.sources import DataError, open_source
 from hf_mae.evaluation.features import EvaluateRecipe, Features, FrozenEncoder, extract_features, split_features
 from hf_mae.evaluation.knn import knn_accuracy
 from hf_mae.evaluation.linear_probe import fast_linear_accuracy
-from tiny import tiny_config
 
 
 def clusters(n: int, seed: int) -> Features:
@@ -44,9 +44,7 @@ def test_votes_are_weighted_by_similarity():
 
 def test_labels_at_random_are_not_learnt():
     generator = torch.Generator().manual_seed(0)
-    train, test = (
-        Features(torch.randn(400, 8, generator=generator), torch.arange(400) % 4) for _ in range(2)
-    )
+    train, test = (Features(torch.randn(400, 8, generator=generator), torch.arange(400) % 4) for _ in range(2))
     assert knn_accuracy(train, test, ks=(20,))["knn_top1_k20"] < 40
 
 
@@ -63,7 +61,11 @@ def test_a_sample_is_a_part_without_repetition_and_differs_by_seed():
 def folder(tmp_path):
     MAEForPreTraining(tiny_config(image_size=8, patch_size=4, num_channels=1)).save_pretrained(tmp_path)
     processor = MAEImageProcessor(
-        num_channels=1, size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}, image_mean=[0.3], image_std=[0.4]
+        num_channels=1,
+        size={"shortest_edge": 8},
+        crop_size={"height": 8, "width": 8},
+        image_mean=[0.3],
+        image_std=[0.4],
     )
     processor.save_pretrained(tmp_path)
     return str(tmp_path)

@@ -247,7 +247,9 @@ def test_fsdp_asked_of_accelerate_on_cpus_is_refused_in_one_line_of_each_process
     (tmp_path / "fsdp.yaml").write_text(FSDP_CONFIG)
     launch = ["-m", "accelerate.commands.launch", "--config_file", tmp_path / "fsdp.yaml", "-m", "hf_mae.cli"]
     command = [sys.executable, *map(str, launch), *arguments(tmp_path / "run")]
-    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    # Accelerate's own flag for CPUs (use_cpu) starts both processes, and lets each of them work alone.
+    variables = environment(ACCELERATE_USE_CPU="true")
+    result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode != 0
     said = [line for line in result.stderr.splitlines() if "hf-mae: error:" in line]
     wanted = "hf-mae: error: FSDP was asked for and MULTI_CPU obtained; FSDP needs a GPU for each process"
@@ -269,17 +271,3 @@ def test_a_strategy_or_processes_that_were_not_obtained_are_an_error(tmp_path, m
     assert line.startswith("hf-mae: error: 2 processes were started, 1 work together; use torchrun")
     assert "ACCELERATE_USE_CPU=true" in line
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
-def test_processes_that_do_not_divide_the_batch_are_told_which_do(tmp_path):
-    launcher = [*TORCHRUN[:-1], "3"]
-    command = [sys.executable, *launcher, "-m", "hf_mae.cli", *arguments(tmp_path / "run")]
-    variables = environment(ACCELERATE_USE_CPU="true")
-    result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode != 0
-    wanted = (
-        "hf-mae: error: total_batch_size 32 can't be dealt to 3 processes; use [1, 2] processes, or a multiple of 3"
-    )
-    assert wanted in result.stderr
-    assert "hf_mae/training" not in result.stderr

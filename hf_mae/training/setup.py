@@ -50,18 +50,18 @@ def make_accelerator(recipe: PretrainRecipe) -> Accelerator:
         # The only buffers are tables that never change: nothing to broadcast at each forward.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != asked:
-        raise RecipeError(
-            f"{asked} processes were started, {accelerator.num_processes} work together; use torchrun, on CPUs with "
-            "ACCELERATE_USE_CPU=true"
-        )
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise RecipeError("mixed_precision fp16 needs a GPU; use bf16 or no")
     fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
     if fsdp and accelerator.distributed_type != DistributedType.FSDP:
         raise RecipeError(
             f"FSDP was asked for and {accelerator.distributed_type.value} obtained; FSDP needs a GPU for each process"
+        )
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != asked:
+        raise RecipeError(
+            f"{asked} processes were started, {accelerator.num_processes} work together; use torchrun, on CPUs with "
+            "ACCELERATE_USE_CPU=true"
         )
     return accelerator
 
