@@ -152,7 +152,7 @@ def test_two_processes_go_on_where_one_stopped(single, tmp_path):
     assert weights_difference(output_dir, single) < 1e-5
 
 
-LONG = {"total_steps": 400, "eval_steps": 400, "save_steps": 400, "warmup_steps": 20, "num_workers": 1}
+LONG = {"total_steps": 150, "eval_steps": 150, "save_steps": 150, "warmup_steps": 20, "num_workers": 1}
 
 
 @pytest.mark.slow
@@ -174,12 +174,15 @@ def test_sigterm_to_torchrun_saves_the_step_that_is_under_way_on_all_ranks(tmp_p
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     last = max(losses(output_dir))
-    assert 20 <= last < 400
+    assert 20 <= last < 150
     assert checkpoints(output_dir) == [last]
     assert f"stopped on request after step {last}" in (tmp_path / "log").read_text()
-    # It goes on: on one process, which needs no more than one.
     run(output_dir, resume="auto", **LONG)
-    assert list(losses(output_dir)) == list(range(1, 401))
+    whole = losses(run(tmp_path / "whole", **LONG))
+    assert list(losses(output_dir)) == list(whole)
+    # Rounding alone tells the two apart, and after so few steps it has not grown.
+    some = range(last - 5, last + 6)
+    assert [losses(output_dir)[step] for step in some] == pytest.approx([whole[step] for step in some], rel=1e-3)
 
 
 @pytest.mark.slow

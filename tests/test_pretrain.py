@@ -57,6 +57,15 @@ def own_caches(tmp_path, monkeypatch):
     datasets.disable_progress_bars()
 
 
+@pytest.fixture(autouse=True)
+def no_process_is_left():
+    yield
+    left = multiprocessing.active_children()
+    for process in left:
+        process.kill()  # they ignore the SIGTERM by which this process would end them, and then wait for ever
+    assert left == []
+
+
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
     """A run of 12 steps that was left alone, and what it printed."""
@@ -429,8 +438,18 @@ def test_a_clip_that_is_never_reached_changes_nothing(finished, tmp_path):
     assert losses(output_dir) == losses(finished)
 
 
-def test_gradient_checkpointing_changes_memory_and_nothing_else(finished, tmp_path):
+def test_gradient_checkpointing_changes_memory_and_nothing_else(finished, tmp_path, monkeypatch):
+    recomputed = []
+    checkpoint = torch.utils.checkpoint.checkpoint
+
+    def counted(*args, **kwargs):
+        recomputed.append(1)
+        return checkpoint(*args, **kwargs)
+
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", counted)
+    monkeypatch.setattr("transformers.modeling_utils.checkpoint", counted, raising=False)
     output_dir = run(tmp_path / "run", save_steps=12, eval_steps=5, gradient_checkpointing=True)
+    assert len(recomputed) == 12 * 3  # steps and layers
     assert losses(output_dir) == pytest.approx(losses(finished), rel=1e-6)
 
 
@@ -446,7 +465,11 @@ def test_bf16_trains_nearly_as_float32_does_and_saves_float32(finished, tmp_path
 def test_a_compiled_model_trains_as_the_other_does(tmp_path):
     # One layer and one batch size: each graph costs half a minute of compiling.
     options = {"num_hidden_layers": 1, "total_steps": 4, "max_eval_samples": 32}
-    usual, compiled = run(tmp_path / "usual", **options), run(tmp_path / "compiled", compile=True, **options)
+    usual = run(tmp_path / "usual", **options)
+    counters = torch._dynamo.utils.counters["stats"]
+    counters.clear()
+    compiled = run(tmp_path / "compiled", compile=True, **options)
+    assert counters["unique_graphs"] >= 2  # training and evaluation
     assert losses(compiled) == pytest.approx(losses(usual), rel=1e-5)
     assert evaluations(compiled) == pytest.approx(evaluations(usual), rel=1e-5)
     assert weights_difference(compiled, usual) < 1e-5
