@@ -173,6 +173,7 @@ def build_model(recipe: PretrainRecipe, stored: Path | None, num_channels: int) 
             model = MAEForPreTraining.from_pretrained(recipe.model, **changes, **options)
     except (ImportError, KeyError, OSError, ValueError, RuntimeError) as error:
         what = f"--model {recipe.model} can't be loaded" if recipe.model else "the model can't be made"
+        what += f" with attn_implementation {recipe.attn_implementation} (eager and sdpa always work)"
         raise RecipeError(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
