@@ -60,6 +60,7 @@ def _run(runner: Callable[[list[str]], int], arguments: list[str]) -> int:
     from .data.decode import MissingPackage
     from .data.sources import DataError
     from .training.checkpoint import CheckpointError
+    from .training.guard import NonFiniteError
     from .training.recipe import RecipeError
 
     register()
@@ -67,12 +68,12 @@ def _run(runner: Callable[[list[str]], int], arguments: list[str]) -> int:
     transformers_logging.disable_progress_bar()
     try:
         return runner(arguments)
-    except (DataError, RecipeError, CheckpointError, MissingPackage) as error:
+    except (DataError, RecipeError, CheckpointError, NonFiniteError, MissingPackage) as error:
         return _fail(str(error))
 
 
 def _fail(message: str) -> int:
-    print(f"hf-mae: error: {message}", file=sys.stderr)
+    sys.stderr.write(f"hf-mae: error: {message}\n")  # in one piece, where several processes write at once
     return 2
 
 

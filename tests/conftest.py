@@ -1,6 +1,7 @@
 """Options and fixtures of the whole test suite."""
 
 import os
+import signal
 
 # Before anything imports huggingface_hub, which reads it once.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -8,6 +9,8 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import pytest
 import torch
 
+# In the background of a shell, Python starts with key presses ignored; tests send them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tiny tensors gain nothing from a second thread, and test processes beside this one lose by it.
 torch.set_num_threads(1)
 

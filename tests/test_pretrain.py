@@ -637,10 +637,10 @@ def test_evaluation_pixels_are_those_of_the_image_processor_to_the_last_digit(tm
     processor = AutoImageProcessor.from_pretrained(output_dir, backend="pil")
     assert type(processor) is MAEImageProcessorPil
     seen = 0
-    for batch in pretraining._evaluation_set(0, 1):
+    for batch in pretraining.held_out.batches(0, 1):
         files = [Image.open(tmp_path / "data" / key) for key in batch.keys]
         expected = processor(files, return_tensors="pt")["pixel_values"]
-        torch.testing.assert_close(pretraining.pixel_values(batch), expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(pretraining.normalize(batch.images), expected, atol=1e-6, rtol=0)
         seen += len(files)
     assert seen == len(paths) + 30
 

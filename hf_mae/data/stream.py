@@ -387,8 +387,9 @@ class EvaluationSet(IterableDataset):
 
 
 def ignore_termination(worker_id: int) -> None:
-    """Start-up of a loader worker: SIGTERM is for the training process, which saves and then ends its workers."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Start-up of a loader worker: the signals are for the training process, which saves and then ends its workers."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     # A worker decodes on one core; more threads only get in the way of the others.
     torch.set_num_threads(1)
 

@@ -7,6 +7,7 @@
 Safetensors and JSON only: reading a checkpoint can run nothing.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -31,7 +32,13 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, broken, or of another run; one line with the remedy."""
 
 
-def write_checkpoint(output_dir: Path, step: int, write: Callable[[Path], None], keep: int) -> Path:
+class DiskFullError(CheckpointError):
+    """There was no room for a checkpoint; those before it are as they were."""
+
+
+def write_checkpoint(
+    output_dir: Path, step: int, write: Callable[[Path], None], keep: int, check: Callable[[Path], bool] | None = None
+) -> Path:
     """Write `OUT/checkpoint-STEP`, then remove all but this and the `keep` - 1 before it.
 
     Those of later steps stay: they are broken, or of a run that was gone back on.
@@ -41,23 +48,31 @@ def write_checkpoint(output_dir: Path, step: int, write: Callable[[Path], None],
         step: optimizer steps taken.
         write: writes the files into the folder that it is given.
         keep: checkpoints that stay, 2 or more, so that a broken one is never the only one.
+        check: reads the folder back, and says whether it holds what was written.
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        DiskFullError: if there is no room.
+        CheckpointError: if `check` says no.
     """
     final = output_dir / f"checkpoint-{step}"
     temporary = output_dir / f".tmp-checkpoint-{step}"
     for leftover in output_dir.glob(".tmp-checkpoint-*"):
         shutil.rmtree(leftover)
-    temporary.mkdir(parents=True)
-    write(temporary)
-    manifest = {}
-    for file in sorted(path for path in temporary.iterdir() if path.is_file()):
-        manifest[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-        settle(file)
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    settle(temporary / MANIFEST)
-    _fsync(temporary)
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary)
+        _seal(temporary)
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if _is_disk_full(error):
+            message = f"there is no room for {final} ({error}), the checkpoints before it are whole; make room"
+            raise DiskFullError(message) from error
+        raise
+    if check and not check(temporary):
+        raise CheckpointError(f"{temporary} does not hold what was written into it; check the disk")
     if final.exists():
         shutil.rmtree(final)
     temporary.rename(final)
@@ -66,6 +81,48 @@ def write_checkpoint(output_dir: Path, step: int, write: Callable[[Path], None],
     for old in older[:-keep]:
         shutil.rmtree(old)
     return final
+
+
+def _seal(folder: Path) -> None:
+    """Get all files onto the disk, and the manifest after them."""
+    manifest = {}
+    for file in sorted(path for path in folder.iterdir() if path.is_file()):
+        manifest[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        settle(file)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    settle(folder / MANIFEST)
+    _fsync(folder)
+
+
+def _is_disk_full(error: Exception) -> bool:
+    """Whether the disk, a quota or a limit on files is at its end. Safetensors says so in its text alone."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return getattr(error, "errno", None) in full or any(f"os error {number}" in str(error) for number in full)
+
+
+def replace_files(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write files into a folder so that each of them is the old or the new one at every instant.
+
+    Args:
+        folder: where they belong.
+        write: writes them into the folder that it is given.
+    """
+    temporary = folder / ".tmp-files"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    write(temporary)
+    for file in sorted(temporary.iterdir()):
+        settle(file)
+        file.replace(folder / file.name)
+    temporary.rmdir()
+    _fsync(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file, the old or the new one at every instant."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -89,18 +146,24 @@ def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
         Its folder; None if there is none yet.
 
     Raises:
-        CheckpointError: if the named one is missing or broken.
+        CheckpointError: if the named one is missing or broken, or all are.
     """
     if resume != "auto":
         verify_checkpoint(Path(resume))
         return Path(resume)
-    for path in reversed(list_checkpoints(output_dir)):
+    found = list_checkpoints(output_dir)
+    for path in reversed(found):
         try:
             verify_checkpoint(path)
         except CheckpointError as error:
             logger.warning("%s; falling back to the one before", error)
         else:
             return path
+    if found:
+        raise CheckpointError(
+            f"none of the {len(found)} checkpoints in {output_dir} is whole; bring one back, or start anew in another "
+            "--output_dir"
+        )
     return None
 
 
@@ -168,6 +231,18 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Read a safetensors file onto the host."""
     return load_file(path)
+
+
+def same_tensors(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    """Whether both have the same names and, bit by bit (NaN as well), the same values."""
+    return first.keys() == second.keys() and all(
+        value.dtype == second[name].dtype and torch.equal(_bits(value), _bits(second[name]))
+        for name, value in first.items()
+    )
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def write_json(value: Any, path: Path) -> None:

@@ -1,6 +1,8 @@
 """What a run tells: a progress bar, metrics.jsonl, trackers, bad_samples.jsonl."""
 
 import json
+import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -10,6 +12,10 @@ from typing import Any
 
 from accelerate import Accelerator
 from tqdm.auto import tqdm
+
+from .checkpoint import write_text
+
+logger = logging.getLogger(__name__)
 
 MOST_NAMED = 100
 
@@ -29,24 +35,28 @@ class RunLog:
         self.metrics_file, self.bad_file = output_dir / "metrics.jsonl", output_dir / "bad_samples.jsonl"
         self.evaluations: list[dict[str, Any]] = []
         if accelerator.is_main_process and self.metrics_file.exists():
-            events = [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
             # A run that starts anew evaluates before its first step anew.
-            events = [event for event in events if event["step"] <= first_step > 0]
+            events = [event for event in read_events(self.metrics_file) if event["step"] <= first_step > 0]
             self.evaluations = [event for event in events if "eval_loss" in event]
-            self.metrics_file.write_text("".join(json.dumps(event) + "\n" for event in events))
+            write_text(self.metrics_file, "".join(json.dumps(event) + "\n" for event in events))
         self.bar = tqdm(
             total=total_steps, initial=first_step, disable=not accelerator.is_main_process, dynamic_ncols=True
         )
 
-    def event(self, step: int, **numbers: Any) -> None:
+    def event(self, step: int, **values: Any) -> None:
         """Append one JSON object to metrics.jsonl, and pass its numbers on to the trackers."""
         if not self.accelerator.is_main_process:
             return
-        if "eval_loss" in numbers:
-            self.evaluations.append({"step": step, **numbers})
-        with self.metrics_file.open("a") as file:
-            file.write(json.dumps({"step": step, **numbers}) + "\n")
-        self.accelerator.log(numbers, step=step)
+        # JSON has no NaN.
+        event = {"step": step, **{key: None if _is_nan(value) else value for key, value in values.items()}}
+        if "eval_loss" in event:
+            self.evaluations.append(event)
+        try:
+            with self.metrics_file.open("a") as file:
+                file.write(json.dumps(event) + "\n")
+        except OSError as error:  # the disk may be full for a while; the run is worth more than this line
+            self.say(f"WARNING: a line of {self.metrics_file} is lost: {error.strerror}")
+        self.accelerator.log({key: value for key, value in values.items() if isinstance(value, int | float)}, step=step)
 
     def progress(self, step: int, **shown: Any) -> None:
         """Move the bar, which shows the time left, and write `shown` behind it."""
@@ -63,6 +73,21 @@ class RunLog:
         self.bar.close()
         for tracker in self.accelerator.trackers:
             tracker.finish()
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The events of a metrics.jsonl; a last line that was cut off is left out."""
+    events = []
+    for line in path.read_text().splitlines():
+        try:
+            events.append(json.loads(line))
+        except ValueError:
+            logger.warning("%s: a line that was cut off is left out: %.40s", path, line)
+    return events
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 class BadSamples:
@@ -96,14 +121,14 @@ class BadSamples:
 
     def _write(self) -> None:
         if self.named or self.path.exists():
-            self.path.write_text("".join(json.dumps(sample) + "\n" for sample in self.named))
+            write_text(self.path, "".join(json.dumps(sample) + "\n" for sample in self.named))
 
 
 class Stopwatch:
-    """Time since the last reading, and how much of it was spent waiting for data."""
+    """Time since the last reading, and how much of it was spent waiting for data; `total` seconds of all readings."""
 
     def __init__(self) -> None:
-        self.start, self.waited = time.perf_counter(), 0.0
+        self.start, self.waited, self.total = time.perf_counter(), 0.0, 0.0
 
     def waiting(self, seconds: float) -> None:
         self.waited += seconds
@@ -115,9 +140,13 @@ class Stopwatch:
         yield
         self.start += time.perf_counter() - before
 
+    def restart(self) -> None:
+        """Forget the time until now."""
+        self.start, self.waited = time.perf_counter(), 0.0
+
     def read(self) -> tuple[float, float]:
         """Seconds since the last reading, and the share of them spent waiting for data, in [0, 1]."""
-        now = time.perf_counter()
-        elapsed, waited = now - self.start, self.waited
-        self.start, self.waited = now, 0.0
+        elapsed, waited = time.perf_counter() - self.start, self.waited
+        self.total += elapsed
+        self.restart()
         return elapsed, waited / elapsed

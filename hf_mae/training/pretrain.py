@@ -3,42 +3,55 @@
 Run by `hf-mae pretrain`, or under `torchrun` / `accelerate launch` with `-m hf_mae.cli pretrain`.
 """
 
-import json
 import signal
 import time
 from collections.abc import Generator
-from contextlib import closing, nullcontext
-from functools import cached_property
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import yaml
 from accelerate import DistributedType
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .. import __version__
 from ..data.sources import DataError
-from ..data.stats import RESCALE_FACTORS
-from ..data.stream import Batch, EvaluationSet, TrainingStream, each_batch, make_loader
+from ..data.stream import Batch, TrainingStream, each_batch, make_loader
 from ..modeling_mae import MAEForPreTraining
-from ..visualize import reconstruction_grid
 from .checkpoint import (
+    CheckpointError,
+    DiskFullError,
     full_state_dict,
     load_optimizer_tensors,
     load_tensors,
     optimizer_tensors,
+    replace_files,
+    same_tensors,
     save_tensors,
-    settle,
     write_checkpoint,
     write_json,
+    write_text,
 )
+from .guard import StepGuard
+from .held_out import HeldOut
 from .log import BadSamples, RunLog, Stopwatch
 from .optimizer import adamw
 from .recipe import PretrainRecipe
 from .schedule import lr_at
-from .setup import build_model, build_processor, find_stored, make_accelerator, make_view, open_data, plan_stream
+from .setup import (
+    build_model,
+    build_processor,
+    find_stored,
+    make_accelerator,
+    make_normalizer,
+    make_view,
+    open_data,
+    plan_stream,
+    read_state,
+)
 
 STRATEGIES = {
     DistributedType.NO: "one process",
@@ -59,7 +72,7 @@ def pretrain(recipe: PretrainRecipe) -> dict[str, Any]:
         `images_per_second`; None for what there is not.
 
     Raises:
-        RecipeError, DataError, CheckpointError: for what a user can mend; one line with the remedy.
+        RecipeError, DataError, CheckpointError, NonFiniteError: for what a user can mend; one line with the remedy.
     """
     run = PretrainRun(recipe)
     run.describe()
@@ -80,39 +93,46 @@ class PretrainRun:
         self.output_dir = Path(recipe.output_dir or "outputs/pretrain")
         self.accelerator = make_accelerator(recipe)
         self.stored = find_stored(recipe, self.output_dir)
+        trainer, data_state = read_state(self.stored) if self.stored else (None, None)
         # One process after the other, so that what a data set library caches is written once.
         with self.accelerator.main_process_first():
             self.data = open_data(recipe)
         ranks = self.accelerator.num_processes
         self.total_steps, self.warmup_steps = recipe.steps(len(self.data.rows))
         self.micro_batch, self.grad_accum_steps = recipe.micro_batch(ranks)
+        self.plan, self.positions = plan_stream(recipe, self.data, ranks, data_state)
+        self.items_per_step = self.plan.items_per_step(ranks, recipe.num_workers, self.grad_accum_steps)
         set_seed(recipe.seed)
         model = build_model(recipe, self.stored, self.data.num_channels)
         self.config = model.config
         self.processor = build_processor(recipe, self.stored, self.data, self.config)
         self.view = make_view(recipe, self.data, self.config)
-        self.state: dict[str, Any] = self._load_json("trainer.json") or {"step": 0, "images_seen": 0}
-        self.data_state = self._load_json("data.json")
-        self.plan, self.positions = plan_stream(recipe, self.data, ranks, self.data_state)
-        self.items_per_step = self.plan.items_per_step(ranks, recipe.num_workers, self.grad_accum_steps)
+        self.normalize = make_normalizer(self.processor, self.data.dtype, self.accelerator.device)
         optimizer = adamw(model, (recipe.adam_beta1, recipe.adam_beta2), recipe.weight_decay)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self._load_optimizer()
+        self.step = trainer["step"] if trainer else 0
+        if trainer and self.step > self.total_steps:
+            raise CheckpointError(f"{self.stored} is at step {self.step}, the run ends at {self.total_steps}")
+        self.guard = StepGuard(self.accelerator, **(trainer["guard"] if trainer else {}))
+        self._bad_before = data_state["bad"] if data_state else None
+        self._load_optimizer(trainer)
+        self.held_out = HeldOut(
+            self.data.eval_rows, self.view, self.micro_batch, self.config.eval_mask_seed, self.normalize,
+            recipe.num_workers, self.accelerator,
+        )  # fmt: skip
         self.stop_requested = False
+        self.saved_before = False
         self.bad: BadSamples | None = None
         self.moved: dict[int, int] = {}
         self.newly_bad: list[tuple[str, str]] = []
 
-    def _load_json(self, name: str) -> Any:
-        return json.loads((self.stored / name).read_text()) if self.stored else None
-
-    def _load_optimizer(self) -> None:
-        if not self.stored:
+    def _load_optimizer(self, trainer: dict[str, Any] | None) -> None:
+        if not self.stored or not trainer:
             return
         model = self.accelerator.unwrap_model(self.model)
         load_optimizer_tensors(model, self._torch_optimizer, load_tensors(self.stored / "optimizer.safetensors"))
-        if self.accelerator.scaler is not None and self.state.get("scaler"):
-            self.accelerator.scaler.load_state_dict(self.state["scaler"])
+        if self.accelerator.scaler is not None and trainer.get("scaler"):
+            self.accelerator.scaler.load_state_dict(trainer["scaler"])
 
     @property
     def _torch_optimizer(self) -> torch.optim.Optimizer:
@@ -153,7 +173,7 @@ class PretrainRun:
             if not recipe.dry_run:
                 self.output_dir.mkdir(parents=True, exist_ok=True)
                 text = yaml.safe_dump({"recipe": recipe.to_dict(), "derived": derived}, sort_keys=False)
-                (self.output_dir / "run_config.yaml").write_text(text)
+                write_text(self.output_dir / "run_config.yaml", text)
         accelerator.wait_for_everyone()
         if recipe.log_with and not recipe.dry_run:
             accelerator.init_trackers("hf_mae", config={k: v for k, v in recipe.to_dict().items() if _is_plain(v)})
@@ -162,46 +182,36 @@ class PretrainRun:
 
     def train(self) -> dict[str, Any]:
         """All steps that are left, then the final model and its picture."""
-        recipe, first_step = self.recipe, self.state["step"]
+        recipe, first_step = self.recipe, self.step
         log = RunLog(self.accelerator, self.output_dir, first_step, self.total_steps)
         if self.accelerator.is_main_process:
-            before = self.data_state["bad"] if self.data_state else None
-            self.bad = BadSamples(self.output_dir / "bad_samples.jsonl", before)
+            self.bad = BadSamples(self.output_dir / "bad_samples.jsonl", self._bad_before)
         eval_steps = recipe.eval_steps or max(1, self.total_steps // 10)
         save_steps = recipe.save_steps or max(1, self.total_steps // 10)
         previous = {sig: signal.signal(sig, self._request_stop) for sig in (signal.SIGTERM, signal.SIGUSR1)}
         batches = self._batches(first_step)
         losses: list[torch.Tensor] = []
-        logged, seconds_spent = first_step, 0.0
+        watch = Stopwatch()
+        stop = False
         try:
             if first_step == 0:
-                log.event(0, eval_loss=self.evaluate())
-            watch = Stopwatch()
+                self._evaluate(log)
+            watch.restart()
             for step in range(first_step + 1, self.total_steps + 1):
-                logs = step % recipe.log_steps == 0 or step == self.total_steps
-                loss, grad_norm, lr = self._step(step, batches, watch, want_norm=logs)
+                loss, grad_norm, lr = self._step(step, batches, watch)
                 losses.append(loss)
-                self.state = {"step": step, "images_seen": step * recipe.total_batch_size}
+                self.step = step
+                last = step == self.total_steps
+                logs, evaluates, saves = (last or step % n == 0 for n in (recipe.log_steps, eval_steps, save_steps))
                 if logs:
-                    seconds, waited = watch.read()
-                    seconds_spent += seconds
-                    speed = (step - logged) * recipe.total_batch_size / seconds
-                    mean_loss = self._reduce(torch.stack(losses).mean(), "mean").item()
-                    losses, logged = [], step
-                    log.event(
-                        step, images_seen=self.state["images_seen"], epoch=self.epoch, loss=mean_loss, lr=lr,
-                        grad_norm=grad_norm, images_per_second=speed, data_wait=waited,
-                    )  # fmt: skip
-                    log.progress(
-                        step, loss=f"{mean_loss:.4f}", lr=f"{lr:.2e}", img_s=f"{speed:.0f}", wait=f"{waited:.0%}"
-                    )
-                    self._check_bad(log)
-                stop = self._everyone_stops()
+                    self._log(log, losses, lr, grad_norm, watch)
+                    losses = []
+                stop = self._agree(log, up_to_now=logs or evaluates or saves)
                 with watch.stopped():  # evaluating and saving are not part of the training speed
-                    if step % eval_steps == 0 or step == self.total_steps:
-                        log.event(step, eval_loss=self.evaluate())
-                    if step % save_steps == 0 or step == self.total_steps or stop:
-                        self.save_checkpoint()
+                    if evaluates:
+                        self._evaluate(log)
+                    if saves or stop:
+                        self.save_checkpoint(log, must=stop or last)
                 if stop:
                     log.say(f"stopped on request after step {step}; go on with --resume auto")
                     break
@@ -210,15 +220,15 @@ class PretrainRun:
                 signal.signal(sig, handler)
             batches.close()
             log.close()
-        finished = self.state["step"] == self.total_steps
+        finished = self.step == self.total_steps
+        seconds_spent, steps_timed = watch.total, self.step - first_step - len(losses)
         summary = {
-            "steps": self.state["step"],
+            "steps": self.step,
             "first_eval_loss": log.evaluations[0]["eval_loss"] if log.evaluations else None,
             "last_eval_loss": log.evaluations[-1]["eval_loss"] if log.evaluations else None,
-            "images_per_second": (logged - first_step) * recipe.total_batch_size / seconds_spent
-            if seconds_spent
-            else None,
+            "images_per_second": steps_timed * recipe.total_batch_size / seconds_spent if steps_timed else None,
             "bad_samples": self.bad.total if self.bad else 0,
+            "skipped_steps": self.guard.skipped_steps,
             "model": self._save_final() if finished else None,
             "picture": self._save_picture() if finished else None,
         }
@@ -227,36 +237,94 @@ class PretrainRun:
         return summary
 
     @property
+    def images_seen(self) -> int:
+        """Training images so far, those of skipped steps among them."""
+        return self.step * self.recipe.total_batch_size
+
+    @property
     def epoch(self) -> float:
         """Passes over the data so far."""
-        return self.state["images_seen"] / len(self.data.rows)
+        return self.images_seen / len(self.data.rows)
 
-    def _step(
-        self, step: int, batches: Generator[Batch], watch: Stopwatch, want_norm: bool
-    ) -> tuple[torch.Tensor, float | None, float]:
-        """One optimizer step, number `step` from 1: its mean loss on this rank (on the device), gradient norm, lr."""
+    def _agree(self, log: RunLog, up_to_now: bool) -> bool:
+        """Tell of the steps that were left out; whether to stop.
+
+        Raises:
+            NonFiniteError: if there were too many in a row.
+        """
+        stop = self.stop_requested and self.accelerator.num_processes == 1  # no one else has to be told
+        for verdict in self.guard.verdicts(up_to_now):
+            stop = stop or verdict.stop
+            if verdict.skipped:
+                log.event(verdict.step, skipped=True, samples=verdict.samples)
+                some = ", ".join(verdict.samples[:3])
+                log.say(f"step {verdict.step} left out: its loss or gradient is not finite; samples {some}, ...")
+            self.guard.check()
+        return stop
+
+    def _log(
+        self, log: RunLog, losses: list[torch.Tensor], lr: float, grad_norm: torch.Tensor, watch: Stopwatch
+    ) -> None:
+        """A line of metrics.jsonl, with the mean loss of the steps since the last one that were not left out."""
+        mean_losses = self._reduce(torch.stack(losses), "mean")
+        loss = mean_losses[mean_losses.isfinite()].mean().item()
+        seconds, waited = watch.read()
+        speed = len(losses) * self.recipe.total_batch_size / seconds
+        log.event(
+            self.step, images_seen=self.images_seen, epoch=self.epoch, loss=loss, lr=lr, grad_norm=grad_norm.item(),
+            images_per_second=speed, data_wait=waited,
+        )  # fmt: skip
+        log.progress(self.step, loss=f"{loss:.4f}", lr=f"{lr:.2e}", img_s=f"{speed:.0f}", wait=f"{waited:.0%}")
+        self._check_bad(log)
+
+    def _evaluate(self, log: RunLog) -> None:
+        loss, bad = self.held_out.loss(self.model)
+        log.event(self.step, eval_loss=loss)
+        if bad and self.step in (0, self.total_steps):
+            named = ", ".join(f"{key} ({reason})" for key, reason in bad[:3])
+            log.say(f"{len(bad)} evaluation images are left out, they can't be decoded: {named}")
+
+    def _step(self, step: int, batches: Generator[Batch], watch: Stopwatch) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """One optimizer step, number `step` from 1: this rank's mean loss, gradient norm (on the device), lr."""
         lr = lr_at(step - 1, self.recipe.lr, self.warmup_steps, self.total_steps, self.recipe.min_lr)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if self.config.drop_path_rate:
             # These random numbers too are a function of seed, step and rank, so that a resumed run draws the same.
             torch.manual_seed(hash((self.recipe.seed, step, self.accelerator.process_index)))
-        total = torch.zeros((), device=self.accelerator.device)
+        loss = torch.zeros((), device=self.accelerator.device)
+        keys: list[str] = []
         for micro_step in range(self.grad_accum_steps):
             started = time.perf_counter()
             batch = next(batches)
             watch.waiting(time.perf_counter() - started)
+            keys += batch.keys
             last = micro_step == self.grad_accum_steps - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss = self.model(self.pixel_values(batch), noise=batch.noise).loss / self.grad_accum_steps
-                self.accelerator.backward(loss)
-            total += loss.detach()
-        grad_norm = None
-        if self.recipe.clip_grad is not None or want_norm:
-            grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad or float("inf"))
+                part = self.model(self.normalize(batch.images), noise=batch.noise).loss / self.grad_accum_steps
+                self.accelerator.backward(part)
+            loss += part.detach()
+        grad_norm = self._clip()
+        scaler = self.accelerator.scaler
+        # With fp16, gradients that overflow are the scaler's everyday business.
+        finite = loss.isfinite() if scaler is not None else loss.isfinite() & grad_norm.isfinite()
+        skip = self.guard.judge(step, finite, self.stop_requested, keys)
+        if scaler is None:
+            # Where a GradScaler would put its finding, the fused optimizer looks it up on the device.
+            self._torch_optimizer.found_inf = skip  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return total, float(grad_norm) if want_norm and grad_norm is not None else None, lr
+        return loss, grad_norm, lr
+
+    def _clip(self) -> torch.Tensor:
+        """Clip the gradient if the recipe says so; its norm before, () on the device."""
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        if self.recipe.clip_grad is not None:
+            norm = self.accelerator.clip_grad_norm_(parameters, self.recipe.clip_grad)
+        else:
+            self.accelerator.unscale_gradients()
+            norm = nn.utils.get_total_norm([cast(torch.Tensor, parameter.grad) for parameter in parameters])
+        return norm.full_tensor() if isinstance(norm, DTensor) else cast(torch.Tensor, norm)
 
     def _batches(self, first_step: int) -> Generator[Batch]:
         """Micro-batches on the device, from the step after `first_step`; keeps count of the streams' positions."""
@@ -277,57 +345,11 @@ class PretrainRun:
                     labels=item.labels[part],
                 )
 
-    def pixel_values(self, batch: Batch) -> torch.Tensor:
-        """Scale and normalise images on the device: (B, C, H, W) float32."""
-        mean, std = self._mean_and_std
-        return (batch.images.float() - mean) / std
-
-    @cached_property
-    def _mean_and_std(self) -> tuple[torch.Tensor, torch.Tensor]:
-        # In the images' own units, so that scaling and normalising are one pass.
-        factor = RESCALE_FACTORS[self.data.dtype]
-        both = (self.processor.image_mean, self.processor.image_std)
-        mean, std = (torch.tensor(v, device=self.accelerator.device).view(1, -1, 1, 1) / factor for v in both)
-        return mean, std
-
-    @torch.no_grad()
-    def evaluate(self) -> float:
-        """Mean loss over the evaluation rows, with the evaluation crop and each row's own fixed mask."""
-        accelerator = self.accelerator
-        dataset = self._evaluation_set(accelerator.process_index, accelerator.num_processes)
-        # Every rank runs as many forwards as the others, since sharded weights are gathered in each.
-        longest = -(-len(self.data.eval_rows) // accelerator.num_processes)
-        batch, total = None, torch.zeros(2, device=accelerator.device, dtype=torch.float64)
-        self.model.eval()
-        with closing(each_batch(make_loader(dataset, min(self.recipe.num_workers, 1)))) as batches:
-            for _ in range(-(-longest // self.micro_batch)):
-                new = next(batches, None)
-                batch = new or batch
-                if batch is None:
-                    raise DataError("none of the evaluation images can be decoded; check the data")
-                batch.images, batch.noise = batch.images.to(accelerator.device), batch.noise.to(accelerator.device)
-                loss = self.model(self.pixel_values(batch), noise=batch.noise).loss
-                if new is not None:
-                    total += torch.stack([loss.double() * len(batch.keys), torch.tensor(len(batch.keys)).to(loss)])
-        self.model.train()
-        loss_sum, count = self._reduce(total, "sum").tolist()
-        return loss_sum / count
-
-    def _evaluation_set(self, rank: int, ranks: int) -> EvaluationSet:
-        return EvaluationSet(self.data.eval_rows, self.view, self.micro_batch, self.config.eval_mask_seed, rank, ranks)
-
     def _reduce(self, value: torch.Tensor, how: str) -> torch.Tensor:
         return cast(torch.Tensor, self.accelerator.reduce(value, how))
 
     def _request_stop(self, *_: Any) -> None:
         self.stop_requested = True
-
-    def _everyone_stops(self) -> bool:
-        """Whether any rank was asked to stop; all then stop at the same step."""
-        if self.accelerator.num_processes == 1:
-            return self.stop_requested
-        flag = torch.tensor(float(self.stop_requested), device=self.accelerator.device)
-        return self._reduce(flag, "sum").item() > 0
 
     def _check_bad(self, log: RunLog) -> None:
         """Take in the samples that could not be decoded; stop if they are too many."""
@@ -337,7 +359,7 @@ class PretrainRun:
         if self.bad is not None:
             self.bad.add(bad)
             # Not judged by the first few: one bad file among the first ten says nothing.
-            seen = max(self.bad.total + self.state["images_seen"], min(1000, len(self.data.rows)))
+            seen = max(self.bad.total + self.images_seen, min(1000, len(self.data.rows)))
             failed = self.bad.total / seen
             if bad:
                 log.say(f"{self.bad.total} images skipped so far: {dict(self.bad.counts)}; see {self.bad.path}")
@@ -351,68 +373,96 @@ class PretrainRun:
 
     # ------------------------------------------------------------------------------------------ saving
 
-    def save_checkpoint(self) -> None:
-        """Write `checkpoint-STEP`; every process takes part, the main one writes."""
-        accelerator, model = self.accelerator, self.accelerator.unwrap_model(self.model)
+    def save_checkpoint(self, log: RunLog, must: bool) -> None:
+        """Write `checkpoint-STEP`; every process takes part, the main one writes.
+
+        Args:
+            log: of the run.
+            must: if there is no room on the disk, end the run; otherwise it goes on without.
+
+        Raises:
+            CheckpointError: if there is no room, or what was written is not what is read back.
+        """
+        model = self.accelerator.unwrap_model(self.model)
         weights, moments = full_state_dict(model), optimizer_tensors(model, self._torch_optimizer)
-        moved = gather_object([self.moved])
-        bad = gather_object(self.newly_bad)
-        self.newly_bad = []
-        for positions in moved:
+        for positions in gather_object([self.moved]):
             for stream, position in positions.items():
                 self.positions[stream] = position
+        bad = gather_object(self.newly_bad)
+        self.newly_bad = []
+        failure: list[str | None] = [None]
         if self.bad is not None:
             self.bad.add(bad)
-            trainer = {**self.state, "total_steps": self.total_steps, "version": __version__}
-            if accelerator.scaler is not None:
-                trainer["scaler"] = accelerator.scaler.state_dict()
-            data = {
-                "plan": vars(self.plan),
-                "seed": self.recipe.seed,
-                "positions": self.positions,
-                "fingerprint": self.data.fingerprint,
-                "bad": self.bad.state(),
-            }
+            try:
+                self._write_checkpoint(model, weights, moments)
+            except DiskFullError as error:
+                failure = [str(error)]
+        # The others wait here for the main process, and learn how it went.
+        broadcast_object_list(failure)
+        if failure[0] and must:
+            raise CheckpointError(failure[0])
+        if failure[0]:
+            log.say(f"WARNING: {failure[0]}; the run goes on, and tries again at its next save")
 
-            def write(folder: Path) -> None:
-                self._write_model(model, weights, folder)
-                save_tensors(moments, folder / "optimizer.safetensors")
-                write_json(trainer, folder / "trainer.json")
-                write_json(data, folder / "data.json")
+    def _write_checkpoint(
+        self, model: MAEForPreTraining, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor]
+    ) -> None:
+        assert self.bad is not None
+        trainer = {
+            "step": self.step,
+            "images_seen": self.images_seen,
+            "total_steps": self.total_steps,
+            "guard": {"skipped_steps": self.guard.skipped_steps, "skipped_in_a_row": self.guard.skipped_in_a_row},
+            "version": __version__,
+            "recipe": self.recipe.to_dict(),
+        }
+        if self.accelerator.scaler is not None:
+            trainer["scaler"] = self.accelerator.scaler.state_dict()
+        data = {
+            "plan": vars(self.plan),
+            "seed": self.recipe.seed,
+            "positions": self.positions,
+            "fingerprint": self.data.fingerprint,
+            "bad": self.bad.state(),
+        }
 
-            write_checkpoint(self.output_dir, self.state["step"], write, self.recipe.keep_checkpoints)
-        accelerator.wait_for_everyone()
+        def write(folder: Path) -> None:
+            self._write_model(model, weights, folder)
+            save_tensors(moments, folder / "optimizer.safetensors")
+            write_json(trainer, folder / "trainer.json")
+            write_json(data, folder / "data.json")
+
+        def read_back(folder: Path) -> bool:
+            tensors = ((weights, "model.safetensors"), (moments, "optimizer.safetensors"))
+            return read_state(folder) == (trainer, data) and all(
+                same_tensors(expected, load_tensors(folder / name)) for expected, name in tensors
+            )
+
+        # The first one shows whether this machine's disk and these versions give back what they get.
+        check = None if self.saved_before else read_back
+        write_checkpoint(self.output_dir, self.step, write, self.recipe.keep_checkpoints, check)
+        self.saved_before = True
 
     def _write_model(self, model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
-        model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
+        # A copy, because it empties the dictionary that it is given.
+        model.save_pretrained(folder, state_dict=dict(weights))  # type: ignore[operator]
         self.processor.save_pretrained(folder)
 
     def _save_final(self) -> str:
         model = self.accelerator.unwrap_model(self.model)
         weights = full_state_dict(model)
         if self.accelerator.is_main_process:
-            self._write_model(model, weights, self.output_dir)
-            for file in self.output_dir.glob("*.safetensors"):
-                settle(file)
+            replace_files(self.output_dir, lambda folder: self._write_model(model, weights, folder))
         return str(self.output_dir)
 
-    def _save_picture(self, images: int = 12) -> str | None:
+    def _save_picture(self) -> str | None:
         """Reconstructions of the first evaluation images, by the model as it was saved."""
         if not self.accelerator.is_main_process:
             return None
         model = MAEForPreTraining.from_pretrained(self.output_dir).to(self.accelerator.device).eval()
-        batch = next(iter(self._evaluation_set(0, 1)))
-        batch.images = batch.images[:images].to(self.accelerator.device)
-        grid = reconstruction_grid(
-            model,
-            self.pixel_values(batch),
-            list(self.processor.image_mean),
-            list(self.processor.image_std),
-            batch.noise[:images].to(self.accelerator.device),
-        )
-        path = self.output_dir / "reconstructions" / f"step-{self.state['step']}.png"
+        path = self.output_dir / "reconstructions" / f"step-{self.step}.png"
         path.parent.mkdir(exist_ok=True)
-        grid.save(path)
+        self.held_out.picture(model, self.processor).save(path)
         return str(path)
 
 

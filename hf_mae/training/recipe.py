@@ -1,6 +1,7 @@
 """The recipe of a run: dataclass defaults < recipe file < command line; and what is derived from it."""
 
 import difflib
+import math
 from argparse import ArgumentError, ArgumentParser, Namespace
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
@@ -68,9 +69,11 @@ class PretrainRecipe:
     gradient_checkpointing: bool = _key(False, "trade computation for memory")
     compile: bool = _key(False, "torch.compile the model")
     attn_implementation: str = _key("sdpa", "eager, sdpa, flash_attention_2, ...")
+    deterministic: bool = _key(False, "the same bits at each repetition on a GPU too, at some cost in speed")
     # run
     output_dir: str | None = _key(None, "folder of the run; outputs/RECIPE when omitted")
     resume: str = _key("none", "auto: go on from the newest complete checkpoint, if any; PATH: from this one; none")
+    allow_data_change: bool = _key(False, "go on although the data is not what the checkpoint was trained on")
     seed: int = _key(0, "of initial weights, order, crops, flips and masks")
     num_workers: int = _key(2, "loader processes for each training process")
     log_steps: int = _key(20, "steps between two lines of the log")
@@ -149,6 +152,14 @@ class PretrainRecipe:
             raise RecipeError(f"seed {self.seed} is negative; give 0 or more")
         if self.num_workers < 0:
             raise RecipeError(f"num_workers {self.num_workers} is negative; 0 loads in the training process")
+        for key, low, high in (
+            ("blr", 0, None), ("min_lr", 0, None), ("weight_decay", 0, None), ("clip_grad", 0, None),
+            ("warmup_epochs", 0, None), ("warmup_steps", 0, None), ("adam_beta1", 0, 0.9999),
+            ("adam_beta2", 0, 0.999999), ("max_bad_fraction", 0, 1),
+        ):  # fmt: skip
+            value = getattr(self, key)
+            if value is not None and not (math.isfinite(value) and low <= value <= (high or value)):
+                raise RecipeError(f"{key} {value} is no number from {low}{f' to {high}' if high else ' upwards'}")
         if len(self.crop_scale) not in (1, 2) or not 0 < self.crop_scale[0] <= self.crop_scale[-1] <= 1:
             raise RecipeError(
                 f"crop_scale {self.crop_scale} is not 0 < smallest <= largest <= 1; the paper has 0.2 1.0"

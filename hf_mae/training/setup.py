@@ -1,13 +1,14 @@
 """What a pretraining run is made of: processes, data, model, image processor, streams; new or from a checkpoint."""
 
 import json
+import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from accelerate.tracking import get_available_trackers
 
@@ -19,15 +20,20 @@ from ..data.stream import Rows, StreamPlan, View
 from ..image_processing_mae import MAEImageProcessor
 from ..modeling_mae import MAEForPreTraining
 from .checkpoint import CheckpointError, find_checkpoint, list_checkpoints
+from .log import read_events
 from .recipe import PretrainRecipe, RecipeError, model_config_of
+
+logger = logging.getLogger(__name__)
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 HELD_OUT = 0.05
-# These keys may change when a run goes on: they say how it is computed and shown, not what it computes.
+# These keys may change when a run goes on: they say how it is computed and shown, not what it computes. Whether a data
+# set at another place is the same one is told by its fingerprint.
 FREE_KEYS = {
     "output_dir", "resume", "recipe", "num_workers", "per_device_batch_size", "mixed_precision", "compile",
-    "gradient_checkpointing", "attn_implementation", "log_steps", "log_with", "save_steps", "keep_checkpoints",
-    "eval_steps", "max_eval_samples", "max_bad_fraction", "dry_run",
+    "gradient_checkpointing", "attn_implementation", "deterministic", "log_steps", "log_with", "save_steps",
+    "keep_checkpoints", "eval_steps", "max_eval_samples", "max_bad_fraction", "dry_run", "allow_data_change",
+    "dataset", "dataset_config", "dataset_revision", "eval_dataset", "eval_split",
 }  # fmt: skip
 
 
@@ -43,6 +49,8 @@ def make_accelerator(recipe: PretrainRecipe) -> Accelerator:
     precision = recipe.mixed_precision
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    if recipe.deterministic:
+        make_deterministic()
     accelerator = Accelerator(
         mixed_precision=precision,
         log_with=recipe.log_with,
@@ -64,6 +72,16 @@ def make_accelerator(recipe: PretrainRecipe) -> Accelerator:
             "ACCELERATE_USE_CPU=true"
         )
     return accelerator
+
+
+def make_deterministic() -> None:
+    """Let the same step give the same bits on a GPU, at some cost in speed; on a CPU it does anyway."""
+    # Read when cuBLAS and NCCL start, which is later.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    torch.use_deterministic_algorithms(True)
+    # The backward pass of this one adds in any order.
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
 
 
 @dataclass
@@ -135,24 +153,40 @@ def find_stored(recipe: PretrainRecipe, output_dir: Path) -> Path | None:
     Raises:
         CheckpointError: if the folder holds a run that this one is not to go on with, or can't.
     """
-    before = output_dir / "run_config.yaml"
     if output_dir.exists() and not output_dir.is_dir():
         raise CheckpointError(f"{output_dir} is no folder; choose another --output_dir")
     if recipe.resume == "none":
-        if (before.exists() or list_checkpoints(output_dir)) and not recipe.dry_run:
+        metrics = output_dir / "metrics.jsonl"
+        took_steps = metrics.exists() and any(event["step"] > 0 for event in read_events(metrics))
+        if (took_steps or list_checkpoints(output_dir)) and not recipe.dry_run:
             raise CheckpointError(
                 f"{output_dir} holds another run; go on with it by --resume auto, or choose another --output_dir"
             )
         return None
-    if before.exists() and recipe.resume == "auto":
-        old, new = yaml.safe_load(before.read_text())["recipe"], recipe.to_dict()
+    stored = find_checkpoint(output_dir, recipe.resume)
+    if stored:
+        # As it comes back from JSON.
+        old, new = read_state(stored)[0]["recipe"], json.loads(json.dumps(recipe.to_dict()))
         for key in sorted((old.keys() | new.keys()) - FREE_KEYS):
             if old.get(key) != new.get(key):
                 raise CheckpointError(
-                    f"{output_dir} holds a run with {key} {old.get(key)}, not {new.get(key)}; go on with the same "
-                    "recipe, or choose another --output_dir"
+                    f"{stored} is of a run with {key} {old.get(key)}, not {new.get(key)}; go on with the same recipe, "
+                    "or start another run from its weights with --model and another --output_dir"
                 )
-    return find_checkpoint(output_dir, recipe.resume)
+    return stored
+
+
+def read_state(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a checkpoint says of the run (trainer.json) and of its data (data.json).
+
+    Raises:
+        CheckpointError: if it is a model's folder rather than a checkpoint.
+    """
+    try:
+        trainer, data = (json.loads((checkpoint / name).read_text()) for name in ("trainer.json", "data.json"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{error.filename} is missing; name a folder checkpoint-STEP of a run") from error
+    return trainer, data
 
 
 def build_model(recipe: PretrainRecipe, stored: Path | None, num_channels: int) -> MAEForPreTraining:
@@ -215,6 +249,24 @@ def build_processor(
     )
 
 
+def make_normalizer(
+    processor: MAEImageProcessor, dtype: str, device: torch.device
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function from images in the source's dtype to pixel_values, scaled and normalised on the device.
+
+    Args:
+        processor: has mean and standard deviation.
+        dtype: of the images: "uint8", "uint16" or "float32".
+        device: of the images.
+    """
+    # In the images' own units, so that scaling and normalising are one pass.
+    mean, std = (
+        torch.tensor(values, device=device).view(1, -1, 1, 1) / RESCALE_FACTORS[dtype]
+        for values in (processor.image_mean, processor.image_std)
+    )
+    return lambda images: (images.float() - mean) / std
+
+
 def make_view(recipe: PretrainRecipe, data: PretrainData, config: MAEConfig) -> View:
     """What becomes of an image on its way into a batch."""
     size = config.image_height_width
@@ -248,8 +300,8 @@ def plan_stream(
         plan = StreamPlan.choose(recipe.total_batch_size, ranks, recipe.num_workers, len(data.rows), access)
         return plan, [0] * plan.num_streams
     if state["fingerprint"] != data.fingerprint:
-        raise CheckpointError(
-            f"{recipe.dataset} is not the data that this run was trained on (its files or rows changed); bring the old "
-            "data back, or start another run from these weights with --model"
-        )
+        changed = f"{recipe.dataset} is not the data that this run was trained on (its files or rows changed)"
+        if not recipe.allow_data_change:
+            raise CheckpointError(f"{changed}; bring the old data back, or pass --allow_data_change true")
+        logger.warning("%s; going on with it, the order of samples is another from here on", changed)
     return StreamPlan(**state["plan"]), state["positions"]

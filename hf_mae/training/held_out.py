@@ -1,0 +1,89 @@
+"""What a run shows of its evaluation images: their loss, each with its own fixed mask, and pictures of a few."""
+
+from collections.abc import Callable
+from contextlib import closing
+from typing import cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from PIL import Image
+from torch import nn
+
+from ..data.sources import DataError
+from ..data.stream import EvaluationSet, Rows, View, each_batch, make_loader
+from ..image_processing_mae import MAEImageProcessor
+from ..modeling_mae import MAEForPreTraining
+from ..visualize import reconstruction_grid
+
+
+class HeldOut:
+    """The evaluation rows of a run.
+
+    Args:
+        rows: of the images.
+        view: what becomes of them; the evaluation crop.
+        batch_size: images at once, on each process.
+        mask_seed: of the masks, with each row's place.
+        normalize: pixels in the source's dtype -> pixel_values.
+        num_workers: loader processes, one at most.
+        accelerator: of the run.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        view: View,
+        batch_size: int,
+        mask_seed: int,
+        normalize: Callable[[torch.Tensor], torch.Tensor],
+        num_workers: int,
+        accelerator: Accelerator,
+    ):
+        self.rows, self.view, self.batch_size, self.mask_seed = rows, view, batch_size, mask_seed
+        self.normalize, self.num_workers, self.accelerator = normalize, min(num_workers, 1), accelerator
+
+    def batches(self, rank: int, ranks: int) -> EvaluationSet:
+        """A rank's share of the images, with their masks' noise."""
+        return EvaluationSet(self.rows, self.view, self.batch_size, self.mask_seed, rank, ranks)
+
+    @torch.no_grad()
+    def loss(self, model: nn.Module) -> tuple[float, list[tuple[str, str]]]:
+        """Mean loss, and (key, reason) of the images that can't be decoded; every process takes part.
+
+        Raises:
+            DataError: if a process has no image that can be decoded.
+        """
+        accelerator = self.accelerator
+        device = accelerator.device
+        # Every rank runs as many forwards as the others, since sharded weights are gathered in each.
+        longest = -(-len(self.rows) // accelerator.num_processes)
+        batch, bad, total = None, [], torch.zeros(2, device=device, dtype=torch.float64)
+        model.eval()
+        dataset = self.batches(accelerator.process_index, accelerator.num_processes)
+        with closing(each_batch(make_loader(dataset, self.num_workers))) as batches:
+            for _ in range(-(-longest // self.batch_size)):
+                new = next(batches, None)
+                bad += new.bad if new else []
+                new = new if new and new.keys else None
+                batch = new or batch
+                if batch is None:
+                    raise DataError("none of the evaluation images can be decoded; check the data")
+                loss = model(self.normalize(batch.images.to(device)), noise=batch.noise.to(device)).loss
+                if new:
+                    total += torch.stack([loss.double() * len(new.keys), torch.tensor(len(new.keys)).to(loss)])
+        model.train()
+        loss_sum, count = cast(torch.Tensor, accelerator.reduce(total, "sum")).tolist()
+        return loss_sum / count, gather_object(bad)
+
+    def picture(self, model: MAEForPreTraining, processor: MAEImageProcessor, images: int = 12) -> Image.Image:
+        """Original, masked and reconstructed images: the first that there are."""
+        batch = next(batch for batch in self.batches(0, 1) if batch.keys)
+        device = self.accelerator.device
+        return reconstruction_grid(
+            model,
+            self.normalize(batch.images[:images].to(device)),
+            list(processor.image_mean),
+            list(processor.image_std),
+            batch.noise[:images].to(device),
+        )
