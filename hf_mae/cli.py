@@ -83,9 +83,12 @@ def _pretrain(arguments: list[str]) -> int:
 
     summary = pretrain(load_pretrain_recipe(arguments))
     if summary["picture"]:  # only the main process has one
+        first, last = (
+            "not finite" if loss is None else f"{loss:.4f}"
+            for loss in (summary["first_eval_loss"], summary["last_eval_loss"])
+        )
         print(
-            f"evaluation loss {summary['first_eval_loss']:.4f} before step 1, {summary['last_eval_loss']:.4f} after "
-            f"step {summary['steps']}\n"
+            f"evaluation loss {first} before step 1, {last} after step {summary['steps']}\n"
             f"model    {summary['model']}\n"
             f"picture  {summary['picture']}\n"
             f"load it  import hf_mae; from transformers import AutoModel; "
