@@ -1,23 +1,19 @@
-"""Runs that are killed, by SIGKILL, at random moments and inside every file that a save writes: nothing is lost.
+"""Runs that are killed, by SIGKILL, at random moments and inside every file that a save writes: nothing is lost."""
 
-The runs are forked from this process, which has everything imported, so that a start takes a second.
-"""
-
-import contextlib
-import json
 import os
 import random
+import shlex
 import shutil
 import signal
-import socket
+import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import arguments, checkpoints, losses, start, weights_hash
+from processes import ends, fork, last_step
+from runs import arguments, checkpoints, environment, losses, weights_hash
 
 from hf_mae.training import checkpoint, pretrain
 
@@ -77,77 +73,11 @@ def dies_at(module, function: str, call: int) -> Callable[[], None]:
     return change
 
 
-def free_port() -> str:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
-
-
-def fork(output_dir: Path, ranks: int, change: Callable[[], None] | None = None, **keys) -> list[int]:
-    """Start a run; the process ids of its ranks. The change is made in the first of them."""
-    port, pids = free_port(), []
-    words = arguments(output_dir, **{**OPTIONS, **keys})
-    for rank in range(ranks):
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                os.setsid()
-                with (output_dir.parent / f"log-{rank}").open("a") as log:
-                    os.dup2(log.fileno(), 1)
-                    os.dup2(log.fileno(), 2)
-                sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-                if ranks > 1:
-                    os.environ |= {
-                        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": port,
-                        "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true",
-                    }  # fmt: skip
-                if change and rank == 0:
-                    change()
-                code = start(*words)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        pids.append(pid)
-    return pids
-
-
-def kill(pids: list[int]) -> None:
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)  # with its loader workers
-
-
-def ends(pids: list[int], seconds: float = 120) -> list[int]:
-    """How the ranks of a run ended; when one was killed, the others are too, as torchrun does it."""
-    codes: dict[int, int] = {}
-    deadline = time.monotonic() + seconds
-    while len(codes) < len(pids) and time.monotonic() < deadline:
-        for pid in set(pids) - set(codes):
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                codes[pid] = os.waitstatus_to_exitcode(status)
-                if codes[pid] != 0:
-                    kill(pids)
-        time.sleep(0.01)
-    kill(pids)
-    assert len(codes) == len(pids), f"not all of {pids} ended: {codes}"
-    return [codes[pid] for pid in pids]
-
-
-def last_step(output_dir: Path) -> int:
-    metrics = output_dir / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
-
-
 @pytest.fixture(scope="module", params=[1, 2])
 def whole(request, tmp_path_factory):
     """A run that nothing happens to, and its number of processes."""
     output_dir = tmp_path_factory.mktemp("whole") / "run"
-    assert set(ends(fork(output_dir, request.param))) == {0}
+    assert set(ends(fork(output_dir, request.param, **OPTIONS))) == {0}
     return output_dir, request.param
 
 
@@ -166,7 +96,7 @@ def test_ten_kills_at_random_moments_change_nothing_about_the_weights(whole, tmp
     output_dir, moments, kills = tmp_path / "run", random.Random(ranks), 0
     while kills < 10:
         before = last_step(output_dir)
-        pids = fork(output_dir, ranks)
+        pids = fork(output_dir, ranks, **OPTIONS)
         deadline = time.monotonic() + 60
         # Any moment of a run that gets on: while it starts, steps, evaluates or saves.
         target = before + moments.randrange(0, 9)
@@ -178,7 +108,7 @@ def test_ten_kills_at_random_moments_change_nothing_about_the_weights(whole, tmp
         assert ends(pids)[pids.index(victim)] == -signal.SIGKILL
         assert last_step(output_dir) < 90, "the run was over before it could be killed ten times"
         kills += 1
-    assert set(ends(fork(output_dir, ranks))) == {0}
+    assert set(ends(fork(output_dir, ranks, **OPTIONS))) == {0}
     check_the_same(output_dir, whole)
 
 
@@ -193,16 +123,16 @@ def test_a_kill_inside_each_file_of_a_save_changes_nothing_about_the_weights(who
     changes += [dies_half_way_through_removing("checkpoint-"), dies_half_way_through_removing(".tmp-checkpoint-")]
     for change in changes:
         before = checkpoints(output_dir)
-        codes = ends(fork(output_dir, ranks, change))
+        codes = ends(fork(output_dir, ranks, change, **OPTIONS))
         assert codes[0] == -signal.SIGKILL
         complete = checkpoint.find_checkpoint(output_dir, "auto")
         assert not before or complete  # the one before is still there
     # And while the end of the run is written, beside the last checkpoint.
-    for call in (1, 2, 3):
-        codes = ends(fork(output_dir, ranks, dies_at(pretrain, "replace_files", 1) if call == 1 else dies_at_end(call)))
+    for change in (dies_at(pretrain, "replace_files", 1), dies_at_end(1), dies_at_end(2)):
+        codes = ends(fork(output_dir, ranks, change, **OPTIONS))
         assert codes[0] == -signal.SIGKILL
         assert max(checkpoints(output_dir)) == 90
-    assert set(ends(fork(output_dir, ranks))) == {0}
+    assert set(ends(fork(output_dir, ranks, **OPTIONS))) == {0}
     check_the_same(output_dir, whole)
 
 
@@ -230,12 +160,53 @@ def dies_at_end(call: int) -> Callable[[], None]:
 
     def change() -> None:
         def replace_some(folder: Path, write: Callable[[Path], None]) -> None:
-            dies_at(Path, "replace", call - 1)()
+            dies_at(Path, "replace", call)()
             checkpoint.replace_files(folder, write)
 
         pretrain.replace_files = replace_some
 
     return change
+
+
+# ------------------------------------------------------------------------------------------ a disk that is full
+
+ON_A_SMALL_DISK = """
+set -eu
+mount -t tmpfs -o size={size} tmpfs disk
+code=0; {run} > first 2>&1 || code=$?; echo $code > codes
+ls disk/run > left
+{python} -c "{verify}" >> left
+mount -o remount,size=100m disk
+code=0; {run} > second 2>&1 || code=$?; echo $code >> codes
+cp -r disk/run run
+"""
+VERIFY = "from hf_mae.training.checkpoint import *; verify_checkpoint(Path('disk/run/checkpoint-8')); print('whole')"
+
+
+def test_a_full_disk_is_told_and_costs_no_checkpoint_and_the_run_goes_on_when_there_is_room(tmp_path):
+    mounting = ["unshare", "--user", "--map-root-user", "--mount"]
+    if subprocess.run([*mounting, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("this machine does not let a user mount a file system of his own (unshare --user --mount)")
+    options = {**OPTIONS, "total_steps": 16, "num_workers": 0}
+    assert ends(fork(tmp_path / "whole", 1, **options)) == [0]
+    size = sum(file.stat().st_size for file in (tmp_path / "whole" / "checkpoint-16").iterdir())
+    (tmp_path / "disk").mkdir()
+    words = [sys.executable, "-m", "hf_mae.cli", *arguments("disk/run", **options)]
+    script = ON_A_SMALL_DISK.format(
+        size=int(2.6 * size), run=shlex.join(words), python=shlex.quote(sys.executable), verify=VERIFY
+    )
+    result = subprocess.run(
+        [*mounting, "sh", "-c", script], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "codes").read_text().split() == ["2", "0"]
+    first = (tmp_path / "first").read_text()
+    assert "WARNING: there is no room for disk/run/checkpoint-12" in first
+    assert "hf-mae: error: there is no room for disk/run/checkpoint-16" in first.splitlines()[-1]
+    left = (tmp_path / "left").read_text().split()
+    assert left[-1] == "whole"
+    assert {"checkpoint-4", "checkpoint-8"} == {name for name in left if name.startswith("checkpoint-")}
+    assert weights_hash(tmp_path / "run") == weights_hash(tmp_path / "whole")
 
 
 def test_what_the_kills_leave_behind_is_cut(tmp_path):

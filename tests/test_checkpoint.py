@@ -1,3 +1,4 @@
+import errno
 import json
 import logging
 import os
@@ -6,11 +7,15 @@ import stat
 
 import pytest
 import torch
+from runs import arguments, run, start
+from safetensors import SafetensorError
 from tiny import draw_noise, pixels, tiny
 
 from hf_mae import MAEForPreTraining, MAEImageProcessor
+from hf_mae.training import pretrain
 from hf_mae.training.checkpoint import (
     CheckpointError,
+    DiskFullError,
     find_checkpoint,
     full_state_dict,
     list_checkpoints,
@@ -165,6 +170,48 @@ def test_a_write_that_fails_leaves_no_checkpoint_and_the_old_one_intact(tmp_path
         assert sorted(tmp_path.iterdir()) == [old]  # nothing is left that would take up room
     new = write_checkpoint(tmp_path, 3, write_small, keep=2)
     assert sorted(tmp_path.iterdir()) == [old, new]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["disk", "quota", "safetensors"],
+)
+def test_a_full_disk_is_an_error_of_its_own_and_takes_up_no_room(tmp_path, error):
+    old = write_checkpoint(tmp_path, 1, write_small, keep=2)
+
+    def fill(folder):
+        write_small(folder)
+        raise error
+
+    with pytest.raises(DiskFullError, match=r"no room for .*checkpoint-2"):
+        write_checkpoint(tmp_path, 2, fill, keep=2)
+    assert list(tmp_path.iterdir()) == [old]
+    verify_checkpoint(old)
+
+
+def test_the_first_save_of_a_run_is_read_back(tmp_path, monkeypatch, capfd):
+    loaded = []
+
+    def load(path):
+        loaded.append(path.parent.name)
+        return load_tensors(path)
+
+    monkeypatch.setattr(pretrain, "load_tensors", load)
+    run(tmp_path / "run", total_steps=3, save_steps=1)
+    assert loaded == [".tmp-checkpoint-1", ".tmp-checkpoint-1"]  # weights and moments
+
+    def other_bits(path):
+        return {name: -value for name, value in load_tensors(path).items()}
+
+    monkeypatch.setattr(pretrain, "load_tensors", other_bits)
+    assert start(*arguments(tmp_path / "other", total_steps=3, save_steps=1)) == 2
+    assert "does not hold what was written into it; check the disk" in capfd.readouterr().err
+    assert list_checkpoints(tmp_path / "other") == []
 
 
 @pytest.mark.parametrize("at", ["_sha256", "settle", "_fsync"])

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from processes import torchrun
 from runs import arguments, checkpoints, evaluations, events, losses, run, start, weights_difference, weights_hash
 from safetensors.torch import load_file
-from test_launch import torchrun
 from torch import nn
 
 from hf_mae.training import guard as guard_module
