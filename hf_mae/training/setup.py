@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from accelerate.tracking import get_available_trackers
+from safetensors import SafetensorError
 
 from ..configuration_mae import MAEConfig
 from ..data.augment import evaluation_resize
@@ -186,6 +187,8 @@ def read_state(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         trainer, data = (json.loads((checkpoint / name).read_text()) for name in ("trainer.json", "data.json"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{error.filename} is missing; name a folder checkpoint-STEP of a run") from error
+    except ValueError as error:
+        raise CheckpointError(f"the state in {checkpoint} is no JSON ({error}); name another checkpoint") from error
     return trainer, data
 
 
@@ -199,14 +202,16 @@ def build_model(recipe: PretrainRecipe, stored: Path | None, num_channels: int) 
     config = None if stored or recipe.model else model_config_of(recipe, num_channels)
     try:
         if stored:
-            model = MAEForPreTraining.from_pretrained(stored, **options)
+            model = MAEForPreTraining.from_pretrained(stored, use_safetensors=True, **options)
         elif config:
             model = MAEForPreTraining._from_config(config, **options)
         else:
             changes = {"num_channels": num_channels, **recipe.model_config}
-            model = MAEForPreTraining.from_pretrained(recipe.model, **changes, **options)
-    except (ImportError, KeyError, OSError, ValueError, RuntimeError) as error:
-        what = f"--model {recipe.model} can't be loaded" if recipe.model else "the model can't be made"
+            # Weights as safetensors alone: no pickle is read.
+            model = MAEForPreTraining.from_pretrained(recipe.model, use_safetensors=True, **changes, **options)
+    except (ImportError, KeyError, OSError, ValueError, RuntimeError, SafetensorError) as error:
+        name = stored or (recipe.model and f"--model {recipe.model}")
+        what = f"{name} can't be loaded" if name else "the model can't be made"
         what += f" with attn_implementation {recipe.attn_implementation} (eager and sdpa always work)"
         raise RecipeError(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
     if recipe.gradient_checkpointing:
@@ -225,7 +230,12 @@ def build_processor(
         RecipeError: if mean or standard deviation have another length than there are channels.
     """
     if stored:
-        return MAEImageProcessor.from_pretrained(stored)
+        try:
+            return MAEImageProcessor.from_pretrained(stored)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"the image processor in {stored} can't be loaded; name another checkpoint"
+            ) from error
     mean, std = recipe.image_mean, recipe.image_std
     if mean is None or std is None:
         if data.num_channels == 3 and data.dtype == "uint8":

@@ -1,0 +1,1 @@
+"""From here to the Hub and to other packages' formats, and back."""
