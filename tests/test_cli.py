@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 from PIL import Image
-from runs import REPOSITORY, TINY_RUN, arguments, environment, run, start, tree
+from runs import REPOSITORY, TINY_RUN, arguments, environment, events, run, start, tree, weights_hash
 
 import hf_mae
 from hf_mae.training.recipe import CONFIG_KEYS, RECIPE_KEYS, recipe_names
@@ -294,6 +295,55 @@ def test_a_run_does_not_go_on_with_other_data(mistake, tmp_path):
     assert "--allow_data_change true" in message
     (tmp_path / "data" / "one more.png").unlink()
     run("out", resume="auto", **options)
+
+
+def test_a_run_goes_on_with_changed_data_where_the_user_says_so(tmp_path, caplog):
+    pictures(tmp_path / "data")
+    options = {"dataset": "data", "total_steps": 4, "save_steps": 2}
+    run("out", **options)
+    shutil.rmtree("out/checkpoint-4")
+    Image.new("RGB", (12, 12)).save("data/one more.png")
+    run("out", resume="auto", allow_data_change=True, **options)
+    assert "going on with it, the order of samples is another from here on" in caplog.text
+    assert [event["step"] for event in events("out") if "loss" in event] == [1, 2, 3, 4]
+
+
+def test_a_data_set_that_was_moved_is_the_same_one(tmp_path):
+    pictures(tmp_path / "data")
+    options = {"total_steps": 4, "save_steps": 2}
+    run("whole", dataset="data", **options)
+    shutil.copytree("whole/checkpoint-2", "out/checkpoint-2")
+    (tmp_path / "data").rename("elsewhere")
+    run("out", dataset="elsewhere", resume="auto", **options)
+    assert weights_hash("out") == weights_hash("whole")
+
+
+def test_where_all_checkpoints_are_broken_the_run_does_not_start_anew(mistake, tmp_path):
+    run("out", total_steps=2, save_steps=1)
+    for checkpoint in ("checkpoint-1", "checkpoint-2"):
+        (tmp_path / "out" / checkpoint / "data.json").write_text("{}")
+    before = tree("out")
+    result = start(*arguments("out", total_steps=2, save_steps=1, resume="auto"))
+    assert result == 2
+    assert tree("out") == before
+
+
+def test_a_start_that_failed_can_be_corrected(mistake):
+    message = mistake(*arguments("out", image_mean=[0.5, 0.5], image_std=[0.5, 0.5]))
+    assert "image_mean has 2 numbers for 1 channels" in message
+    run("out", total_steps=2, save_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("blr", "nan"), ("blr", -1e-3), ("blr", "inf"), ("adam_beta1", 1.5), ("adam_beta2", 1.0), ("weight_decay", -1),
+        ("max_bad_fraction", 1.1), ("clip_grad", -1), ("warmup_steps", -3), ("min_lr", -1),
+    ],
+)  # fmt: skip
+def test_numbers_that_no_run_can_have_are_named(mistake, key, value):
+    shown = value if key == "warmup_steps" else float(value)
+    assert f"{key} {shown} is no number from 0" in mistake(*arguments("out", **{key: value}))
 
 
 def test_a_broken_checkpoint_that_is_asked_for_by_name_is_not_gone_on_from(mistake, tmp_path):

@@ -213,13 +213,13 @@ def test_a_run_of_which_a_rank_was_killed_goes_on_by_torchruns_restarts_and_ends
     options = {**OPTIONS, "total_steps": 120, "save_steps": 10, "eval_steps": 120, "keep_checkpoints": 2}
     whole, output_dir = tmp_path / "whole", tmp_path / "run"
     torchrun(whole, **options)
-    # More restarts than kills: gloo on torch 2.14 now and then looks for the killed rank in a restarted one.
-    process = start_torchrun(output_dir, "--max-restarts", "5", resume="auto", **options)
+    process = start_torchrun(output_dir, "--max-restarts", "2", resume="auto", **options)
     with nothing_left(process):
-        wait_for_step(output_dir, 23, process)
-        first = ranks_of(process)
-        assert len(first) == 2
-        first[1].kill()
+        for step, rank in ((23, 1), (71, 0)):
+            wait_for_step(output_dir, step, process)
+            ranks = ranks_of(process)
+            assert len(ranks) == 2
+            ranks[rank].kill()
         assert process.wait(timeout=150) == 0
     assert weights_hash(output_dir) == weights_hash(whole)
     assert losses(output_dir) == losses(whole)

@@ -274,6 +274,15 @@ def test_a_run_cut_off_after_a_checkpoint_ends_with_the_same_weights_and_numbers
     assert checkpoints(output_dir) == [3, 6, 9, 12]
 
 
+@pytest.mark.gpu
+def test_a_deterministic_run_on_a_gpu_goes_on_bit_by_bit(tmp_path):
+    options = {"deterministic": True, "mixed_precision": "bf16", "num_workers": 2, "save_steps": 3}
+    whole = run(tmp_path / "whole", **options)
+    shutil.copytree(whole / "checkpoint-9", tmp_path / "run" / "checkpoint-9")
+    run(tmp_path / "run", resume="auto", **options)
+    assert weights_hash(tmp_path / "run") == weights_hash(whole)
+
+
 def test_a_run_goes_on_with_other_workers_and_micro_batches(stages, tmp_path):
     output_dir = cut_off(stages, 3, tmp_path / "run")
     shared = {"eval_steps": 5, "resume": "auto", "keep_checkpoints": 9}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from accelerate.tracking import get_available_trackers
 from safetensors import SafetensorError
@@ -52,6 +53,7 @@ def make_accelerator(recipe: PretrainRecipe) -> Accelerator:
         precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
     if recipe.deterministic:
         make_deterministic()
+    join_after_restart()
     accelerator = Accelerator(
         mixed_precision=precision,
         log_with=recipe.log_with,
@@ -73,6 +75,25 @@ def make_accelerator(recipe: PretrainRecipe) -> Accelerator:
             "ACCELERATE_USE_CPU=true"
         )
     return accelerator
+
+
+def join_after_restart() -> None:
+    """Where torchrun has started this process anew, join the others under names of this attempt's own.
+
+    In the store that they meet in, the addresses of the attempt before still stand (torch 2.14). Under the same names,
+    a process now and then connects to one that is dead, and fails or waits for ever.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
+        return
+    address, port, rank, ranks = (os.environ[key] for key in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"))
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true") or not torch.cuda.is_available()
+    dist.init_process_group(
+        "gloo" if on_cpu else "cuda:nccl,cpu:gloo",
+        store=dist.PrefixStore(f"attempt_{attempt}", dist.TCPStore(address, int(port), int(ranks), is_master=False)),
+        rank=int(rank),
+        world_size=int(ranks),
+    )
 
 
 def make_deterministic() -> None:
