@@ -605,7 +605,7 @@ class MAEModel(MAEPreTrainedModel):
         _refuse_unknown(self, kwargs)
         grid_size = self._check_pixels(pixel_values, interpolate_pos_encoding)
         ids_keep, mask, ids_restore = self.choose_patches(
-            pixel_values, grid_size, mask_ratio, noise, mask if bool_masked_pos is None else bool_masked_pos, generator
+            pixel_values, grid_size, mask_ratio, noise, _one_mask(mask, bool_masked_pos), generator
         )
         hidden_states = self.embeddings(pixel_values, ids_keep)
         for layer in self.layers:
@@ -655,6 +655,12 @@ class MAEModel(MAEPreTrainedModel):
                 noise = cell_noise(noise, grid_size, self.config.mask_cell)
         ids_shuffle, mask, ids_restore = split_by_noise(noise.to(pixel_values.device), len_keep)
         return ids_shuffle[:, :len_keep], mask, ids_restore
+
+
+def _one_mask(mask: torch.Tensor | None, bool_masked_pos: torch.Tensor | None) -> torch.Tensor | None:
+    if mask is not None and bool_masked_pos is not None:
+        raise ValueError("mask and bool_masked_pos are two names of one thing, and both came; pass one of them")
+    return mask if bool_masked_pos is None else bool_masked_pos
 
 
 def _kept_by(mask: torch.Tensor) -> int:
@@ -711,7 +717,7 @@ class MAEForPreTraining(MAEPreTrainedModel):
         Raises:
             ValueError: as `MAEModel`, and if no patch is removed.
         """
-        mask = mask if bool_masked_pos is None else bool_masked_pos
+        mask = _one_mask(mask, bool_masked_pos)
         if mask is None and noise is None and generator is None and not self.training:
             noise = self.eval_noise(pixel_values)
         if mask is None and mask_ratio is None:

@@ -541,6 +541,14 @@ REFUSALS = {
     ),
     "mask and ratio": ((MAEModel, {}, {"mask": own_mask(), "mask_ratio": 0.5}), r"mask came with mask_ratio"),
     "mask and generator": ((PRE, {}, {"mask": own_mask(), "generator": seeded()}), r"mask came with .*generator"),
+    "two masks": (
+        (PRE, {}, {"mask": own_mask(), "bool_masked_pos": own_mask()}),
+        r"mask and bool_masked_pos are two names of one thing, and both came; pass one of them",
+    ),
+    "two masks of the encoder": (
+        (MAEModel, {}, {"mask": own_mask(), "bool_masked_pos": own_mask()}),
+        r"mask and bool_masked_pos are two names of one thing",
+    ),
     "mask of different counts": (
         (PRE, {}, {"mask": torch.cat([own_mask(1, 4), own_mask(1, 7)])}),
         r"mask keeps 4 patches in one row and 7 in another; keep the same number in each",
