@@ -1,0 +1,181 @@
+"""What the studies share: cells of commands, gone on with over several sittings, and a table and a plot of them."""
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Protocol of results.json -> figure that a table shows, and its heading.
+FIGURES = {
+    "fine_tuning": ("top1", "fine-tuned"),
+    "linear_probe_fast": ("linear_top1", "linear probe (fast)"),
+    "knn": ("knn_top1_k20", "kNN, k = 20"),
+}
+
+
+@dataclass
+class Cell:
+    """One setting of a study.
+
+    Args:
+        name: folder of the cell.
+        label: first column of the table.
+        keys: of `hf-mae pretrain`, where they differ from the recipe's.
+    """
+
+    name: str
+    label: str
+    keys: Sequence[str]
+
+
+def parser(description: str, output_dir: str) -> argparse.ArgumentParser:
+    """Flags of every study."""
+    result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--dataset", required=True, help="labelled images with a split for evaluation")
+    result.add_argument("--recipe", default="cifar10_vit_tiny", help="of the pretraining")
+    result.add_argument("--finetune_recipe", default="finetune_cifar10_tiny", help="none leaves fine-tuning out")
+    result.add_argument("--total_steps", type=int, default=1200, help="of the pretraining of each cell")
+    result.add_argument("--finetune_epochs", type=float, default=5)
+    result.add_argument("--max_samples", type=int, default=None, help="labelled images for fine-tuning and probes")
+    result.add_argument("--max_minutes_per_cell", type=float, default=None, help="in a sitting; the next goes on")
+    result.add_argument("--output_dir", type=Path, default=Path(output_dir))
+    return result
+
+
+class OutOfTime(Exception):
+    """The minutes of a cell are over."""
+
+
+class Sitting:
+    """Runs the commands of a cell that are not done yet.
+
+    Args:
+        folder: of the cell.
+        minutes: that it has; None for as many as it takes.
+    """
+
+    def __init__(self, folder: Path, minutes: float | None):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.deadline = time.monotonic() + 60 * minutes if minutes else None
+
+    def run(self, words: Sequence[Any]) -> None:
+        """`hf-mae WORDS`, or another command of the list's first word's kind; what it says goes to a log.
+
+        Raises:
+            OutOfTime: if it was stopped; it has saved what a next call with `--resume auto` goes on from.
+        """
+        command = [sys.executable, "-m", "hf_mae.cli", *map(str, words)]
+        with (self.folder / "log").open("a") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log)
+            try:
+                code = process.wait(None if self.deadline is None else max(1, self.deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGTERM)
+                process.wait()
+                raise OutOfTime from None
+        if code:
+            sys.exit(f"hf-mae {words[0]} failed; see {self.folder / 'log'}")
+
+
+def figures_of(*files: Path) -> dict[str, float]:
+    """Heading -> figure in percent, from the results.json that there are."""
+    found = {}
+    for file in files:
+        for entry in json.loads(file.read_text()) if file.exists() else []:
+            name = entry["protocol"]["name"]
+            if name in FIGURES and FIGURES[name][0] in entry["figures"]:
+                found[FIGURES[name][1]] = entry["figures"][FIGURES[name][0]]
+    return found
+
+
+def measure(sitting: Sitting, model: Path, options: argparse.Namespace) -> dict[str, float]:
+    """Linear probe, kNN and fine-tuning of a pretrained model, as far as they are not done."""
+    tuned = sitting.folder / "finetune"
+    few = ["--max_samples", options.max_samples] if options.max_samples else []
+    for heading, words in (
+        ("kNN, k = 20", ["evaluate", "knn", "--model", model, *few]),
+        ("linear probe (fast)", ["evaluate", "linear-probe", "--model", model, *few]),
+        ("fine-tuned", ["finetune", "--model", model, "--recipe", options.finetune_recipe, "--output_dir", tuned,
+                        "--epochs", options.finetune_epochs, "--resume", "auto", *few]),
+    ):  # fmt: skip
+        left_out = heading == "fine-tuned" and options.finetune_recipe == "none"
+        if not left_out and heading not in figures_of(model / "results.json", tuned / "results.json"):
+            sitting.run([*words, "--dataset", options.dataset])
+    return figures_of(model / "results.json", tuned / "results.json")
+
+
+def pretrained(sitting: Sitting, cell: Cell, options: argparse.Namespace) -> Path:
+    """The cell's model, pretrained as far as it is not yet."""
+    model = sitting.folder / "pretrain"
+    if not (model / "model.safetensors").exists():
+        words = ["pretrain", "--recipe", options.recipe, "--dataset", options.dataset, "--output_dir", model]
+        sitting.run([*words, "--total_steps", options.total_steps, "--resume", "auto", *cell.keys])
+    return model
+
+
+def run_study(cells: Sequence[Cell], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Pretrain and measure every cell; rows of the table, of the cells that are done."""
+    rows = []
+    for cell in cells:
+        sitting = Sitting(options.output_dir / cell.name, options.max_minutes_per_cell)
+        try:
+            model = pretrained(sitting, cell, options)
+            row = {"cell": cell.label, "evaluation loss": last_eval_loss(model), **measure(sitting, model, options)}
+        except OutOfTime:
+            print(f"{cell.label}: its minutes are over; the same command goes on with it", flush=True)
+            continue
+        print(f"{cell.label}: {row}", flush=True)
+        rows.append(row)
+    return rows
+
+
+def last_eval_loss(model: Path) -> float:
+    events = [json.loads(line) for line in (model / "metrics.jsonl").read_text().splitlines()]
+    return [event["eval_loss"] for event in events if "eval_loss" in event][-1]
+
+
+def write_table(rows: list[dict[str, Any]], output_dir: Path, notes: str) -> None:
+    """`table.md` of the rows and what to compare them with; also printed."""
+    headings = list(dict.fromkeys(heading for row in rows for heading in row))
+    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+    for row in rows:
+        cells = [row.get(heading, "") for heading in headings]
+        lines.append("| " + " | ".join(f"{v:.2f}" if isinstance(v, float) else str(v) for v in cells) + " |")
+    text = "\n".join([*lines, "", notes.strip(), ""])
+    (output_dir / "table.md").write_text(text)
+    print(text)
+
+
+def plot(rows: list[dict[str, Any]], x_label: str, output_dir: Path) -> None:
+    """`figure.png`: each accuracy over the cells."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for _, heading in FIGURES.values():
+        values = [(row["cell"], row[heading]) for row in rows if heading in row]
+        if values:
+            axes.plot(*zip(*values, strict=True), marker="o", label=heading)
+    axes.set(xlabel=x_label, ylabel="top-1 accuracy, %")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(output_dir / "figure.png", dpi=150)
+    pyplot.close(figure)
+    print(f"plot     {output_dir / 'figure.png'}")
+
+
+def main(cells: Sequence[Cell], options: argparse.Namespace, x_label: str, notes: str) -> None:
+    """Run a study and show what it has so far."""
+    rows = run_study(cells, options)
+    if rows:
+        write_table(rows, options.output_dir, notes)
+        plot(rows, x_label, options.output_dir)
