@@ -58,11 +58,23 @@ def resize_bands(
     return resized.round().clip(0, 65535).astype(np.uint16) if image.dtype == np.uint16 else resized
 
 
+def to_opaque(image: Image.Image, num_channels: int) -> Image.Image:
+    """An 8-bit image in Pillow's mode L (1 channel) or RGB (3), with white behind what is transparent.
+
+    So do the image processors of transformers 5.24 where they convert to RGB. Those of 5.17, and the reference code
+    of MAE, drop the alpha band, and show whatever colour lies under transparent pixels.
+    """
+    if image.has_transparency_data:
+        opaque = image.convert("RGBA")
+        image = Image.new("RGBA", image.size, "white")
+        image.alpha_composite(opaque)
+    return image.convert("L" if num_channels == 1 else "RGB")
+
+
 def pil_to_array(image: Image.Image, num_channels: int, do_convert_rgb: bool = True) -> np.ndarray:
     """Pixels of a Pillow image for a model of `num_channels` bands, at the image's own bit depth.
 
-    Transparency is composited on white, as transformers 5.24 does; transformers 5.17 and the reference code
-    of MAE drop the alpha band. Every other 8-bit mode is converted by Pillow.
+    8-bit modes go through `to_opaque`.
 
     Args:
         image: any mode.
@@ -98,11 +110,7 @@ def pil_to_array(image: Image.Image, num_channels: int, do_convert_rgb: bool = T
         return array.astype(np.uint16)
     if image.mode == "F":
         return np.array(image)
-    if image.has_transparency_data:
-        opaque = image.convert("RGBA")
-        image = Image.new("RGBA", image.size, "white")
-        image.alpha_composite(opaque)
-    return np.array(image.convert("L" if num_channels == 1 else "RGB"))
+    return np.array(to_opaque(image, num_channels))
 
 
 def to_bands(

@@ -78,9 +78,11 @@ def test_every_common_mode_becomes_what_pillow_converts_it_to(mode, format, num_
     assert probe_image(data) == (1 if mode in ("1", "L") else 3, "uint8")
 
 
-def test_transparency_is_dropped_not_blended():
-    image = Image.new("RGBA", (2, 2), (200, 100, 50, 0))
-    assert decode_image(encoded(image), 3).getpixel((0, 0)) == (200, 100, 50)
+def test_transparency_is_composited_on_white_unless_four_channels_are_wanted():
+    image = Image.new("RGBA", (2, 2), (200, 100, 50, 51))
+    # A fifth of the colour and four fifths of white; 0.299 * 244 + 0.587 * 224 + 0.114 * 214 = 228.8
+    assert decode_image(encoded(image), 3).getpixel((0, 0)) == (244, 224, 214)
+    assert decode_image(encoded(image), 1).getpixel((0, 0)) == 229
     assert decode_image(encoded(image), 4).tolist() == np.asarray(image).tolist()
 
 

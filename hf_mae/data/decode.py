@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from ..image_processing_pil_mae import to_opaque
+
 # Shape letters in this file
 #   H, W pixels   C channels
 
@@ -51,8 +53,9 @@ def decode_image(data: bytes | np.ndarray, num_channels: int, dtype: str = "uint
     """Decode one sample, whatever it was stored as.
 
     Colour becomes gray and gray becomes colour for encoded images, as `PIL.Image.convert` does it; transparency is
-    dropped, an animation gives its first frame, EXIF orientation is not applied (all as torchvision's ImageFolder).
-    Integers are scaled between 8 and 16 bits (a factor of 257), never clipped.
+    composited on white, as our image processors do; an animation gives its first frame, and EXIF orientation is not
+    applied (both as torchvision's ImageFolder). Integers are scaled between 8 and 16 bits (a factor of 257), never
+    clipped.
 
     Args:
         data: the file's bytes; or an array (H, W), (C, H, W) or (H, W, C). The axis that has `num_channels`
@@ -207,7 +210,7 @@ def _from_pil(image: Image.Image, num_channels: int, dtype: str) -> Image.Image 
         return _from_array(array, num_channels, dtype)
     if num_channels in (1, 3):
         # Pillow's own conversion clips 16-bit gray to 255, which is why those modes went the other way.
-        image = image.convert("L" if num_channels == 1 else "RGB")
+        image = to_opaque(image, num_channels)
         return image if dtype == "uint8" else _from_array(np.asarray(image), num_channels, dtype)
     image.load()
     return _from_array(np.asarray(image), num_channels, dtype)
