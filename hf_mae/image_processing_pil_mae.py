@@ -200,12 +200,19 @@ def resized_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
     """(height, width) in pixels after a resize to `size`, rounded down on the long side as torchvision does.
 
     Raises:
-        ValueError: if `size` has other keys than "shortest_edge", or "height" and "width".
+        ValueError: if `size` has other keys than "shortest_edge", or "height" and "width"; if a line of pixels
+            would become an image that Pillow would not open for its size.
     """
     wanted = dict(size)
     if wanted.keys() == {"shortest_edge"}:
         edge, short = wanted["shortest_edge"], min(height, width)
-        return int(edge * height / short), int(edge * width / short)
+        resized = int(edge * height / short), int(edge * width / short)
+        if Image.MAX_IMAGE_PIXELS is not None and resized[0] * resized[1] > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(
+                f"an image of {height} x {width} pixels would be resized to {resized[0]} x {resized[1]}, beyond "
+                f"PIL.Image.MAX_IMAGE_PIXELS; cut its middle out first"
+            )
+        return resized
     if wanted.keys() == {"height", "width"}:
         return wanted["height"], wanted["width"]
     raise ValueError(f"size is {wanted}; pass {{'shortest_edge': N}} or {{'height': H, 'width': W}}")

@@ -486,6 +486,13 @@ def test_sizes_of_other_keys_are_refused(backend):
         backend(crop_size={"shortest_edge": 32})(photo(8, 8))
 
 
+@both_backends
+def test_a_line_of_pixels_that_would_become_gigabytes_is_refused(backend):
+    with fails("an image of 1 x 65535 pixels would be resized to 256 x 16776960, beyond PIL.Image.MAX_IMAGE_PIXELS"):
+        backend()(np.zeros((1, 65535, 3), dtype=np.uint8))
+    assert backend()(np.zeros((1, 300, 3), dtype=np.uint8), return_tensors="np")["pixel_values"].shape[-1] == 224
+
+
 @pytest.mark.parametrize(("shape", "dtype"), [((4, 4), "uint8"), ((4, 4, 1), "int16")])
 def test_resize_bands_refuses_other_shapes_and_dtypes(shape, dtype):
     with fails(f"resize_bands got shape {shape} and dtype {dtype}; pass (height, width, bands) as uint8"):

@@ -12,6 +12,7 @@ from PIL import Image
 from ..image_processing_pil_mae import resize_bands
 
 BICUBIC = Image.Resampling.BICUBIC
+LONGEST = 100  # times the shorter side
 
 
 def sample_rng(seed: int, epoch: int, shard: int, row: int) -> np.random.Generator:
@@ -88,6 +89,9 @@ def evaluation_view(
 ) -> np.ndarray:
     """Resize (bicubic) and centre crop, pixel by pixel what the Pillow image processor does.
 
+    Of an image more than `LONGEST` times as long as it is wide, the middle alone is resized. The crop shows no more,
+    and the whole of a line of 65,535 pixels would become one of 256 x 16,776,960.
+
     Args:
         image: as `decode_image` returns it.
         resize: pixels of the shorter side, or (height, width), before the crop.
@@ -97,13 +101,16 @@ def evaluation_view(
         (C, H, W) in the image's dtype.
     """
     height, width = _height_width(image)
+    left = upper = 0
     if isinstance(resize, int):
+        left, upper = max(0, (width - LONGEST * height) // 2), max(0, (height - LONGEST * width) // 2)
+        height, width = height - 2 * upper, width - 2 * left
         short = min(height, width)
         resize = (
             resize if height == short else int(resize * height / width),
             resize if width == short else int(resize * width / height),
         )
-    view = _resize(image, resize, (0, 0, width, height))
+    view = _resize(image, resize, (left, upper, left + width, upper + height))
     top, left = round((resize[0] - size[0]) / 2), round((resize[1] - size[1]) / 2)
     view = view[top : top + size[0], left : left + size[1]]
     return np.ascontiguousarray(view.transpose(2, 0, 1))
