@@ -7,7 +7,11 @@ that Pillow has no mode for: several bands, or colours of more than 8 bits.
 
 import contextlib
 import io
+import lzma
+import math
+import zlib
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -20,13 +24,19 @@ from ..image_processing_pil_mae import to_opaque
 
 DTYPES = ("uint8", "uint16", "float32")
 MAX_SIDE = 65_535  # pixels; the most that JPEG can hold
+# A progressive JPEG is decoded once more for each of its scans: ten in practice, while a hundred bytes make one more.
+MAX_JPEG_PASSES = 32  # over as many pixels as an image may have
 
 # Only raster formats that start with their own magic bytes. It keeps out EPS, for which Pillow runs Ghostscript,
 # and formats such as TGA that accept nearly any bytes.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF")
+_JPEG_MAGIC = b"\xff\xd8\xff"
 _NPY_MAGIC = b"\x93NUMPY"
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL = 258, 277  # TIFF tags
+_BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL, _TILE_WIDTH, _TILE_HEIGHT = 258, 277, 322, 323  # TIFF tags
+# Compressions of TIFF (deflate under two numbers, LZMA) that tifffile expands to the end, whatever the header says.
+_EXPANDERS: dict[int, Any] = {8: zlib.decompressobj, 32946: zlib.decompressobj, 34925: lzma.LZMADecompressor}
+_PACKBITS = 32773  # this too, and slowly, where the package imagecodecs is not installed
 
 
 class BadImage(ValueError):
@@ -34,7 +44,8 @@ class BadImage(ValueError):
 
     Attributes:
         reason: class name of the decoder's exception, or one of our own words: `EmptyFile`, `TooManyPixels`,
-            `WrongChannels`, `WrongDtype`, `NotFinite`.
+            `TooManyScans`, `WrongChannels`, `WrongDtype`, `NotFinite`, `NeedsImagecodecs`; and of a source that has
+            the row and can't give its image: `NoBytes`, `RaggedArray`, `CorruptRowGroup`, `TruncatedTar`.
     """
 
     def __init__(self, message: str, reason: str = "BadImage"):
@@ -46,10 +57,12 @@ class BadImage(ValueError):
 
 
 class MissingPackage(ImportError):
-    """An optional package is needed for this kind of file: the user's to install, so not a `BadImage`."""
+    """tifffile, of the extra [train], is not installed: the user's to mend, so not a `BadImage`."""
 
 
-def decode_image(data: bytes | np.ndarray, num_channels: int, dtype: str = "uint8") -> Image.Image | np.ndarray:
+def decode_image(
+    data: bytes | np.ndarray | BadImage, num_channels: int, dtype: str = "uint8"
+) -> Image.Image | np.ndarray:
     """Decode one sample, whatever it was stored as.
 
     Colour becomes gray and gray becomes colour for encoded images, as `PIL.Image.convert` does it; transparency is
@@ -59,7 +72,8 @@ def decode_image(data: bytes | np.ndarray, num_channels: int, dtype: str = "uint
 
     Args:
         data: the file's bytes; or an array (H, W), (C, H, W) or (H, W, C). The axis that has `num_channels`
-            entries is the channels' one; where both ends do, the first is.
+            entries is the channels' one; where both ends do, the first is. Or what a source gives in their place
+            where it has none, to be raised here.
         num_channels: channels wanted. A one-band array is repeated for 3.
         dtype: `uint8` in [0, 255], `uint16` in [0, 65535], or `float32` with the values of the file.
 
@@ -68,7 +82,7 @@ def decode_image(data: bytes | np.ndarray, num_channels: int, dtype: str = "uint
 
     Raises:
         BadImage: for every fault of the data.
-        MissingPackage: where tifffile or its codecs are needed and not installed.
+        MissingPackage: where tifffile is needed and not installed.
         ValueError: if `dtype` is none of the three.
     """
     if dtype not in DTYPES:
@@ -80,7 +94,7 @@ def decode_image(data: bytes | np.ndarray, num_channels: int, dtype: str = "uint
         return _from_pil(image, num_channels, dtype)
 
 
-def probe_image(data: bytes | np.ndarray) -> tuple[int, str]:
+def probe_image(data: bytes | np.ndarray | BadImage) -> tuple[int, str]:
     """Say which `num_channels` and `dtype` fit a sample.
 
     Args:
@@ -92,7 +106,7 @@ def probe_image(data: bytes | np.ndarray) -> tuple[int, str]:
 
     Raises:
         BadImage: for every fault of the data that its header shows.
-        MissingPackage: where tifffile or its codecs are needed and not installed.
+        MissingPackage: where tifffile is needed and not installed.
     """
     with _as_bad_image():
         image = _read(data, None)
@@ -119,8 +133,10 @@ def _as_bad_image() -> Iterator[None]:
         raise BadImage(f"{type(error).__name__}: {error}", type(error).__name__) from error
 
 
-def _read(data: bytes | np.ndarray, num_channels: int | None) -> Image.Image | np.ndarray:
+def _read(data: bytes | np.ndarray | BadImage, num_channels: int | None) -> Image.Image | np.ndarray:
     """Open a sample after a look at its size; Pillow's image is not decoded yet. None: channels not known yet."""
+    if isinstance(data, BadImage):
+        raise BadImage(str(data), data.reason)  # a new one: many rows may share it, and raising it would keep frames
     if isinstance(data, np.ndarray):
         _check_shape(data.shape, num_channels)
         return data
@@ -130,7 +146,7 @@ def _read(data: bytes | np.ndarray, num_channels: int | None) -> Image.Image | n
         return _read_npy(data, num_channels)
     if data.startswith(_TIFF_MAGIC):
         return _read_tiff(data, num_channels)
-    # A faster decoder would be plugged in here, for bytes that start with FF D8 FF.
+    # A faster decoder would be plugged in here, for bytes that start with `_JPEG_MAGIC`.
     return _open_with_pillow(data, _FORMATS)
 
 
@@ -139,6 +155,10 @@ def _open_with_pillow(data: bytes, formats: tuple[str, ...]) -> Image.Image:
     limit = Image.MAX_IMAGE_PIXELS  # a user of huge images may have raised it
     if max(image.size) > MAX_SIDE or (limit is not None and image.width * image.height > limit):
         raise BadImage(f"{image.width} x {image.height} pixels, at most {limit} are decoded", "TooManyPixels")
+    if data.startswith(_JPEG_MAGIC) and limit is not None:
+        scans = data.count(b"\xff\xda")
+        if scans * image.width * image.height > MAX_JPEG_PASSES * limit:
+            raise BadImage(f"{scans} scans of {image.width} x {image.height} pixels", "TooManyScans")
     return image
 
 
@@ -146,7 +166,7 @@ def _check_shape(shape: Sequence[int], num_channels: int | None) -> None:
     """Refuse an array before it is decoded, from the shape that its header claims."""
     if len(shape) not in (2, 3):
         raise BadImage(f"shape {tuple(shape)} is not that of one image", "WrongChannels")
-    if 0 in shape:
+    if min(shape) < 1:
         raise BadImage(f"shape {tuple(shape)} has no pixels", "EmptyFile")
     limit = Image.MAX_IMAGE_PIXELS
     elements = int(np.prod(shape, dtype=np.float64))
@@ -162,9 +182,11 @@ def _read_npy(data: bytes, num_channels: int | None) -> np.ndarray:
     stream = io.BytesIO(data)
     version = np.lib.format.read_magic(stream)
     header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, _ = header(stream)
+    shape, fortran_order, dtype = header(stream)
     _check_shape(shape, num_channels)
-    return np.load(io.BytesIO(data), allow_pickle=False)
+    # Not np.load: it takes memory for what the header claims before it finds the file to hold less.
+    array = np.frombuffer(data, dtype, math.prod(shape), stream.tell())
+    return array.reshape(shape, order="F" if fortran_order else "C")
 
 
 def _read_tiff(data: bytes, num_channels: int | None) -> Image.Image | np.ndarray:
@@ -175,13 +197,28 @@ def _read_tiff(data: bytes, num_channels: int | None) -> Image.Image | np.ndarra
         image: Any = _open_with_pillow(data, ("TIFF",))
     except UnidentifiedImageError:  # also what Pillow says of a band count that it has no mode for
         return _read_with_tifffile(data, num_channels)
+    # Memory is taken for a whole tile, however small the image.
+    _check_shape((image.tag_v2.get(_TILE_HEIGHT, 1), image.tag_v2.get(_TILE_WIDTH, 1)), num_channels)
     bits = max(image.tag_v2.get(_BITS_PER_SAMPLE, (1,)))
     bands = image.tag_v2.get(_SAMPLES_PER_PIXEL, 1)
     if bands == 1:
         # A stack of one-band pages is one image of many bands, where that is the count asked for.
-        is_stack = image.n_frames > 1 and num_channels in (None, image.n_frames)
+        frames = _count_frames(image, 4)
+        is_stack = frames > 1 and num_channels in (None, frames)
         return _read_with_tifffile(data, num_channels) if is_stack else image
     return image if bits <= 8 and bands <= 4 else _read_with_tifffile(data, num_channels)
+
+
+def _count_frames(image: Image.Image, most: int) -> int:
+    """Frames of a file, or `most`: they may be any number, and the time of Pillow's own count grows with its square."""
+    for frame in range(1, most):
+        try:
+            image.seek(frame)
+        except EOFError:
+            most = frame
+            break
+    image.seek(0)
+    return most
 
 
 def _read_with_tifffile(data: bytes, num_channels: int | None) -> np.ndarray:
@@ -193,12 +230,29 @@ def _read_with_tifffile(data: bytes, num_channels: int | None) -> np.ndarray:
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
         series = tiff.series[0]
         _check_shape(series.shape, num_channels)
+        for page in filter(None, series.pages):
+            _check_segments(data, page, num_channels)
         try:
             return series.asarray(maxworkers=1)
         except ValueError as error:
+            # Of one file, since a flipped bit makes one compression of another.
             if "imagecodecs" in str(error):
-                raise MissingPackage(f"{error}: pip install imagecodecs") from error
+                raise BadImage(f"{error}: pip install imagecodecs", "NeedsImagecodecs") from error
             raise
+
+
+def _check_segments(data: bytes, page: Any, num_channels: int | None) -> None:
+    """Refuse a page (of tifffile) with strips or tiles that are too large, or expand to far more than their size."""
+    _check_shape(page.chunks, num_channels)
+    if page.compression == _PACKBITS and find_spec("imagecodecs") is None:
+        raise BadImage("PackBits needs the package imagecodecs: pip install imagecodecs", "NeedsImagecodecs")
+    if page.compression not in _EXPANDERS:
+        return
+    most = 2 * math.prod(page.chunks) * page.dtype.itemsize + 2**16
+    for offset, size in zip(page.dataoffsets, page.databytecounts, strict=True):
+        expander = _EXPANDERS[page.compression]()
+        if len(expander.decompress(data[offset : offset + size], most)) == most:
+            raise BadImage(f"a part of {page.chunks} pixels expands to {most} bytes or more", "TooManyPixels")
 
 
 def _from_pil(image: Image.Image, num_channels: int, dtype: str) -> Image.Image | np.ndarray:
@@ -240,6 +294,7 @@ def _to_channels_last(array: np.ndarray, num_channels: int) -> np.ndarray:
 
 
 def _to_dtype(array: np.ndarray, dtype: str) -> np.ndarray:
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.dtype == np.bool_:
         array = array.astype(np.uint8) * 255
     if array.dtype.kind == "f" and dtype == "float32":
@@ -268,7 +323,7 @@ def _natural_dtype(array: np.ndarray) -> str:
         return "uint8"
     if array.dtype.kind not in "uif":
         raise BadImage(f"the image holds {array.dtype}, which is no number", "WrongDtype")
-    if array.dtype == np.uint16:
+    if array.dtype.newbyteorder("=") == np.uint16:
         return "uint16"
     if array.dtype.kind == "f" or int(array.min()) < 0 or int(array.max()) > 65_535:
         return "float32"
