@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from .decode import BadImage
 from .remote import DataError, is_remote, one_line, open_bytes, read_whole
 
 logger = logging.getLogger(__name__)
@@ -34,14 +35,15 @@ class Row:
         shard: index into `Source.shard_names`.
         row: row number inside that shard, from 0.
         key: the place for people: `train-00000-of-00008.parquet#17`, or a file's path relative to its folder.
-        image: the encoded file's bytes, or an array; b"" where the source has the row but no usable bytes of it.
+        image: the encoded file's bytes, or an array; or, where the source has the row and can't give its image, a
+            `BadImage` that says why. `decode_image` takes all three, and raises the last.
         label: a class index where there are classes; whatever the label column holds otherwise; None without one.
     """
 
     shard: int
     row: int
     key: str
-    image: bytes | np.ndarray
+    image: bytes | np.ndarray | BadImage
     label: Any = None
 
 
@@ -68,7 +70,6 @@ class Source:
         self.blocks = [(shard, 0, size) for shard, size in enumerate(shard_sizes) if size]
         self.label_names: list[str] | None = None
         self.fingerprint: dict[str, Any] = {}
-        self._warned = False
 
     def __len__(self) -> int:
         """Rows of all shards together."""
@@ -92,13 +93,8 @@ class Source:
         # The block that a stream read last is not worth sending to a worker.
         return self.__dict__ | ({"_last": None} if "_last" in self.__dict__ else {})
 
-    def _row(self, shard: int, row: int, image: bytes | np.ndarray | None, label: Any) -> Row:
-        key = f"{self.shard_names[shard]}#{row}"
-        if image is None and not self._warned:
-            # A path in the data is not followed: a file from elsewhere must not make us open local files.
-            logger.warning("%s: row %s has no image bytes (at most a path); such rows count as bad", self.name, key)
-            self._warned = True
-        return Row(shard, row, key, b"" if image is None else image, label)
+    def _row(self, shard: int, row: int, image: bytes | np.ndarray | BadImage, label: Any) -> Row:
+        return Row(shard, row, f"{self.shard_names[shard]}#{row}", image, label)
 
 
 class ArraySource(Source):
@@ -134,7 +130,7 @@ class FileSource(Source):
     def read(self, shard: int, rows: Sequence[int]) -> list[Row]:
         urls = [f"{self._root}/{self._names[row]}" for row in rows]
         if self.random_access:
-            images: list[bytes | np.ndarray] = [_read_local(url) for url in urls]
+            images = [_read_local(url) for url in urls]
         else:
             import fsspec
 
@@ -146,13 +142,7 @@ class FileSource(Source):
         ]
 
 
-def _read_local(path: str) -> bytes | np.ndarray:
-    if path.lower().endswith(".npy"):
-        try:
-            # Mapped, so that a header which claims more than the file holds fails before memory is taken.
-            return np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError):
-            pass  # decode_image says what is wrong with these bytes
+def _read_local(path: str) -> bytes:
     with open_bytes(path) as file:
         return file.read()
 
@@ -231,23 +221,24 @@ def _image_rank(feature: Any) -> int | None:
     return 2 if depth in (2, 3) and feature.dtype.startswith(("int", "uint", "float")) else None
 
 
-def image_of(value: Any) -> bytes | np.ndarray | None:
-    """The image in a cell of an image column (a `pyarrow.Scalar`); None where it holds no bytes, or a ragged list."""
+def image_of(value: Any) -> bytes | np.ndarray | BadImage:
+    """The image in a cell of an image column (a `pyarrow.Scalar`), as `Row.image` has it."""
     import pyarrow as pa
 
     if isinstance(value, pa.ExtensionScalar):
         value = value.value
-    if value is None or not value.is_valid:
-        return None
-    if isinstance(value, pa.StructScalar):
+    if isinstance(value, pa.StructScalar) and value.is_valid:
         value = value["bytes"]
-    if isinstance(value, pa.ListScalar):
+    if isinstance(value, pa.ListScalar) and value.is_valid:
         return _nested_array(value)
-    content = value.as_py()
-    return content if isinstance(content, bytes) else None
+    content = None if value is None else value.as_py()
+    if isinstance(content, bytes):
+        return content
+    # A path in the data is not followed: a file from elsewhere must not make us open local files.
+    return BadImage("the row has no image bytes (at most a path, which is not followed)", "NoBytes")
 
 
-def _nested_array(value: Any) -> np.ndarray | None:
+def _nested_array(value: Any) -> np.ndarray | BadImage:
     """Nested Arrow lists of equal lengths as an array, in the numbers' own dtype."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -257,10 +248,12 @@ def _nested_array(value: Any) -> np.ndarray | None:
     while isinstance(values, (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)):
         lengths = pc.call_function("list_value_length", [values]).unique()
         if len(lengths) != 1 or not lengths[0].is_valid:
-            return None
+            return BadImage("the row's lists are not of one length", "RaggedArray")
         shape.append(lengths[0].as_py())
         values = values.flatten()
-    return None if values.null_count else values.to_numpy(zero_copy_only=False).reshape(shape)
+    if values.null_count:
+        return BadImage("the row's lists have gaps", "RaggedArray")
+    return values.to_numpy(zero_copy_only=False).reshape(shape)
 
 
 class ArrowSource(Source):
@@ -345,8 +338,8 @@ class ParquetSource(Source):
         for row in rows:
             group = bisect_right(self._starts[shard], row) - 1
             table = self._row_group(shard, group)
-            if table is None:
-                result.append(self._row(shard, row, b"", None))
+            if isinstance(table, BadImage):
+                result.append(self._row(shard, row, table, None))
                 continue
             at = row - self._starts[shard][group]
             label = table[self._columns.label][at].as_py() if self._columns.label else None
@@ -354,30 +347,37 @@ class ParquetSource(Source):
         return result
 
     def _row_group(self, shard: int, group: int) -> Any:
-        """The two columns of a row group, the last one from memory; None if it is corrupt."""
+        """The two columns of a row group, the last one from memory; a `BadImage` for all its rows if it is corrupt."""
+        if self._last is None or self._last[0] != (shard, group):
+            self._last = None  # frees the memory of one before the next is fetched
+            table = self._read_row_group(shard, group)
+            if isinstance(table, BadImage) and is_remote(self._urls[shard]):
+                table = self._read_row_group(shard, group)  # perhaps it was the transfer
+            if isinstance(table, BadImage):
+                logger.warning("%s; its rows are skipped, and count as bad", table)
+            self._last = (shard, group), table
+        return self._last[1]
+
+    def _read_row_group(self, shard: int, group: int) -> Any:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        if self._last is None or self._last[0] != (shard, group):
-            self._last = None  # frees the memory of one before the next is fetched
-            columns = list(filter(None, (self._columns.image, self._columns.label)))
-            with open_bytes(self._urls[shard]) as file:
-                try:
-                    # pre_buffer joins the column chunks into one request; no threads, for the sake of forked workers.
-                    parquet = pq.ParquetFile(file, metadata=self._metadata[shard], pre_buffer=True)
-                    table = parquet.read_row_group(group, columns=columns, use_threads=False)
-                except (pa.ArrowException, OSError) as error:
-                    if isinstance(error, OSError) and error.errno is not None:
-                        raise DataError(
-                            f"cannot read {self._urls[shard]}: {one_line(error)}; check the disk"
-                        ) from error
-                    # No errno: the bytes came, and they are corrupt. Its rows count as bad samples.
-                    table = None
-                    logger.warning(
-                        "row group %d of %s is corrupt (%s)", group, self.shard_names[shard], one_line(error)
-                    )
-            self._last = (shard, group), table
-        return self._last[1]
+        columns = list(filter(None, (self._columns.image, self._columns.label)))
+        with open_bytes(self._urls[shard]) as file:
+            try:
+                # pre_buffer joins the column chunks into one request; no threads, for the sake of forked workers.
+                parquet = pq.ParquetFile(
+                    file, metadata=self._metadata[shard], pre_buffer=True, page_checksum_verification=True
+                )
+                table = parquet.read_row_group(group, columns=columns, use_threads=False)
+                table.validate(full=True)  # text that is not UTF-8, which would be found out at a label
+            except (pa.ArrowException, OSError) as error:
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise DataError(f"cannot read {self._urls[shard]}: {one_line(error)}; check the disk") from error
+                # No errno: the bytes came, and they are corrupt.
+                message = f"row group {group} of {self.shard_names[shard]} is corrupt ({one_line(error)})"
+                return BadImage(message, "CorruptRowGroup")
+        return table
 
 
 def _read_footer(url: str) -> tuple[Any, int]:

@@ -17,6 +17,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from .decode import BadImage
+from .locate import IMAGE_EXTENSIONS
 from .remote import DataError, is_remote, one_line, open_bytes, with_retries
 from .shards import Row, Source, in_threads
 
@@ -25,8 +27,8 @@ logger = logging.getLogger(__name__)
 BLOCK_SAMPLES = 256
 BLOCK_BYTES = 64 * 2**20  # a block of a remote tar is one request, and is kept in memory
 INDEX_CACHE_SECONDS = 1.0  # an index that took longer is kept on disk: to make one means to read the whole tar
-IMAGE_EXTENSIONS = {"jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "npy", "ppm"}
-# Columns of an index (n, 5), int64; a sample without label has label offset -1.
+# Columns of an index (n, 5), int64. A sample without label has label offset -1. A tar that ends early has one row more,
+# of image size -1, for all that is missing.
 _IMAGE, _IMAGE_SIZE, _LABEL, _LABEL_SIZE, _LABEL_IS_JSON = range(5)
 
 Members = dict[str, tuple[int, int]]  # what follows the first dot of a name -> offset and size in bytes
@@ -87,6 +89,8 @@ class TarSource(Source):
 
     def _sample(self, shard: int, row: int, file: BinaryIO | None) -> Row:
         place = self._indices[shard][row].tolist()
+        if place[_IMAGE_SIZE] < 0:
+            return self._row(shard, row, BadImage(f"{self.shard_names[shard]} ends early", "TruncatedTar"), None)
         image = self._bytes(shard, row, place[_IMAGE], place[_IMAGE_SIZE], file)
         label = None
         if place[_LABEL] >= 0:
@@ -121,7 +125,8 @@ class TarSource(Source):
 def _extents(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Offsets of every sample's first byte, and of the one after its last."""
     starts = np.where(index[:, _LABEL] < 0, index[:, _IMAGE], np.minimum(index[:, _IMAGE], index[:, _LABEL]))
-    ends = np.maximum(index[:, _IMAGE] + index[:, _IMAGE_SIZE], index[:, _LABEL] + index[:, _LABEL_SIZE])
+    image_sizes = np.maximum(index[:, _IMAGE_SIZE], 0)
+    ends = np.maximum(index[:, _IMAGE] + image_sizes, index[:, _LABEL] + index[:, _LABEL_SIZE])
     return starts, ends
 
 
@@ -197,10 +202,14 @@ def _make_index(url: str, image_column: str | None, label_column: str | None) ->
     places = []
     with open_bytes(url, read_ahead=True) as file:
         for members in _samples(file, url):
+            if members is None:
+                # At the place of the sample before, so that a block that holds both reads nothing else.
+                places.append((places[-1][_IMAGE] if places else 0, -1, -1, 0, 0))
+                continue
             if image_column is not None:
                 images = [image_column.lower()] if image_column.lower() in members else []
             else:
-                images = [field for field in members if field.rpartition(".")[2] in IMAGE_EXTENSIONS]
+                images = [field for field in members if f".{field}".endswith(IMAGE_EXTENSIONS)]
             if len(images) > 1:
                 found = ", ".join(sorted(images))
                 raise DataError(f"{url} has several images a sample ({found}); choose one with --image_column NAME")
@@ -212,8 +221,8 @@ def _make_index(url: str, image_column: str | None, label_column: str | None) ->
     return np.array(places, dtype=np.int64).reshape(-1, 5)
 
 
-def _samples(file: BinaryIO, url: str) -> Iterator[Members]:
-    """Groups of neighbouring members with one name; the incomplete ones of a tar that ends early are left out."""
+def _samples(file: BinaryIO, url: str) -> Iterator[Members | None]:
+    """Groups of neighbouring members with one name; None, at the end, for what is missing of a tar that ends early."""
     end = file.seek(0, 2)
     file.seek(0)
     sample: Members = {}
@@ -237,10 +246,11 @@ def _samples(file: BinaryIO, url: str) -> Iterator[Members]:
         sample[field.lower()] = (member.offset_data, member.size)
     file.seek(tar.offset)
     whole = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-    if not whole:
-        logger.warning("%s ends early, in the middle of a sample or without its end mark; fetch it again", url)
     if sample and (whole or not fields or set(sample) == fields):
         yield sample
+    if not whole:
+        logger.warning("%s ends early, in the middle of a sample or without its end mark; fetch it again", url)
+        yield None
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
