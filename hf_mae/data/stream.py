@@ -269,10 +269,14 @@ class Batch:
 Sample = tuple[np.ndarray, np.ndarray, Row]
 
 
-def _collate(samples: Sequence[Sample], positions: dict[int, int], bad: list[tuple[str, str]]) -> Batch:
+def _collate(view: View, samples: Sequence[Sample], positions: dict[int, int], bad: list[tuple[str, str]]) -> Batch:
+    images = np.empty((len(samples), view.num_channels, *view.size), view.dtype)
+    noise = np.empty((len(samples), view.num_patches), np.float32)
+    for at, (pixels, mask_noise, _) in enumerate(samples):
+        images[at], noise[at] = pixels, mask_noise
     return Batch(
-        images=torch.from_numpy(np.stack([image for image, _, _ in samples])),
-        noise=torch.from_numpy(np.stack([noise for _, noise, _ in samples])),
+        images=torch.from_numpy(images),
+        noise=torch.from_numpy(noise),
         keys=[row.key for _, _, row in samples],
         labels=[row.label for _, _, row in samples],
         positions=positions,
@@ -332,7 +336,7 @@ class TrainingStream(IterableDataset):
                     streams[stream] = LogicalStream(order, stream, self.plan.num_streams, self.positions[stream])
                 samples += self._chunk(streams[stream], bad)
             taken = range(first, first + self.chunks_per_item)
-            yield _collate(samples, {stream: streams[stream].position for stream in taken}, bad)
+            yield _collate(self.view, samples, {stream: streams[stream].position for stream in taken}, bad)
 
     def _chunk(self, stream: LogicalStream, bad: list[tuple[str, str]]) -> list[Sample]:
         samples: list[Sample] = []
@@ -359,7 +363,8 @@ class TrainingStream(IterableDataset):
 class EvaluationSet(IterableDataset):
     """A rank's share of the rows, once, in their own order: the evaluation crop, and one fixed mask noise per row.
 
-    The last batch is smaller; an image that can't be decoded is left out and named in `Batch.bad`.
+    There is one batch for every `batch_size` rows, the last of fewer. An image that can't be decoded is left out of its
+    batch and named in `Batch.bad`, so that a batch may be smaller than the others, and have no image at all.
     """
 
     def __init__(self, rows: Rows, view: View, batch_size: int, mask_seed: int = 0, rank: int = 0, ranks: int = 1):
@@ -382,8 +387,7 @@ class EvaluationSet(IterableDataset):
                     continue
                 noise = sample_rng(self.mask_seed, 0, row.shard, row.row).random(self.view.num_patches, np.float32)
                 samples.append((evaluation_view(image, self.view.eval_resize, self.view.size), noise, row))
-            if samples:
-                yield _collate(samples, {}, bad)
+            yield _collate(self.view, samples, {}, bad)
 
 
 def ignore_termination(worker_id: int) -> None:
