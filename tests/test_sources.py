@@ -484,10 +484,11 @@ def test_files_that_are_not_what_they_are_called_are_named(tmp_path):
     for name in ("a.parquet", "a.tar"):
         for content in (b"", b"rubbish" * 1000):
             (tmp_path / name).write_bytes(content)
-            with pytest.raises(DataError, match=rf"{name}.* is not (a whole parquet file|an uncompressed tar)"):
-                open_source(str(tmp_path / name), streaming=True)
+            for streaming in (True, None):
+                with pytest.raises(DataError, match=rf"{name}.* is not (a whole parquet file|an uncompressed tar)"):
+                    open_source(str(tmp_path / name), streaming=streaming)
     with pytest.raises(DataError, match=r"cannot read .*a\.parquet"):
-        open_source(str(tmp_path / "a.parquet"))
+        open_source(str(tmp_path / "a.parquet"), streaming=False)
 
 
 def damage_row_group(path, group, column=0):
@@ -510,6 +511,16 @@ def test_a_corrupt_row_group_costs_its_own_rows_only(tmp_path, caplog, monkeypat
         assert row.image.reason == "CorruptRowGroup" if 20 <= number < 30 else row.image == png(number)
     assert caplog.text.count("row group 2 of train-00000-of-00001.parquet is corrupt") == 1
     assert len(opened) == (6 if in_bucket else 5)  # a transfer may have corrupted it: fetched once more
+
+
+def test_local_parquet_with_a_corrupt_page_is_read_in_place_for_the_sake_of_its_other_rows(tmp_path, caplog):
+    folder = write_parquet(tmp_path / "d", files=1)
+    damage_row_group(folder / "train-00000-of-00001.parquet", 2)
+    rows = read_all(open_source(str(folder)))
+    assert [row.row for row in rows if isinstance(row.image, BadImage)] == list(range(20, 30))
+    assert "they are read in place" in caplog.text
+    with pytest.raises(DataError, match="cannot read"):
+        open_source(str(folder), streaming=False)
 
 
 def test_a_row_group_that_the_network_corrupted_is_fetched_again_and_loses_nothing(tmp_path, monkeypatch):
@@ -535,6 +546,28 @@ def test_a_flipped_bit_in_a_page_with_a_checksum_is_found(tmp_path):
     content[content.find(png(1)) + 60] ^= 1
     path.write_bytes(content)
     assert {row.image.reason for row in read_all(open_source(str(path), streaming=True))} == {"CorruptRowGroup"}
+
+
+@pytest.mark.parametrize("streaming", [True, None])
+def test_parquet_that_says_rubbish_of_its_columns_is_named(tmp_path, streaming):
+    table = pa.table({"image": [png(0)]}).replace_schema_metadata({"huggingface": b'{"info": {"feat\xff'})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"what a\.parquet says of its columns is corrupt .*; fetch it again"):
+        open_source(str(tmp_path / "a.parquet"), streaming=streaming)
+
+
+@pytest.mark.parametrize("flipped", ["offset", "length"])
+def test_a_saved_table_with_a_flipped_bit_is_an_error_before_it_ends_the_process(tmp_path, flipped):
+    image_table(range(30)).save_to_disk(tmp_path / "d")
+    (path,) = (tmp_path / "d").glob("*.arrow")
+    content = bytearray(path.read_bytes())
+    sizes = np.cumsum([0] + [len(png(i)) for i in range(30)]).astype("<i4").tobytes()
+    at = content.find(sizes)
+    assert at > 0
+    content[at + (40 if flipped == "offset" else 4 * 30) + 3] ^= 0x40
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"the table of .* is corrupt .*; make it again"):
+        open_source(str(tmp_path / "d"))
 
 
 def test_labels_that_are_no_text_make_a_row_group_corrupt(tmp_path):

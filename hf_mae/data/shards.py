@@ -266,12 +266,23 @@ class ArrowSource(Source):
         columns: of image and label.
         follow_paths: read the files that rows name instead of holding bytes. Only for tables that `datasets` itself
             made from files that it found.
+
+    Raises:
+        DataError: if the table is corrupt.
     """
 
     def __init__(self, name: str, split: str, dataset: Any, columns: Columns, follow_paths: bool = False):
+        import pyarrow as pa
+
         super().__init__(name, split, [split], [len(dataset)], random_access=True)
         wanted = [columns.image] + ([columns.label] if columns.label else [])
         self._table = dataset.select_columns(wanted).with_format("arrow")
+        try:
+            # Arrow believes a mapped file, and one flipped bit of an offset ends the process at the row. This reads
+            # the offsets of all rows and their texts, and none of the images.
+            self._table.data.table.validate(full=True)
+        except pa.ArrowException as error:
+            raise DataError(f"the table of {name} is corrupt ({one_line(error)}); make it again") from error
         self._columns, self._follow_paths, self.label_names = columns, follow_paths, columns.label_names
 
     def read(self, shard: int, rows: Sequence[int]) -> list[Row]:
@@ -310,13 +321,11 @@ class ParquetSource(Source):
         image_column: str | None,
         label_column: str | None,
     ):
-        import datasets
-
         footers = in_threads(_read_footer, urls)
         self._urls, self._metadata = urls, [metadata for metadata, _ in footers]
         super().__init__(name, split, names, [m.num_rows for m in self._metadata], random_access=False)
         schemas = [metadata.schema.to_arrow_schema() for metadata in self._metadata]
-        features = features or datasets.Features.from_arrow_schema(schemas[0])
+        features = features or _declared_features(schemas[0], names[0])
         self._columns = find_columns(features, image_column, label_column, name)
         for column in filter(None, (self._columns.image, self._columns.label)):
             for schema, shard_name in zip(schemas, names, strict=True):
@@ -371,6 +380,8 @@ class ParquetSource(Source):
                 )
                 table = parquet.read_row_group(group, columns=columns, use_threads=False)
                 table.validate(full=True)  # text that is not UTF-8, which would be found out at a label
+                if len(table) != self._metadata[shard].row_group(group).num_rows:
+                    raise pa.ArrowInvalid(f"it holds {len(table)} rows")
             except (pa.ArrowException, OSError) as error:
                 if isinstance(error, OSError) and error.errno is not None:
                     raise DataError(f"cannot read {self._urls[shard]}: {one_line(error)}; check the disk") from error
@@ -388,9 +399,21 @@ def _read_footer(url: str) -> tuple[Any, int]:
     with open_bytes(url) as file:
         try:
             return pq.ParquetFile(file).metadata, file.seek(0, 2)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             message = f"{url} is not a whole parquet file ({one_line(error)}); fetch it again or leave it out"
             raise DataError(message) from error
+
+
+def _declared_features(schema: Any, shard_name: str) -> Any:
+    import datasets
+
+    try:
+        return datasets.Features.from_arrow_schema(schema)
+    except Exception as error:  # any, for JSON that is corrupt
+        message = (
+            f"what {shard_name} says of its columns is corrupt ({one_line(error)}); fetch it again or leave it out"
+        )
+        raise DataError(message) from error
 
 
 def _row_group_starts(metadata: Any) -> list[int]:

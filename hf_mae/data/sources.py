@@ -57,7 +57,13 @@ def open_source(
     if place.kind == "disk":
         return _open_saved(place, split, image_column, label_column)
     if _must_map(place, split, label_column, streaming):
-        return _open_mapped(place, split, image_column, label_column)
+        try:
+            return _open_mapped(place, split, image_column, label_column)
+        except DataError as error:
+            if place.kind != "parquet" or streaming is not None:
+                raise
+            # A corrupt page is the end of a table that `datasets` makes; read in place, it costs its own rows.
+            logger.warning("%s; meanwhile they are read in place", error)
     if place.kind == "imagefolder":
         return _open_images(place, split, label_column)
     files = place.splits[split]
@@ -167,7 +173,7 @@ def _open_saved(place: Place, split: str, image_column: str | None, label_column
 
     try:
         loaded: Any = datasets.load_from_disk(place.root)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # any, for files that are corrupt
         raise DataError(f"cannot read {place.name}: {one_line(error)}; save it again") from error
     table = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
     source = ArrowSource(place.name, split, table, find_columns(table.features, image_column, label_column, place.name))
