@@ -125,8 +125,7 @@ class TarSource(Source):
 def _extents(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Offsets of every sample's first byte, and of the one after its last."""
     starts = np.where(index[:, _LABEL] < 0, index[:, _IMAGE], np.minimum(index[:, _IMAGE], index[:, _LABEL]))
-    image_sizes = np.maximum(index[:, _IMAGE_SIZE], 0)
-    ends = np.maximum(index[:, _IMAGE] + image_sizes, index[:, _LABEL] + index[:, _LABEL_SIZE])
+    ends = np.maximum(index[:, _IMAGE] + index[:, _IMAGE_SIZE], index[:, _LABEL] + index[:, _LABEL_SIZE])
     return starts, ends
 
 
@@ -203,7 +202,7 @@ def _make_index(url: str, image_column: str | None, label_column: str | None) ->
     with open_bytes(url, read_ahead=True) as file:
         for members in _samples(file, url):
             if members is None:
-                # At the place of the sample before, so that a block that holds both reads nothing else.
+                # At the place of the sample before, so that their block is no larger for it.
                 places.append((places[-1][_IMAGE] if places else 0, -1, -1, 0, 0))
                 continue
             if image_column is not None:
