@@ -5,12 +5,13 @@ from collections.abc import Callable
 
 COMMANDS = {
     "pretrain": "train a masked autoencoder, from scratch or from a checkpoint",
-    "evaluate": "evaluate knn | evaluate linear-probe: what frozen features are worth",
+    "finetune": "train a classifier on a pretrained model, with labels",
+    "evaluate": "evaluate knn | evaluate linear-probe: what frozen features are worth; evaluate classification",
     "stats": "print a data set's per-channel mean and standard deviation",
 }
 
 # Import names of the extra [train], without which the package loads and runs models all the same.
-EXTRAS = ("accelerate", "datasets", "evaluate", "fsspec", "pyarrow", "sklearn", "tqdm", "yaml")
+EXTRAS = ("accelerate", "datasets", "evaluate", "fsspec", "pyarrow", "sklearn", "timm", "tqdm", "yaml")
 
 USAGE = """usage: hf-mae COMMAND [--key value ...]
 
@@ -35,7 +36,12 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    runners: dict[str, Callable[[list[str]], int]] = {"pretrain": _pretrain, "evaluate": _evaluate, "stats": _stats}
+    runners: dict[str, Callable[[list[str]], int]] = {
+        "pretrain": _pretrain,
+        "finetune": _finetune,
+        "evaluate": _evaluate,
+        "stats": _stats,
+    }
     if name not in runners:
         import difflib
 
@@ -45,9 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _run(runners[name], rest)
     except ModuleNotFoundError as error:
-        if error.name not in EXTRAS:
+        package = (error.name or "").split(".")[0]
+        if package not in EXTRAS:
             raise
-        return _fail(f"hf-mae {name} needs the package {error.name}: pip install 'hf-mae[train]'")
+        return _fail(f"hf-mae {name} needs the package {package}: pip install 'hf-mae[train]'")
     except KeyboardInterrupt:
         _fail("interrupted; go on with --resume auto")
         return 130
@@ -97,6 +104,26 @@ def _pretrain(arguments: list[str]) -> int:
     return 0
 
 
+def _finetune(arguments: list[str]) -> int:
+    from .training.finetune import finetune
+    from .training.finetune_recipe import load_finetune_recipe
+
+    recipe = load_finetune_recipe(arguments)
+    result, folder = finetune(recipe), recipe.output_dir
+    if result:  # only the main process has one
+        bad = result["data"]["bad_samples"]
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in result["figures"].items())
+        print(
+            f"{figures}, on {result['data']['eval_images']:,} images\n"
+            + (f"{bad} images could not be decoded: {folder}/bad_samples.jsonl\n" if bad else "")
+            + f"model    {folder}\n"
+            f"figures  {folder}/results.json\n"
+            f"use it   import hf_mae; from transformers import pipeline; "
+            f"pipeline('image-classification', {folder!r})(image)"
+        )
+    return 0
+
+
 def _evaluate(arguments: list[str]) -> int:
     import json
     import statistics
@@ -104,7 +131,13 @@ def _evaluate(arguments: list[str]) -> int:
     from .evaluation.features import EvaluateRecipe, split_features
     from .training.recipe import RecipeError, parse_dataclass
 
-    protocols = ("knn", "linear-probe")
+    protocols = ("knn", "linear-probe", "classification")
+    if arguments and arguments[0] == "classification":
+        from .evaluation.classification import ClassificationRecipe, score_classifier
+
+        recipe = parse_dataclass(ClassificationRecipe, arguments[1:], "hf-mae evaluate classification")
+        print(json.dumps(score_classifier(recipe), indent=1))
+        return 0
     if not arguments or arguments[0] not in protocols:
         raise RecipeError(f"evaluate what? hf-mae evaluate {' | '.join(protocols)} --model DIR --dataset DATA")
     recipe = parse_dataclass(EvaluateRecipe, arguments[1:], f"hf-mae evaluate {arguments[0]}")

@@ -13,7 +13,7 @@ from typing import Any
 
 # Protocol of results.json -> figure that a table shows, and its heading.
 FIGURES = {
-    "fine_tuning": ("top1", "fine-tuned"),
+    "fine-tuning": ("top1", "fine-tuned"),
     "linear_probe_fast": ("linear_top1", "linear probe (fast)"),
     "knn": ("knn_top1_k20", "kNN, k = 20"),
 }

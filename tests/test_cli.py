@@ -343,7 +343,7 @@ def test_a_start_that_failed_can_be_corrected(mistake):
 )  # fmt: skip
 def test_numbers_that_no_run_can_have_are_named(mistake, key, value):
     shown = value if key == "warmup_steps" else float(value)
-    assert f"{key} {shown} is no number from 0" in mistake(*arguments("out", **{key: value}))
+    assert f"{key} {shown} is out of range; give a number" in mistake(*arguments("out", **{key: value}))
 
 
 def test_a_broken_checkpoint_that_is_asked_for_by_name_is_not_gone_on_from(mistake, tmp_path):

@@ -11,6 +11,7 @@ reads which stream.
     worker w of W owns every W-th item, and so whole streams                 W divides n * (items in a step)
 """
 
+import contextlib
 import logging
 import math
 import signal
@@ -412,15 +413,22 @@ def make_loader(
     )
 
 
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Tell the errors of a loader's worker in one line: they have the worker's traceback for a message."""
+    try:
+        yield
+    except (DataError, MissingPackage) as error:
+        last_line = str(error).strip().rpartition("\n")[2]
+        raise type(error)(last_line.removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")) from error
+
+
 def each_batch(loader: DataLoader) -> Generator[Batch]:
     """The batches of a loader. Its workers are ended whatever happens, and their errors are told in one line."""
     batches = iter(loader)
     try:
-        yield from batches
-    except (DataError, MissingPackage) as error:
-        # A worker's error has the worker's traceback for a message, whose last line is the message.
-        last_line = str(error).strip().rpartition("\n")[2]
-        raise type(error)(last_line.removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")) from error
+        with one_line_errors():
+            yield from batches
     finally:
         # Left to the garbage collector, they would live on in an error's traceback, and the process wait for them for
         # ever at its end, where it sends them the SIGTERM that they ignore.

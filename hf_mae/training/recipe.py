@@ -3,10 +3,11 @@
 import difflib
 import math
 from argparse import ArgumentError, ArgumentParser, Namespace
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, cast
+from typing import Any, Literal, NoReturn, Self, TypeVar, cast
 
 import yaml
 from transformers import HfArgumentParser
@@ -25,8 +26,8 @@ def _key(default: Any, text: str) -> Any:
 
 
 @dataclass
-class PretrainRecipe:
-    """All keys of `hf-mae pretrain` but those of `MAEConfig`, which stand in `model_config`."""
+class RunRecipe:
+    """The keys that every training run has, and what is derived from them; the defaults are pretraining's."""
 
     recipe: str | None = _key(None, "name of a recipe of the package, or path of a YAML file")
     # data
@@ -34,24 +35,18 @@ class PretrainRecipe:
     dataset_config: str | None = _key(None, "configuration name of a Hub data set")
     dataset_revision: str | None = _key(None, "branch, tag or commit of a Hub data set")
     split: str = _key("train", "split to train on")
-    streaming: bool | None = _key(None, "read in place, block by block; the default for what is not local")
     eval_dataset: str | None = _key(None, "data set to evaluate on; the training one when omitted")
     eval_split: str | None = _key(None, "split to evaluate on; found by name, or a held-out part, when omitted")
     image_column: str | None = _key(None, "column of the images; found by type when omitted")
-    label_column: str | None = _key(None, "column of the labels, which pretraining doesn't use")
+    label_column: str | None = _key(None, "column of the labels; found by type or name when omitted")
     max_samples: int | None = _key(None, "train on so many images at most")
     max_eval_samples: int | None = _key(2048, "evaluate on so many images at most")
-    max_bad_fraction: float = _key(0.01, "stop when more of the images than this can't be decoded")
     crop_scale: list[float] = field(
         default_factory=lambda: [0.2, 1.0], metadata={"help": "smallest and largest area of a random crop"}
     )
     flip: bool = _key(True, "mirror half of the training images")
-    eval_crop_pct: float = _key(0.875, "share of the resized side that the evaluation crop keeps (224 of 256)")
-    image_mean: list[float] | None = _key(None, "per channel; ImageNet's for 8-bit colour, else from the data")
-    image_std: list[float] | None = _key(None, "per channel; ImageNet's for 8-bit colour, else from the data")
     # model
     model: str | None = _key(None, "folder or Hub id to continue from; from scratch when omitted")
-    model_size: Literal["tiny", "small", "base", "large", "huge"] = _key("base", "row of the table of sizes")
     # optimization
     total_batch_size: int = _key(4096, "images of an optimizer step, over all processes")
     per_device_batch_size: int | None = _key(None, "images at once on a device; at most 64 when omitted")
@@ -82,7 +77,6 @@ class PretrainRecipe:
     keep_checkpoints: int = _key(2, "newest checkpoints that are kept, 2 or more")
     log_with: str | None = _key(None, "trackers: tensorboard, wandb, trackio or all")
     dry_run: bool = _key(False, "show the run and stop before the first step")
-    model_config: dict[str, Any] = field(default_factory=dict, metadata={"help": "keys of MAEConfig"})
 
     @property
     def lr(self) -> float:
@@ -115,27 +109,25 @@ class PretrainRecipe:
         Raises:
             RecipeError: if they don't make up the total; it names the sizes that do.
         """
-        share, remainder = divmod(self.total_batch_size, ranks)
-        if remainder:
-            fitting = [n for n in range(1, ranks + 1) if self.total_batch_size % n == 0]
-            raise RecipeError(
-                f"total_batch_size {self.total_batch_size} can't be dealt to {ranks} processes; use {fitting} "
-                f"processes, or a multiple of {ranks} images"
-            )
-        fitting = [n for n in range(1, share + 1) if share % n == 0]
-        size = self.per_device_batch_size or max(n for n in fitting if n <= 64)
-        if size not in fitting:
-            raise RecipeError(
-                f"total_batch_size {self.total_batch_size} is not a multiple of per_device_batch_size {size} x {ranks} "
-                f"processes; sizes that fit: {', '.join(map(str, fitting[-12:]))}"
-            )
-        return size, share // size
+        return micro_batch(self.total_batch_size, self.per_device_batch_size, ranks)
 
     def to_dict(self) -> dict[str, Any]:
         """All keys, flat, as a recipe file has them."""
-        flat = asdict(self)
-        model_config = flat.pop("model_config")
-        return {**flat, **model_config}
+        return asdict(self)
+
+    def finish(self, command: str) -> Self:
+        """Choose the folder of the run, if none is given, and check all values.
+
+        Args:
+            command: what the folder is called after where there is no recipe.
+
+        Raises:
+            RecipeError: as `check`.
+        """
+        if self.output_dir is None:
+            self.output_dir = f"outputs/{Path(self.recipe).stem if self.recipe else command}"
+        self.check()
+        return self
 
     def check(self) -> None:
         """Raise a RecipeError for a value that no run can have."""
@@ -152,20 +144,51 @@ class PretrainRecipe:
             raise RecipeError(f"seed {self.seed} is negative; give 0 or more")
         if self.num_workers < 0:
             raise RecipeError(f"num_workers {self.num_workers} is negative; 0 loads in the training process")
-        for key, low, high in (
-            ("blr", 0, None), ("min_lr", 0, None), ("weight_decay", 0, None), ("clip_grad", 0, None),
-            ("warmup_epochs", 0, None), ("warmup_steps", 0, None), ("adam_beta1", 0, 0.9999),
-            ("adam_beta2", 0, 0.999999), ("max_bad_fraction", 0, 1),
-        ):  # fmt: skip
-            value = getattr(self, key)
-            if value is not None and not (math.isfinite(value) and low <= value <= (high or value)):
-                raise RecipeError(f"{key} {value} is no number from {low}{f' to {high}' if high else ' upwards'}")
+        for key in ("blr", "min_lr", "weight_decay", "clip_grad", "warmup_epochs", "warmup_steps"):
+            check_range(self, key, 0)
+        for key, high in (("adam_beta1", 0.9999), ("adam_beta2", 0.999999)):
+            check_range(self, key, 0, high)
         if len(self.crop_scale) not in (1, 2) or not 0 < self.crop_scale[0] <= self.crop_scale[-1] <= 1:
             raise RecipeError(
                 f"crop_scale {self.crop_scale} is not 0 < smallest <= largest <= 1; the paper has 0.2 1.0"
             )
-        if not 0 < self.eval_crop_pct <= 1:
-            raise RecipeError(f"eval_crop_pct {self.eval_crop_pct} lies outside (0, 1]; 0.875 is the usual one")
+
+
+@dataclass
+class PretrainRecipe(RunRecipe):
+    """All keys of `hf-mae pretrain` but those of `MAEConfig`, which stand in `model_config`."""
+
+    streaming: bool | None = _key(None, "read in place, block by block; the default for what is not local")
+    max_bad_fraction: float = _key(0.01, "stop when more of the images than this can't be decoded")
+    eval_crop_pct: float = _key(0.875, "share of the resized side that the evaluation crop keeps (224 of 256)")
+    image_mean: list[float] | None = _key(None, "per channel; ImageNet's for 8-bit colour, else from the data")
+    image_std: list[float] | None = _key(None, "per channel; ImageNet's for 8-bit colour, else from the data")
+    model_size: Literal["tiny", "small", "base", "large", "huge"] = _key("base", "row of the table of sizes")
+    model_config: dict[str, Any] = field(default_factory=dict, metadata={"help": "keys of MAEConfig"})
+
+    def to_dict(self) -> dict[str, Any]:
+        flat = super().to_dict()
+        model_config = flat.pop("model_config")
+        return {**flat, **model_config}
+
+    def check(self) -> None:
+        super().check()
+        check_crop_pct(self.eval_crop_pct)
+        check_range(self, "max_bad_fraction", 0, 1)
+
+
+def check_range(recipe: RunRecipe, key: str, low: float, high: float | None = None) -> None:
+    """Raise a RecipeError for a number that is not finite or not in [low, high]; None is in order."""
+    value = getattr(recipe, key)
+    if value is not None and not (math.isfinite(value) and low <= value <= (value if high is None else high)):
+        limits = f"{low} or more" if high is None else f"in [{low}, {high}]"
+        raise RecipeError(f"{key} {value} is out of range; give a number {limits}")
+
+
+def check_crop_pct(eval_crop_pct: float) -> None:
+    """Raise a RecipeError for a share that is none."""
+    if not 0 < eval_crop_pct <= 1:
+        raise RecipeError(f"eval_crop_pct {eval_crop_pct} lies outside (0, 1]; 0.875 is the usual one")
 
 
 # Keys of MAEConfig that concern other uses of a model than pretraining are keys all the same.
@@ -190,8 +213,39 @@ def pretrain_parser() -> ArgumentParser:
         del parser._option_string_actions[option]
     group = parser.add_argument_group("model", "keys of MAEConfig; sizes as 224, 208x320 or 208,320")
     for key in CONFIG_KEYS:
-        group.add_argument(f"--{key}", type=_config_value, default=None, metavar="VALUE")
+        group.add_argument(f"--{key}", type=config_value, default=None, metavar="VALUE")
     return parser
+
+
+def micro_batch(
+    total_batch_size: int, per_device_batch_size: int | None, ranks: int, most: int = 64
+) -> tuple[int, int]:
+    """Images at once on a device, and how many such micro-batches make a step of one process.
+
+    Args:
+        total_batch_size: images of a step, over all processes.
+        per_device_batch_size: images at once; the largest that fits, up to `most`, when None.
+        ranks: processes.
+        most: see above.
+
+    Raises:
+        RecipeError: if they don't make up the total; it names the sizes that do.
+    """
+    share, remainder = divmod(total_batch_size, ranks)
+    if remainder:
+        fitting = [n for n in range(1, ranks + 1) if total_batch_size % n == 0]
+        raise RecipeError(
+            f"total_batch_size {total_batch_size} can't be dealt to {ranks} processes; use {fitting} "
+            f"processes, or a multiple of {ranks} images"
+        )
+    fitting = [n for n in range(1, share + 1) if share % n == 0]
+    size = per_device_batch_size or max(n for n in fitting if n <= most)
+    if size not in fitting:
+        raise RecipeError(
+            f"total_batch_size {total_batch_size} is not a multiple of per_device_batch_size {size} x {ranks} "
+            f"processes; sizes that fit: {', '.join(map(str, fitting[-12:]))}"
+        )
+    return size, share // size
 
 
 def load_pretrain_recipe(arguments: list[str]) -> PretrainRecipe:
@@ -204,21 +258,39 @@ def load_pretrain_recipe(arguments: list[str]) -> PretrainRecipe:
         RecipeError: for an unknown recipe or key (it names the nearest) or an impossible value.
     """
     parser = pretrain_parser()
-    first = ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe")
-    name = first.parse_known_args(arguments)[0].recipe
-    values = read_recipe(name) if name else {}
-    for key, value in values.items():
-        if key not in RECIPE_KEYS + CONFIG_KEYS:
-            raise RecipeError(f"unknown key '{key}' in recipe {name}{_nearest(str(key), RECIPE_KEYS + CONFIG_KEYS)}")
-        if key in RECIPE_KEYS and value is not None:
-            values[key] = _typed(parser, key, value, name)
-    parser.set_defaults(**values)
+    _merge_recipe(parser, arguments, RECIPE_KEYS, CONFIG_KEYS)
     namespace, rest = parser.parse_known_args(arguments)
     if rest:
         keys = [f"--{key}" for key in RECIPE_KEYS + CONFIG_KEYS]
         raise RecipeError(f"unknown argument '{rest[0]}'{_nearest(rest[0].split('=')[0], keys)}")
     return _recipe_from(namespace)
+
+
+def _merge_recipe(
+    parser: ArgumentParser, arguments: list[str], keys: list[str], untyped: Sequence[str] = (), kind: str = ""
+) -> None:
+    """Make the values of the recipe that the command line names, if any, the parser's defaults.
+
+    Args:
+        parser: of the command line.
+        arguments: of the command line.
+        keys: of the recipe, which the parser knows.
+        untyped: more keys, whose values are taken as they are.
+        kind: what the names of the package's recipes for this command start with.
+    """
+    first = ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe")
+    name = first.parse_known_args(arguments)[0].recipe
+    values = read_recipe(name, kind) if name else {}
+    known = [*keys, *untyped]
+    for key, value in values.items():
+        if key not in known:
+            raise RecipeError(f"unknown key '{key}' in recipe {name}{_nearest(str(key), known)}")
+        if key in keys and value is not None:
+            values[key] = _typed(parser, key, value, name)
+    parser.set_defaults(**values)
+    for action in parser._actions:
+        action.required = action.required and action.dest not in values
 
 
 def _typed(parser: ArgumentParser, key: str, value: Any, name: str | None) -> Any:
@@ -237,53 +309,57 @@ def _typed(parser: ArgumentParser, key: str, value: Any, name: str | None) -> An
 def _recipe_from(namespace: Namespace) -> PretrainRecipe:
     values = vars(namespace)
     config = {key: values[key] for key in CONFIG_KEYS if values[key] is not None}
-    recipe = PretrainRecipe(**{key: values[key] for key in RECIPE_KEYS}, model_config=config)
-    if recipe.output_dir is None:
-        recipe.output_dir = f"outputs/{Path(recipe.recipe).stem if recipe.recipe else 'pretrain'}"
-    recipe.check()
-    return recipe
+    return PretrainRecipe(**{key: values[key] for key in RECIPE_KEYS}, model_config=config).finish("pretrain")
 
 
-def parse_dataclass(kind: type[T], arguments: list[str], prog: str) -> T:
-    """Read the keys of a dataclass from a command line.
+def parse_dataclass(kind: type[T], arguments: list[str], prog: str, recipes: str | None = None) -> T:
+    """Read the keys of a dataclass from a command line, and from the recipe that it names.
 
     Args:
         kind: the dataclass; its fields are the keys.
         arguments: e.g. `["--model", "outputs/quickstart"]`.
         prog: what the user typed before them.
+        recipes: what the names of the package's recipes for this command start with; None: it takes no recipe.
 
     Raises:
         RecipeError: for an unknown key (it names the nearest), a missing one or a bad value.
     """
     parser = _Parser(cast(Any, kind), prog=prog, allow_abbrev=False)
+    keys = [key.name for key in fields(cast(Any, kind))]
+    if recipes is not None:
+        _merge_recipe(parser, arguments, keys, kind=recipes)
     namespace, rest = parser.parse_known_args(arguments)
     if rest:
-        keys = [f"--{key.name}" for key in fields(cast(Any, kind))]
-        raise RecipeError(f"unknown argument '{rest[0]}'{_nearest(rest[0].split('=')[0], keys)}")
+        flags = [f"--{key}" for key in keys]
+        raise RecipeError(f"unknown argument '{rest[0]}'{_nearest(rest[0].split('=')[0], flags)}")
     return kind(**vars(namespace))
 
 
-def recipe_names() -> list[str]:
-    """Names of the recipes that the package ships."""
+# What the names of recipes for other commands than pretrain start with.
+OTHER_KINDS = ("finetune_", "linear_probe_")
+
+
+def recipe_names(kind: str = "") -> list[str]:
+    """Names of the recipes that the package ships: for pretraining, or those whose names start with `kind`."""
     folder = resources.files("hf_mae") / "recipes"
-    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+    names = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+    return [name for name in names if (name.startswith(kind) if kind else not name.startswith(OTHER_KINDS))]
 
 
-def read_recipe(name: str) -> dict[str, Any]:
-    """The keys of a recipe of the package, or of a YAML file given by its path.
+def read_recipe(name: str, kind: str = "") -> dict[str, Any]:
+    """The keys of a recipe of the package, or of a YAML file given by its path; `kind` as for `recipe_names`.
 
     Raises:
         RecipeError: if there is none, naming the nearest, or the file is not a table of keys.
     """
-    if name in recipe_names():
+    names = recipe_names(kind)
+    if name in names:
         text = (resources.files("hf_mae") / "recipes" / f"{name}.yaml").read_text()
     elif name.endswith((".yaml", ".yml")) and Path(name).is_file():
         text = Path(name).read_text()
     else:
-        known = ", ".join(recipe_names())
-        raise RecipeError(
-            f"unknown recipe '{name}'{_nearest(name, recipe_names())}; there are {known}, or a .yaml file"
-        )
+        known = ", ".join(names)
+        raise RecipeError(f"unknown recipe '{name}'{_nearest(name, names)}; there are {known}, or a .yaml file")
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -306,7 +382,8 @@ def _nearest(word: str, words: list[str]) -> str:
     return f"; did you mean '{match[0]}'?" if match else ""
 
 
-def _config_value(text: str) -> Any:
+def config_value(text: str) -> Any:
+    """A value of MAEConfig as it is typed: sizes as 224, 208x320 or 208,320."""
     separator = next((s for s in ("x", ",") if s in text and all(part.isdigit() for part in text.split(s))), None)
     if separator:
         return [int(part) for part in text.split(separator)]

@@ -16,27 +16,41 @@ from safetensors import SafetensorError
 
 from ..configuration_mae import MAEConfig
 from ..data.augment import evaluation_resize
-from ..data.sources import DataError, list_splits, open_source
+from ..data.sources import DataError
+from ..data.splits import open_splits
 from ..data.stats import RESCALE_FACTORS, channel_stats, probe_rows
 from ..data.stream import Rows, StreamPlan, View
 from ..image_processing_mae import MAEImageProcessor
 from ..modeling_mae import MAEForPreTraining
 from .checkpoint import CheckpointError, find_checkpoint, list_checkpoints
 from .log import read_events
-from .recipe import PretrainRecipe, RecipeError, model_config_of
+from .recipe import PretrainRecipe, RecipeError, RunRecipe, model_config_of
 
 logger = logging.getLogger(__name__)
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-HELD_OUT = 0.05
-# These keys may change when a run goes on: they say how it is computed and shown, not what it computes. Whether a data
-# set at another place is the same one is told by its fingerprint.
+# These keys may change when a run goes on: they say how it is computed and shown, not what it computes.
 FREE_KEYS = {
     "output_dir", "resume", "recipe", "num_workers", "per_device_batch_size", "mixed_precision", "compile",
     "gradient_checkpointing", "attn_implementation", "deterministic", "log_steps", "log_with", "save_steps",
     "keep_checkpoints", "eval_steps", "max_eval_samples", "max_bad_fraction", "dry_run", "allow_data_change",
-    "dataset", "dataset_config", "dataset_revision", "eval_dataset", "eval_split",
 }  # fmt: skip
+# And these, where a fingerprint of the data tells whether what is at another place is the same.
+PLACE_KEYS = {"dataset", "dataset_config", "dataset_revision", "eval_dataset", "eval_split"}
+
+
+def check_trackers(recipe: RunRecipe) -> None:
+    """Raise a RecipeError for a tracker that is not installed."""
+    trackers = [tracker.value for tracker in get_available_trackers()]
+    if recipe.log_with not in (None, "all", *trackers):
+        raise RecipeError(f"log_with {recipe.log_with} is not installed; there are {', '.join(trackers) or 'none'}")
+
+
+def choose_precision(recipe: RunRecipe) -> str:
+    """What `mixed_precision` means on this machine: "no", "bf16" or "fp16"."""
+    if recipe.mixed_precision == "auto":
+        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    return recipe.mixed_precision
 
 
 def make_accelerator(recipe: PretrainRecipe) -> Accelerator:
@@ -45,12 +59,8 @@ def make_accelerator(recipe: PretrainRecipe) -> Accelerator:
     Raises:
         RecipeError: if processes or a strategy were asked for and not obtained; Accelerate alone would go on without.
     """
-    trackers = [tracker.value for tracker in get_available_trackers()]
-    if recipe.log_with not in (None, "all", *trackers):
-        raise RecipeError(f"log_with {recipe.log_with} is not installed; there are {', '.join(trackers) or 'none'}")
-    precision = recipe.mixed_precision
-    if precision == "auto":
-        precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    check_trackers(recipe)
+    precision = choose_precision(recipe)
     if recipe.deterministic:
         make_deterministic()
     join_after_restart()
@@ -133,47 +143,37 @@ class PretrainData:
 def open_data(recipe: PretrainRecipe) -> PretrainData:
     """Open the training and evaluation rows of a recipe.
 
-    A data set without a split of its own for evaluation gets a held-out part, chosen by a hash of each row's place.
-
     Raises:
         DataError: for what is not there, or has other channels than the recipe says.
     """
-    place: dict[str, Any] = {"config_name": recipe.dataset_config, "revision": recipe.dataset_revision}
-    columns: dict[str, Any] = {"image_column": recipe.image_column, "label_column": recipe.label_column}
-    options: dict[str, Any] = {**place, **columns, "streaming": recipe.streaming}
-    source = open_source(recipe.dataset, split=recipe.split, **options)
-    evaluation = None
-    if recipe.eval_dataset:
-        evaluation = open_source(recipe.eval_dataset, split=recipe.eval_split or "train", **columns)
-    elif name := recipe.eval_split or _evaluation_split(list_splits(recipe.dataset, **place), recipe.split):
-        evaluation = open_source(recipe.dataset, split=name, **options)
-    if evaluation is None:
-        rows = Rows(source, "train", HELD_OUT, recipe.max_samples)
-        eval_rows = Rows(source, "held_out", HELD_OUT, recipe.max_eval_samples)
-        evaluated_on = f"{HELD_OUT:.0%} of {recipe.split}, held out by a hash of each row's place"
-    else:
-        rows = Rows(source, max_samples=recipe.max_samples)
-        eval_rows = Rows(evaluation, max_samples=recipe.max_eval_samples)
-        evaluated_on = f"split {evaluation.split} of {evaluation.name}"
+    rows, eval_rows, evaluated_on = open_splits(
+        recipe.dataset,
+        recipe.split,
+        recipe.eval_dataset,
+        recipe.eval_split,
+        max_samples=recipe.max_samples,
+        max_eval_samples=recipe.max_eval_samples,
+        config_name=recipe.dataset_config,
+        revision=recipe.dataset_revision,
+        image_column=recipe.image_column,
+        label_column=recipe.label_column,
+        streaming=recipe.streaming,
+    )
     num_channels, dtype = probe_rows(rows)
     wanted = recipe.model_config.get("num_channels")
     if wanted is not None and wanted != num_channels and {wanted, num_channels} != {1, 3}:
         raise DataError(
-            f"images of {source.name} have {num_channels} channels, num_channels is {wanted}; pass --num_channels "
+            f"images of {recipe.dataset} have {num_channels} channels, num_channels is {wanted}; pass --num_channels "
             f"{num_channels}"
         )
     return PretrainData(rows, eval_rows, wanted or num_channels, dtype, evaluated_on)
 
 
-def _evaluation_split(splits: list[str], training: str) -> str | None:
-    return next((name for name in ("validation", "val", "valid", "test") if name in splits and name != training), None)
-
-
-def find_stored(recipe: PretrainRecipe, output_dir: Path) -> Path | None:
-    """The checkpoint that the run goes on from; None for a new run.
+def check_folder(recipe: RunRecipe, output_dir: Path) -> None:
+    """See to it that a run may write into a folder.
 
     Raises:
-        CheckpointError: if the folder holds a run that this one is not to go on with, or can't.
+        CheckpointError: if it holds a run that this one is not to go on with.
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise CheckpointError(f"{output_dir} is no folder; choose another --output_dir")
@@ -184,17 +184,39 @@ def find_stored(recipe: PretrainRecipe, output_dir: Path) -> Path | None:
             raise CheckpointError(
                 f"{output_dir} holds another run; go on with it by --resume auto, or choose another --output_dir"
             )
-        return None
-    stored = find_checkpoint(output_dir, recipe.resume)
+
+
+def check_same_recipe(old: dict[str, Any], recipe: RunRecipe, where: Path, free: set[str]) -> None:
+    """See to it that a run goes on with the recipe that it has.
+
+    Args:
+        old: keys of the run, as they come back from a file.
+        recipe: what was asked for now.
+        where: whose keys they are, for people.
+        free: keys that may differ.
+
+    Raises:
+        CheckpointError: naming the first key that differs.
+    """
+    new = json.loads(json.dumps(recipe.to_dict()))
+    for key in sorted((old.keys() | new.keys()) - free):
+        if old.get(key) != new.get(key):
+            raise CheckpointError(
+                f"{where} is of a run with {key} {old.get(key)}, not {new.get(key)}; go on with the same recipe, or "
+                "start another run from its weights with --model and another --output_dir"
+            )
+
+
+def find_stored(recipe: PretrainRecipe, output_dir: Path) -> Path | None:
+    """The checkpoint that the run goes on from; None for a new run.
+
+    Raises:
+        CheckpointError: if the folder holds a run that this one is not to go on with, or can't.
+    """
+    check_folder(recipe, output_dir)
+    stored = None if recipe.resume == "none" else find_checkpoint(output_dir, recipe.resume)
     if stored:
-        # As it comes back from JSON.
-        old, new = read_state(stored)[0]["recipe"], json.loads(json.dumps(recipe.to_dict()))
-        for key in sorted((old.keys() | new.keys()) - FREE_KEYS):
-            if old.get(key) != new.get(key):
-                raise CheckpointError(
-                    f"{stored} is of a run with {key} {old.get(key)}, not {new.get(key)}; go on with the same recipe, "
-                    "or start another run from its weights with --model and another --output_dir"
-                )
+        check_same_recipe(read_state(stored)[0]["recipe"], recipe, stored, FREE_KEYS | PLACE_KEYS)
     return stored
 
 
@@ -267,12 +289,9 @@ def build_processor(
     for name, values in (("image_mean", mean), ("image_std", std)):
         if len(values) != data.num_channels:
             raise RecipeError(f"{name} has {len(values)} numbers for {data.num_channels} channels; give one for each")
-    size = config.image_height_width
-    resize = evaluation_resize(size, recipe.eval_crop_pct)
     return MAEImageProcessor(
         num_channels=data.num_channels,  # pyright: ignore[reportCallIssue] (its own key, unknown to the base class)
-        size={"shortest_edge": resize} if isinstance(resize, int) else {"height": resize[0], "width": resize[1]},
-        crop_size={"height": size[0], "width": size[1]},
+        **crop_settings(config.image_height_width, recipe.eval_crop_pct),
         image_mean=mean,
         image_std=std,
         do_rescale=data.dtype != "float32",
@@ -296,6 +315,15 @@ def make_normalizer(
         for values in (processor.image_mean, processor.image_std)
     )
     return lambda images: (images.float() - mean) / std
+
+
+def crop_settings(size: tuple[int, int], crop_pct: float) -> dict[str, dict[str, int]]:
+    """The image processor's settings of the evaluation crop, see `evaluation_resize`."""
+    resize = evaluation_resize(size, crop_pct)
+    return {
+        "size": {"shortest_edge": resize} if isinstance(resize, int) else {"height": resize[0], "width": resize[1]},
+        "crop_size": {"height": size[0], "width": size[1]},
+    }
 
 
 def make_view(recipe: PretrainRecipe, data: PretrainData, config: MAEConfig) -> View:

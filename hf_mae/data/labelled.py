@@ -1,0 +1,205 @@
+"""Labelled images one by one, as a Trainer wants them: decoded, cropped, changed and normalised."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ..configuration_mae import MAEConfig
+from ..image_processing_mae import MAEImageProcessor
+from .augment import Mixing, RandAugment, RandomErasing, evaluation_view, sample_rng, training_view
+from .decode import BadImage, decode_image
+from .sources import DataError, Row
+from .stats import RESCALE_FACTORS
+from .stream import Rows, View, each_batch, ignore_termination
+
+# A data set of which so many random rows in a row are bad is not one with a few bad images.
+TRIES = 10
+
+BadSample = tuple[str, str]  # key and reason
+
+
+def pixel_dtype(processor: MAEImageProcessor) -> str:
+    """The type of the images that a processor was made for: "uint8", "uint16" or "float32"."""
+    if not processor.do_rescale:
+        return "float32"
+    return next((dtype for dtype, factor in RESCALE_FACTORS.items() if factor == processor.rescale_factor), "float32")
+
+
+def scoring_view(config: MAEConfig, processor: MAEImageProcessor) -> View:
+    """The evaluation view that a processor describes, for the model that it belongs to."""
+    size: Any = processor.size
+    return View(
+        size=config.image_height_width,
+        num_channels=config.num_channels,
+        dtype=pixel_dtype(processor),
+        num_patches=config.num_patches,
+        eval_resize=size.shortest_edge or (size.height, size.width),
+    )
+
+
+class LabelledImages(Dataset):
+    """Images and targets. Crop, flip and everything else are functions of (seed, epoch, shard, row).
+
+    In training, an image that can't be decoded is replaced by another of the same data set, so that every batch is
+    whole, and named in `bad_file` during the first epoch. For evaluation, take out such rows first (`without_bad`).
+
+    Args:
+        rows: where they come from.
+        targets: (n, ...) of these rows.
+        view: size, channels and crops.
+        processor: its mean and standard deviation normalise.
+        seed: of the training view; None for the evaluation view.
+        rand_augment: for the training view.
+        random_erasing: probability, for the training view.
+        bad_file: gets one JSON line for each bad image.
+        multiple: each epoch leaves out other random rows, as few as make the rest a multiple of this, so that every
+            batch is whole.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        targets: torch.Tensor,
+        view: View,
+        processor: MAEImageProcessor,
+        seed: int | None = None,
+        rand_augment: RandAugment | None = None,
+        random_erasing: float = 0.0,
+        bad_file: Path | None = None,
+        multiple: int = 1,
+    ):
+        self.rows, self.targets, self.view, self.seed = rows, targets, view, seed
+        self.rand_augment, self.erase = rand_augment, RandomErasing(random_erasing) if random_erasing else None
+        self.bad_file = bad_file
+        self.length = len(rows) // multiple * multiple or len(rows)
+        self.set_epoch(0)
+        factor = RESCALE_FACTORS[view.dtype]
+        both = (processor.image_mean, processor.image_std)
+        # In the images' own units, so that scaling and normalising are one pass.
+        self.mean, self.std = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) / factor for values in both)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def set_epoch(self, epoch: int) -> None:
+        """Move to other crops and flips, and leave out other rows."""
+        self.epoch, self.order = epoch, np.arange(len(self.rows))
+        if self.length < len(self.rows):
+            self.order = np.random.default_rng([self.seed or 0, epoch]).permutation(self.order)[: self.length]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """`pixel_values` (C, H, W) float32, `labels`, and in training `rng`, the rest of the image's random numbers.
+
+        Raises:
+            DataError: if the image, and ten random others, can't be decoded.
+        """
+        index = int(self.order[index])
+        row = self._row(index)
+        if self.seed is None:
+            image = decode_image(row.image, self.view.num_channels, self.view.dtype)
+            pixels = evaluation_view(image, self.view.eval_resize, self.view.size)
+            return {"pixel_values": self._normalize(pixels), "labels": self.targets[index]}
+        rng = sample_rng(self.seed, self.epoch, row.shard, row.row)
+        image, index = self._decode_or_replace(row, index, rng)
+        pixels = training_view(image, rng, self.view.size, self.view.crop_scale, self.view.flip)
+        if self.rand_augment:
+            pixels = self.rand_augment(pixels, rng)
+        pixel_values = self._normalize(pixels)
+        if self.erase:
+            pixel_values = self.erase(pixel_values, rng)
+        return {"pixel_values": pixel_values, "labels": self.targets[index], "rng": rng}
+
+    def _row(self, index: int) -> Row:
+        return next(self.rows.read(self.rows.index[index : index + 1]))
+
+    def _decode_or_replace(self, row: Row, index: int, rng: np.random.Generator) -> tuple[Any, int]:
+        """The image, or a random other one, and the index of the one taken."""
+        message = ""
+        for _ in range(TRIES):
+            try:
+                return decode_image(row.image, self.view.num_channels, self.view.dtype), index
+            except BadImage as error:
+                message = f"{row.key}: {error}"
+                self._note(row.key, error)
+            index = int(rng.integers(len(self.rows)))
+            row = self._row(index)
+        name = self.rows.source.name
+        raise DataError(f"{TRIES} random images of {name} in a row can't be decoded ({message}); check the data")
+
+    def _normalize(self, pixels: np.ndarray) -> torch.Tensor:
+        return (torch.from_numpy(pixels.astype(np.float32)) - self.mean) / self.std
+
+    def _note(self, key: str, error: BadImage) -> None:
+        if self.bad_file and self.epoch == 0:
+            # One write of a short line: lines of other processes don't get mixed up with it.
+            with self.bad_file.open("a") as file:
+                file.write(json.dumps({"key": key, "reason": error.reason}) + "\n")
+
+
+class Collator:
+    """Puts samples of `LabelledImages` together, and mixes those of the training view.
+
+    Args:
+        mixing: mixup, cutmix and label smoothing; None for none.
+    """
+
+    def __init__(self, mixing: Mixing | None = None):
+        self.mixing = mixing
+
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """`pixel_values` (B, C, H, W) and `labels` (B, ...)."""
+        pixel_values = torch.stack([sample["pixel_values"] for sample in samples])
+        labels = torch.stack([sample["labels"] for sample in samples])
+        if self.mixing and "rng" in samples[0]:
+            pixel_values, labels = self.mixing(pixel_values, labels, samples[0]["rng"])
+        return {"pixel_values": pixel_values, "labels": labels}
+
+
+class _Reasons(Dataset):
+    """Why each row can't be decoded: (key, reason), or None where it can."""
+
+    def __init__(self, rows: Rows, view: View):
+        self.rows, self.view = rows, view
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> BadSample | None:
+        row = next(self.rows.read(self.rows.index[index : index + 1]))
+        try:
+            decode_image(row.image, self.view.num_channels, self.view.dtype)
+        except BadImage as error:
+            return row.key, error.reason
+        return None
+
+
+def without_bad(rows: Rows, view: View, num_workers: int = 0) -> list[BadSample]:
+    """Take the rows that can't be decoded out of `rows`, by decoding each once; so a score is over a known number.
+
+    Returns:
+        (key, reason) of the rows taken out.
+
+    Raises:
+        DataError: if none is left.
+    """
+    reasons: list[BadSample | None] = []
+    loader = DataLoader(
+        _Reasons(rows, view),
+        batch_size=64,
+        num_workers=num_workers,
+        collate_fn=list,
+        worker_init_fn=ignore_termination if num_workers else None,
+    )
+    for batch in each_batch(loader):
+        reasons += batch
+    bad = [reason for reason in reasons if reason]
+    if len(bad) == len(rows):
+        key, reason = bad[0]
+        name = rows.source.name
+        raise DataError(f"none of {len(rows)} images of {name} can be decoded ({key}: {reason}); check the data")
+    rows.index = rows.index[[reason is None for reason in reasons]]
+    return bad

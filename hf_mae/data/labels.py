@@ -1,0 +1,130 @@
+"""What a data set's labels mean to a classifier: names of the classes, and a target for every image."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from .sources import DataError, Source
+from .stream import Rows
+
+Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
+
+
+@dataclass(frozen=True)
+class Labels:
+    """How labels become targets.
+
+    Args:
+        problem: one class an image, any number of classes, or numbers.
+        names: of the classes, by index; of a regression, one for each number.
+    """
+
+    problem: Problem
+    names: tuple[str, ...]
+
+    def targets(self, values: Sequence[Any], source: Source) -> torch.Tensor:
+        """Targets of labels as `source` has them.
+
+        Returns:
+            (n,) int64 class indices; (n, classes) float32 of 0 and 1; or (n, numbers) float32.
+
+        Raises:
+            DataError: if a label is missing, is none of these classes, or is no number.
+        """
+        values = _whole(values, source)
+        if self.problem == "regression":
+            numbers = [_numbers(value, source) for value in values]
+            wrong = next((row for row in numbers if len(row) != len(self.names)), None)
+            if wrong is not None:
+                raise DataError(f"{source.name} has a label of {len(wrong)} numbers, not {len(self.names)}; check it")
+            return torch.tensor(numbers, dtype=torch.float32)
+        index = {name: i for i, name in enumerate(self.names)}
+        if self.problem == "single_label_classification":
+            return torch.tensor([_find(value, index, source) for value in values], dtype=torch.int64)
+        if _is_multi_hot(values) and len(values[0]) == len(self.names):
+            return torch.tensor(values, dtype=torch.float32)
+        targets = torch.zeros(len(values), len(self.names))
+        for row, classes in enumerate(values):
+            for value in classes:
+                targets[row, _find(value, index, source)] = 1
+        return targets
+
+
+def find_labels(rows: Rows, problem: Problem) -> Labels:
+    """Find out which classes (or how many numbers) the labels of a data set have.
+
+    Raises:
+        DataError: if there are no labels, only one class, or labels of another kind than the problem's.
+    """
+    source = rows.source
+    values = _whole(labels_of(rows), source)
+    if problem == "regression":
+        return Labels(problem, tuple(f"LABEL_{i}" for i in range(len(_numbers(values[0], source)))))
+    multiple = problem == "multi_label_classification"
+    other = next((value for value in values if isinstance(value, list) != multiple or isinstance(value, float)), None)
+    if other is not None:
+        fitting = "multi_label_classification" if isinstance(other, list) else "regression"
+        fitting = "single_label_classification" if multiple and not isinstance(other, float) else fitting
+        raise DataError(
+            f"{source.name} has the label {str(other)[:50]}, which is not of a {problem}; pass --problem_type {fitting}"
+        )
+    if source.label_names:
+        names = source.label_names
+    elif multiple and _is_multi_hot(values):
+        names = [str(i) for i in range(len(values[0]))]
+    else:
+        found = {value for row in values for value in row} if multiple else set(values)
+        # Numbers in the order of numbers; a mixture of kinds in the order of their names.
+        key = None if len({type(value) for value in found}) == 1 else str
+        names = [str(value) for value in sorted(found, key=key)]
+    if len(names) < 2 and not multiple:
+        raise DataError(f"{source.name} has one class only ({names[0]}); two or more are needed: check the labels")
+    return Labels(problem, tuple(names))
+
+
+def labels_of(rows: Rows) -> list[Any]:
+    """The labels of these rows of a source, in order."""
+    labels = rows.source.read_labels()
+    return [labels[i] for i in rows.index.tolist()]
+
+
+def _whole(values: Sequence[Any], source: Source) -> Sequence[Any]:
+    missing = sum(value is None for value in values)
+    if missing:
+        raise DataError(
+            f"{missing} of {len(values)} images of {source.name}, split {source.split}, have no label; sort images "
+            "into one folder a class, name the column by --label_column, or choose another split"
+        )
+    return values
+
+
+def _find(value: Any, index: dict[str, int], source: Source) -> int:
+    """The class of a label, by its name: another split or data set may count its classes in another order."""
+    names, name = source.label_names, str(value)
+    if names and isinstance(value, int):
+        name = names[value] if 0 <= value < len(names) else f"{value} (of {len(names)} named classes)"
+    elif type(value) is int and 0 <= value < len(index) and not any(known.lstrip("-").isdigit() for known in index):
+        return value  # numbers without names are the model's own
+    if name not in index:
+        known = ", ".join(list(index)[:8]) + (", ..." if len(index) > 8 else "")
+        raise DataError(
+            f"{source.name}, split {source.split}, has the label {name}, which is none of the model's {len(index)} "
+            f"classes ({known}); choose a data set or --label_column with the same names"
+        )
+    return index[name]
+
+
+def _is_multi_hot(values: Sequence[Any]) -> bool:
+    """Whether all rows are as long as the first, and hold 0 and 1 only; else they are lists of classes."""
+    length = len(values[0])
+    return length > 1 and all(len(row) == length and all(value in (0, 1) for value in row) for row in values)
+
+
+def _numbers(value: Any, source: Source) -> list[float]:
+    row = value if isinstance(value, list) else [value]
+    if not row or not all(isinstance(number, (int, float)) and math.isfinite(number) for number in row):
+        raise DataError(f"{source.name} has the label {str(value)[:50]}, which is no finite number; check the labels")
+    return [float(number) for number in row]

@@ -1,0 +1,254 @@
+"""Fine-tuning with a stock Trainer: a recipe becomes model, data sets, collator, optimizer and arguments.
+
+    Trainer(**trainer_parts(recipe)).train()
+
+is what `hf-mae finetune` runs, with our log instead of Trainer's, and a model folder at the end.
+"""
+
+import json
+import shutil
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import PrinterCallback, ProgressCallback, Trainer
+
+from .. import __version__
+from ..data.augment import Mixing
+from ..data.labelled import Collator, LabelledImages, scoring_view, without_bad
+from ..data.labels import find_labels, labels_of
+from ..data.splits import open_splits
+from ..data.stream import Rows, one_line_errors
+from ..evaluation.metrics import make_compute_metrics
+from ..evaluation.results import add_result, make_result, read_results
+from .callbacks import EMACallback, EpochCallback, LogCallback
+from .checkpoint import list_checkpoints, settle
+from .finetune_recipe import FinetuneRecipe
+from .finetune_setup import (
+    build_classifier,
+    build_processor,
+    build_rand_augment,
+    check_images,
+    check_run,
+    find_trainer_checkpoint,
+    training_arguments,
+)
+from .optimizer import layer_decay_groups
+from .setup import check_folder, choose_precision
+
+PROTOCOL = "fine-tuning"
+
+
+def finetune(recipe: FinetuneRecipe) -> dict[str, Any] | None:
+    """Fine-tune a pretrained model on a labelled data set.
+
+    Args:
+        recipe: the run.
+
+    Returns:
+        The entry of results.json; None on other processes than the main one, and after a dry run.
+
+    Raises:
+        RecipeError, DataError, CheckpointError: for what a user can mend; one line with the remedy.
+    """
+    recipe = recipe.finish("finetune")
+    results = Path(str(recipe.output_dir)) / "results.json"
+    check_folder(recipe, results.parent)
+    if recipe.resume == "auto" and results.exists():
+        check_run(recipe, results.parent)
+        return next(entry for entry in read_results(results) if entry["protocol"]["name"] == PROTOCOL)
+    run = FinetuneRun(recipe)
+    run.describe()
+    return None if recipe.dry_run else run.train()
+
+
+def trainer_parts(recipe: FinetuneRecipe) -> dict[str, Any]:
+    """The arguments of a `transformers.Trainer` that does what a recipe says.
+
+    Args:
+        recipe: e.g. `FinetuneRecipe(model="outputs/quickstart", dataset="path/to/images")`.
+
+    Raises:
+        RecipeError, DataError: as `finetune`.
+    """
+    return FinetuneRun(recipe.finish("finetune")).trainer_parts()
+
+
+class FinetuneRun:
+    """What a run is made of.
+
+    Args:
+        recipe: the run.
+    """
+
+    def __init__(self, recipe: FinetuneRecipe):
+        self.recipe, self.output_dir = recipe, Path(str(recipe.output_dir))
+        self.stored = find_trainer_checkpoint(recipe, self.output_dir)
+        self.args = training_arguments(recipe, self.stored)
+        # One process after the other, so that what a data set library caches is written once.
+        with self.args.main_process_first(desc="opening the data"):
+            self.rows, self.eval_rows, self.evaluated_on = open_splits(
+                recipe.dataset,
+                recipe.split,
+                recipe.eval_dataset,
+                recipe.eval_split,
+                max_samples=recipe.max_samples,
+                max_eval_samples=recipe.max_eval_samples,
+                config_name=recipe.dataset_config,
+                revision=recipe.dataset_revision,
+                image_column=recipe.image_column,
+                label_column=recipe.label_column,
+                streaming=False,
+            )
+        self.labels = find_labels(self.rows, recipe.problem_type)
+        torch.manual_seed(recipe.seed)  # of a new head
+        self.model = build_classifier(recipe, self.labels)
+        self.processor = build_processor(recipe, self.model.config)
+        scale = (recipe.crop_scale[0], recipe.crop_scale[-1])
+        self.view = replace(scoring_view(self.model.config, self.processor), crop_scale=scale, flip=recipe.flip)
+        check_images(self.rows, self.view)
+        self.bad = without_bad(self.eval_rows, self.view, recipe.num_workers)
+        self.train_images = LabelledImages(
+            self.rows,
+            self._targets(self.rows),
+            self.view,
+            self.processor,
+            recipe.seed,
+            build_rand_augment(recipe, self.view, self.processor),
+            recipe.random_erasing,
+            self.output_dir / "bad_samples.jsonl",
+            recipe.total_batch_size,
+        )
+        self.eval_images = LabelledImages(self.eval_rows, self._targets(self.eval_rows), self.view, self.processor)
+        self.total_steps, self.warmup_steps = recipe.steps(len(self.train_images))
+        self.args.max_steps, self.args.warmup_steps = self.total_steps, self.warmup_steps
+        self.args.eval_steps = recipe.eval_steps or max(1, self.total_steps // 10)
+        self.args.save_steps = recipe.save_steps or max(1, self.total_steps // 10)
+
+    def _targets(self, rows: Rows) -> torch.Tensor:
+        return self.labels.targets(labels_of(rows), rows.source)
+
+    def trainer_parts(self) -> dict[str, Any]:
+        """See the function of this name."""
+        recipe = self.recipe
+        groups = layer_decay_groups(self.model, recipe.lr, recipe.layer_decay, recipe.weight_decay)
+        adamw = {"params": groups, "lr": recipe.lr, "betas": (recipe.adam_beta1, recipe.adam_beta2), "fused": True}
+        return {
+            "model": self.model,
+            "args": self.args,
+            "data_collator": Collator(
+                Mixing(self.model.num_labels, recipe.mixup, recipe.cutmix, recipe.label_smoothing)
+            ),
+            "train_dataset": self.train_images,
+            "eval_dataset": self.eval_images,
+            "processing_class": self.processor,
+            "compute_metrics": make_compute_metrics(recipe.problem_type),
+            "optimizer_cls_and_kwargs": (torch.optim.AdamW, adamw),
+            "callbacks": [
+                EpochCallback(self.train_images),
+                *([EMACallback(recipe.ema_decay)] if recipe.ema_decay else []),
+            ],
+        }
+
+    def describe(self) -> None:
+        """Print what is about to happen, and write run_config.yaml."""
+        recipe, args, view = self.recipe, self.args, self.view
+        parameters = self.model.num_parameters()
+        trained = self.model.num_parameters(only_trainable=True)
+        derived = {
+            "version": __version__,
+            "processes": args.world_size,
+            "mixed_precision": choose_precision(recipe),
+            "per_device_batch_size": args.per_device_train_batch_size,
+            "grad_accum_steps": args.gradient_accumulation_steps,
+            "lr": recipe.lr,
+            "total_steps": self.total_steps,
+            "warmup_steps": self.warmup_steps,
+            "training_images": len(self.rows),
+            "evaluation_images": len(self.eval_images),
+            "evaluated_on": self.evaluated_on,
+            "classes": list(self.labels.names),
+            "parameters": parameters,
+            "trained_parameters": trained,
+        }
+        if args.process_index:
+            return
+        what = "numbers an image" if recipe.problem_type == "regression" else "classes"
+        print(
+            f"{recipe.recipe or 'finetune'}: {len(self.rows):,} images of {recipe.dataset}, "
+            f"{view.num_channels} x {view.size[0]} x {view.size[1]} {view.dtype}, {len(self.labels.names)} {what}, "
+            f"{parameters / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained\n"
+            f"{self.total_steps:,} steps of {recipe.total_batch_size} images = {args.world_size} "
+            f"{'process' if args.world_size == 1 else 'processes'} x {args.gradient_accumulation_steps} x "
+            f"{args.per_device_train_batch_size} ({args.device}, precision {derived['mixed_precision']}), "
+            f"lr {recipe.lr:.3g}; scored on {len(self.eval_images):,} images: {self.evaluated_on}\n"
+            f"{f'going on from {self.stored}' if self.stored else f'from {recipe.model}'}, into {self.output_dir}",
+            flush=True,
+        )
+        if self.bad:
+            print(f"{len(self.bad)} images can't be decoded and are not scored, the first: {self.bad[0][0]}")
+        if not recipe.dry_run:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            text = yaml.safe_dump({"recipe": recipe.to_dict(), "derived": derived}, sort_keys=False)
+            (self.output_dir / "run_config.yaml").write_text(text)
+
+    def train(self) -> dict[str, Any] | None:
+        """All steps that are left, then the final model; the entry of results.json, on the main process."""
+        trainer = Trainer(**self.trainer_parts())
+        for printing in (ProgressCallback, PrinterCallback):
+            trainer.pop_callback(printing)
+        log = LogCallback(trainer.accelerator, self.recipe.total_batch_size)
+        trainer.add_callback(log)
+        with one_line_errors(), closing(log):
+            trainer.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
+        result = self._save_final(log) if trainer.is_world_process_zero() else None
+        trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.state.destroy_process_group()
+        return result
+
+    def _save_final(self, log: LogCallback) -> dict[str, Any]:
+        """The model folder, without the pickles of Trainer's checkpoints, which are of no use any more."""
+        recipe, output_dir = self.recipe, self.output_dir
+        self.model.save_pretrained(output_dir)
+        self.processor.save_pretrained(output_dir)
+        for file in output_dir.glob("*.safetensors"):
+            settle(file)
+        protocol = {
+            "name": PROTOCOL,
+            "pooling": recipe.pooling,
+            "image_size": list(self.view.size),
+            "eval_resize": self.view.eval_resize,
+            "trainable_blocks": recipe.trainable_blocks,
+            "epochs": recipe.total_batch_size * self.total_steps / len(self.rows),
+            "seed": recipe.seed,
+        }
+        data = {
+            "dataset": recipe.dataset,
+            "config": recipe.dataset_config,
+            "revision": recipe.dataset_revision,
+            "split": self.rows.source.split,
+            "evaluated_on": self.evaluated_on,
+            "max_samples": recipe.max_samples,
+            "max_eval_samples": recipe.max_eval_samples,
+            "train_images": len(self.rows),
+            "eval_images": len(self.eval_images),
+            "bad_samples": self._bad_samples(),
+            "classes": len(self.labels.names),
+        }
+        result = make_result(protocol, data, str(recipe.model), [log.figures])
+        add_result(result, output_dir / "results.json")
+        for checkpoint in list_checkpoints(output_dir):
+            shutil.rmtree(checkpoint)
+        return result
+
+    def _bad_samples(self) -> int:
+        """How many images could not be decoded, each named once in bad_samples.jsonl."""
+        file = self.output_dir / "bad_samples.jsonl"
+        lines = file.read_text().splitlines() if file.exists() else []
+        lines = list(dict.fromkeys([*lines, *(json.dumps({"key": key, "reason": why}) for key, why in self.bad)]))
+        if lines:
+            file.write_text("\n".join(lines) + "\n")
+        return len(lines)

@@ -1,0 +1,230 @@
+"""What fine-tuning is made of: Trainer's arguments, the classifier, its image processor."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import TrainingArguments
+from transformers.utils import logging as transformers_logging
+
+from ..configuration_mae import MAEConfig
+from ..data.augment import RandAugment
+from ..data.labels import Labels
+from ..data.sources import DataError
+from ..data.stats import probe_rows
+from ..data.stream import Rows, View
+from ..image_processing_mae import MAEImageProcessor
+from ..modeling_mae import MAEForImageClassification
+from .callbacks import EMA_FILE
+from .checkpoint import CheckpointError, list_checkpoints
+from .finetune_recipe import FinetuneRecipe
+from .optimizer import train_last_blocks
+from .recipe import RecipeError
+from .setup import FREE_KEYS, check_same_recipe, check_trackers, choose_precision, crop_settings
+
+BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
+# What a classifier has and a pretrained model hasn't.
+HEAD = ("classifier.", "fc_norm.", "mae.norm.")
+
+
+def find_trainer_checkpoint(recipe: FinetuneRecipe, output_dir: Path) -> Path | None:
+    """The checkpoint that the run goes on from; None for a new run.
+
+    Raises:
+        CheckpointError: if the named one is missing or incomplete.
+    """
+    if recipe.resume == "none":
+        return None
+    # Trainer writes its state last, and we the average after that.
+    needed = ["trainer_state.json"] + ([EMA_FILE] if recipe.ema_decay else [])
+    for path in reversed(list_checkpoints(output_dir)) if recipe.resume == "auto" else [Path(recipe.resume)]:
+        if all((path / name).is_file() for name in needed):
+            check_run(recipe, path.parent)
+            return path
+    if recipe.resume == "auto":
+        return None
+    raise CheckpointError(f"{recipe.resume} is no complete checkpoint ({', '.join(needed)} in it); name another one")
+
+
+def check_run(recipe: FinetuneRecipe, output_dir: Path) -> None:
+    """Raise a CheckpointError if a folder holds a run of another recipe."""
+    before = output_dir / "run_config.yaml"
+    if before.exists():
+        check_same_recipe(yaml.safe_load(before.read_text())["recipe"], recipe, output_dir, FREE_KEYS)
+
+
+def training_arguments(recipe: FinetuneRecipe, stored: Path | None) -> TrainingArguments:
+    """A recipe in Trainer's words; without the numbers that depend on the data.
+
+    Args:
+        recipe: of the run.
+        stored: the checkpoint that it goes on from, if any.
+
+    Raises:
+        RecipeError: for a machine that the recipe doesn't fit.
+    """
+    check_trackers(recipe)
+    ranks, precision = int(os.environ.get("WORLD_SIZE", "1")), choose_precision(recipe)
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
+        raise RecipeError("fine-tuning runs under DDP, not FSDP; start it by torchrun")
+    micro_batch, grad_accum_steps = recipe.micro_batch(ranks)
+    args = TrainingArguments(
+        output_dir=str(recipe.output_dir),
+        resume_from_checkpoint=str(stored) if stored else None,
+        per_device_train_batch_size=micro_batch,
+        per_device_eval_batch_size=micro_batch,
+        gradient_accumulation_steps=grad_accum_steps,
+        learning_rate=recipe.lr,
+        # Half a cosine after a linear warm-up from 0: training/schedule.py, for every group relative to its own rate.
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": recipe.min_lr / recipe.lr},
+        max_grad_norm=recipe.clip_grad or float("inf"),  # infinity: the norm is logged, and nothing clipped
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        torch_compile=recipe.compile,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        dataloader_num_workers=recipe.num_workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,  # the collator uses more than the model does
+        logging_steps=recipe.log_steps,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_on_start=True,  # what is wrong with the evaluation shows before hours of training
+        save_strategy="steps",
+        save_total_limit=recipe.keep_checkpoints,
+        report_to=recipe.log_with or "none",
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+    )
+    if precision == "fp16" and args.device.type == "cpu":
+        raise RecipeError("mixed_precision fp16 needs a GPU; use bf16 or no")
+    if args.world_size != ranks:
+        raise RecipeError(
+            f"{ranks} processes were started, {args.world_size} work together; use torchrun, on CPUs with "
+            "ACCELERATE_USE_CPU=true"
+        )
+    # One process, one device, as everywhere else: Trainer would deal larger batches to all GPUs in sight.
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
+
+
+def build_classifier(recipe: FinetuneRecipe, labels: Labels) -> MAEForImageClassification:
+    """A classifier on a pretrained encoder, or one that was fine-tuned before, with what the recipe freezes frozen.
+
+    Raises:
+        RecipeError: if the model can't be loaded, or knows other classes than the data has.
+    """
+    names = dict(enumerate(labels.names))
+    options: dict[str, Any] = {
+        "problem_type": recipe.problem_type,
+        "id2label": names,
+        "label2id": {name: i for i, name in names.items()},
+        "pooling": recipe.pooling,
+        "drop_path_rate": recipe.drop_path_rate,
+        "trainable_positions": recipe.trainable_positions,
+        "head_initializer_range": 2e-5,
+        "attn_implementation": recipe.attn_implementation,
+        "dtype": torch.float32,
+    }
+    if recipe.image_size is not None:
+        options["image_size"] = recipe.size
+    verbosity = transformers_logging.get_verbosity()
+    # Its report of the head's missing weights would be alarming, and says what everyone knows.
+    transformers_logging.set_verbosity_error()
+    try:
+        known = MAEConfig.from_pretrained(recipe.model)
+        fine_tuned = "MAEForImageClassification" in (known.architectures or [])
+        if fine_tuned and not recipe.reset_head and list(known.id2label.values()) != list(labels.names):
+            raise RecipeError(
+                f"{recipe.model} knows the classes {_some(known.id2label.values())}, {recipe.dataset} has "
+                f"{_some(labels.names)}; pass --reset_head true for a new head"
+            )
+        model, info = MAEForImageClassification.from_pretrained(
+            recipe.model, output_loading_info=True, ignore_mismatched_sizes=recipe.reset_head, **options
+        )
+    except RecipeError:
+        raise
+    except (ImportError, KeyError, OSError, ValueError, RuntimeError) as error:
+        raise RecipeError(
+            f"--model {recipe.model} can't be loaded with attn_implementation {recipe.attn_implementation} (eager and "
+            f"sdpa always work): {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    missing = sorted(name for name in info["missing_keys"] if not name.startswith(HEAD))
+    if missing:
+        raise RecipeError(
+            f"--model {recipe.model} lacks {len(missing)} of the encoder's weights, {missing[0]} among them; it is no "
+            "MAE model of this package"
+        )
+    if recipe.reset_head:
+        torch.nn.init.trunc_normal_(model.classifier.weight, std=2e-5)
+        torch.nn.init.zeros_(model.classifier.bias)
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        train_last_blocks(model, recipe.trainable_blocks)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    return model
+
+
+def _some(names: Any, most: int = 5) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f", ... ({len(names)})" if len(names) > most else "")
+
+
+def build_processor(recipe: FinetuneRecipe, config: MAEConfig) -> MAEImageProcessor:
+    """The pretrained model's processor, for the recipe's scoring crop: resize (bicubic), then the centre.
+
+    Raises:
+        RecipeError: if the model has none.
+    """
+    size = config.image_height_width
+    # The original's rule: 224 of 256, and the whole image above 224 pixels.
+    crop_pct = recipe.eval_crop_pct or (0.875 if max(size) <= 224 else 1.0)
+    try:
+        return MAEImageProcessor.from_pretrained(
+            recipe.model,
+            **crop_settings(size, crop_pct),
+            do_resize=True,
+            do_center_crop=True,
+            do_normalize=True,
+            resample=BICUBIC,
+        )
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"--model {recipe.model} has no image processor: {' '.join(str(error).split())[:200]}; save one with it"
+        ) from error
+
+
+def build_rand_augment(recipe: FinetuneRecipe, view: View, processor: MAEImageProcessor) -> RandAugment | None:
+    """RandAugment as the recipe has it.
+
+    Raises:
+        RecipeError: if timm doesn't know it, or the images are not 8-bit gray or colour.
+    """
+    if recipe.rand_augment == "none":
+        return None
+    if view.dtype != "uint8" or view.num_channels not in (1, 3):
+        raise RecipeError(
+            f"rand_augment is for 8-bit gray or colour images, these have {view.num_channels} channels of {view.dtype};"
+            " pass --rand_augment none"
+        )
+    try:
+        return RandAugment(recipe.rand_augment, view.size, list(processor.image_mean))
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+
+
+def check_images(rows: Rows, view: View) -> None:
+    """Raise a DataError if the images have other channels than the model."""
+    num_channels, _ = probe_rows(rows)
+    if num_channels != view.num_channels and {num_channels, view.num_channels} != {1, 3}:
+        raise DataError(
+            f"images of {rows.source.name} have {num_channels} channels, the model {view.num_channels}; go on "
+            f"pretraining it on such images first: hf-mae pretrain --model ... --num_channels {num_channels}"
+        )
