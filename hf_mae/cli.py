@@ -2,11 +2,13 @@
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 COMMANDS = {
     "pretrain": "train a masked autoencoder, from scratch or from a checkpoint",
     "finetune": "train a classifier on a pretrained model, with labels",
-    "evaluate": "evaluate knn | evaluate linear-probe: what frozen features are worth; evaluate classification",
+    "evaluate": "evaluate knn | linear-probe: what frozen features are worth; evaluate classification",
+    "embed": "write frozen features of any data to a parquet or numpy file",
     "stats": "print a data set's per-channel mean and standard deviation",
 }
 
@@ -40,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         "pretrain": _pretrain,
         "finetune": _finetune,
         "evaluate": _evaluate,
+        "embed": _embed,
         "stats": _stats,
     }
     if name not in runners:
@@ -125,41 +128,37 @@ def _finetune(arguments: list[str]) -> int:
 
 
 def _evaluate(arguments: list[str]) -> int:
-    import json
-    import statistics
+    from accelerate import PartialState
 
-    from .evaluation.features import EvaluateRecipe, split_features
+    from .evaluation.classification import ClassificationRecipe, evaluate_classification
+    from .evaluation.protocols import KnnRecipe, LinearProbeRecipe, evaluate_knn, evaluate_linear_probe
+    from .evaluation.results import describe_result
     from .training.recipe import RecipeError, parse_dataclass
 
-    protocols = ("knn", "linear-probe", "classification")
-    if arguments and arguments[0] == "classification":
-        from .evaluation.classification import ClassificationRecipe, score_classifier
-
-        recipe = parse_dataclass(ClassificationRecipe, arguments[1:], "hf-mae evaluate classification")
-        print(json.dumps(score_classifier(recipe), indent=1))
-        return 0
+    protocols: dict[str, tuple[Any, Any, str | None]] = {
+        "knn": (KnnRecipe, evaluate_knn, None),
+        "linear-probe": (LinearProbeRecipe, evaluate_linear_probe, "linear_probe_"),
+        "classification": (ClassificationRecipe, evaluate_classification, None),
+    }
     if not arguments or arguments[0] not in protocols:
         raise RecipeError(f"evaluate what? hf-mae evaluate {' | '.join(protocols)} --model DIR --dataset DATA")
-    recipe = parse_dataclass(EvaluateRecipe, arguments[1:], f"hf-mae evaluate {arguments[0]}")
-    train, test = split_features(recipe)
-    runs = []
-    for seed in range(recipe.seeds):
-        parts = train.sample(recipe.fraction, seed), test.sample(recipe.fraction, seed)
-        if arguments[0] == "knn":
-            from .evaluation.knn import knn_accuracy
+    keys, evaluate, recipes = protocols[arguments[0]]
+    recipe = parse_dataclass(keys, arguments[1:], f"hf-mae evaluate {arguments[0]}", recipes)
+    result = evaluate(recipe)
+    PartialState().destroy_process_group()
+    if result:  # only the main process has one
+        print(describe_result(result))
+        print(f"added to {recipe.results_file}" if recipe.results_file else "written nowhere; --results FILE keeps it")
+    return 0
 
-            runs.append(knn_accuracy(*parts))
-        else:
-            from .evaluation.linear_probe import fast_linear_accuracy
 
-            runs.append(fast_linear_accuracy(*parts))
-    results = {
-        name: {"mean": statistics.mean(values), "min": min(values), "max": max(values)}
-        for name in runs[0]
-        for values in [[run[name] for run in runs]]
-    }
-    protocol = {"protocol": arguments[0], **vars(recipe), "features": len(train.labels), "queries": len(test.labels)}
-    print(json.dumps({**protocol, "results": results}, indent=1))
+def _embed(arguments: list[str]) -> int:
+    from .evaluation.embed import EmbedRecipe, embed
+    from .training.recipe import parse_dataclass
+
+    written = embed(parse_dataclass(EmbedRecipe, arguments, "hf-mae embed"))
+    shape = " x ".join(map(str, written["width"]))
+    print(f"{written['images']:,} images, {shape} features each: {written['path']}")
     return 0
 
 

@@ -203,3 +203,35 @@ def test_what_is_resized_to_before_the_crop():
     assert evaluation_resize((224, 224), 0.875) == 256
     assert evaluation_resize((448, 448), 1.0) == 448
     assert evaluation_resize((208, 320), 0.8) == (260, 400)
+
+
+# ------------------------------------------------------------------------------------------ one draw
+
+
+@pytest.mark.parametrize(("height", "width"), [(30, 200), (200, 30), (64, 64), (7, 5)])
+def test_one_draw_is_cut_to_the_image_where_torchvision_draws_again(height, width):
+    cut, again = 0, 0
+    for seed in range(300):
+        left, top, right, bottom = random_resized_crop_box(
+            np.random.default_rng(seed), height, width, (32, 32), (0.08, 1.0), one_draw=True
+        )
+        assert 0 <= left < right <= width
+        assert 0 <= top < bottom <= height
+        # The same numbers, by hand: an area, a shape, then a place.
+        rng = np.random.default_rng(seed)
+        area = height * width * rng.uniform(0.08, 1.0)
+        shape = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = min(round(math.sqrt(area * shape)), width), min(round(math.sqrt(area / shape)), height)
+        assert (right - left, bottom - top) == (w, h)
+        assert (top, left) == (rng.integers(0, height - h + 1), rng.integers(0, width - w + 1))
+        cut += area > w * h * 1.2
+        usual = random_resized_crop_box(np.random.default_rng(seed), height, width, (32, 32), (0.08, 1.0))
+        again += usual != (left, top, right, bottom)
+    long = max(height, width) > 2 * min(height, width)
+    assert (cut > 100) == long
+    assert again > cut / 2
+
+
+def test_one_draw_of_an_image_of_one_pixel_is_that_pixel():
+    rng = np.random.default_rng(0)
+    assert random_resized_crop_box(rng, 1, 1, (8, 8), (0.08, 0.1), one_draw=True) == (0, 0, 1, 1)

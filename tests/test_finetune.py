@@ -311,7 +311,8 @@ def test_a_run_ends_as_a_model_folder_that_the_pipeline_loads(pretrained, tmp_pa
     assert best["label"] in [str(i) for i in range(10)]
     # Scored anew, from the folder alone.
     assert start("evaluate", "classification", "--model", out, "--dataset", "digits", "--num_workers", 0) == 0
-    again = json.loads(capsys.readouterr().out)
+    again = json.loads((Path(out) / "results.json").read_text())[-1]
+    assert again["protocol"]["name"] == "classification"
     assert again["figures"] == pytest.approx({key: value for key, value in figures.items() if key != "loss"})
     assert again["data"]["eval_images"] == 92
 
@@ -516,7 +517,8 @@ def test_several_labels_an_image(colourful, tmp_path, capsys):
     capsys.readouterr()
     words = ["--model", out, "--dataset", data, "--label_column", "tags", "--num_workers", 0]
     assert start("evaluate", "classification", *words) == 0
-    again = json.loads(capsys.readouterr().out)
+    again = json.loads((Path(out) / "results.json").read_text())[-1]
+    assert again["protocol"]["name"] == "classification"
     assert again["figures"]["auroc"] == pytest.approx(figures["auroc"])
     assert again["data"]["evaluated_on"] == f"split validation of {data}"
 
@@ -531,7 +533,9 @@ def test_numbers_of_an_image(colourful, tmp_path, capsys):
     assert "1 numbers an image" in capsys.readouterr().out
     words = ["--model", out, "--dataset", data, "--label_column", "brightness", "--num_workers", 0]
     assert start("evaluate", "classification", *words) == 0
-    assert json.loads(capsys.readouterr().out)["figures"]["mae"] == pytest.approx(figures["mae"], rel=1e-4)
+    assert json.loads((Path(out) / "results.json").read_text())[-1]["figures"]["mae"] == pytest.approx(
+        figures["mae"], rel=1e-4
+    )
 
 
 def class_folders(root: Path, names=("ant", "bee"), count: int = 40) -> str:

@@ -33,8 +33,12 @@ def random_resized_crop_box(
     size: tuple[int, int],
     scale: Sequence[float] = (0.2, 1.0),
     ratio: Sequence[float] = (3 / 4, 4 / 3),
+    one_draw: bool = False,
 ) -> tuple[int, int, int, int]:
     """Draw a crop as torchvision's RandomResizedCrop does, for an output of any shape.
+
+    With `one_draw`, as the paper's TensorFlow code did, which the official linear probe follows: sides that are longer
+    than the image's are cut to it, where torchvision draws again.
 
     Args:
         rng: source of the numbers.
@@ -44,6 +48,7 @@ def random_resized_crop_box(
             not squeezed. For a square one this is torchvision's rule.
         scale: smallest and largest fraction of the image's area, in (0, 1] (0.2 and 1 in the paper).
         ratio: smallest and largest width/height, relative to the output's.
+        one_draw: cut what is too long instead of drawing again.
 
     Returns:
         (left, upper, right, lower) in pixels, as Pillow counts.
@@ -54,6 +59,8 @@ def random_resized_crop_box(
         area = height * width * rng.uniform(scale[0], scale[1])
         shape = math.exp(rng.uniform(smallest, largest))
         w, h = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
+        if one_draw:
+            w, h = min(max(w, 1), width), min(max(h, 1), height)
         if 0 < w <= width and 0 < h <= height:
             top, left = int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1))
             return left, top, left + w, top + h
@@ -70,6 +77,7 @@ def training_view(
     size: tuple[int, int],
     scale: Sequence[float] = (0.2, 1.0),
     flip: bool = True,
+    one_draw: bool = False,
 ) -> np.ndarray:
     """Random resized crop (bicubic) and horizontal flip.
 
@@ -79,12 +87,13 @@ def training_view(
         size: (height, width) of the output in pixels.
         scale: smallest and largest fraction of the area that a crop keeps.
         flip: mirror half of the crops.
+        one_draw: see `random_resized_crop_box`.
 
     Returns:
         (C, H, W) in the image's dtype.
     """
     height, width = _height_width(image)
-    view = _resize(image, size, random_resized_crop_box(rng, height, width, size, scale))
+    view = _resize(image, size, random_resized_crop_box(rng, height, width, size, scale, one_draw=one_draw))
     if flip and rng.random() < 0.5:
         view = view[:, ::-1]
     return np.ascontiguousarray(view.transpose(2, 0, 1))

@@ -86,6 +86,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.index)
 
+    @property
+    def name(self) -> str:
+        """What they are, for people."""
+        return f"split {self.source.split} of {self.source.name}"
+
     def place(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(shard, row) of rows given by their number in the whole source."""
         shards = np.searchsorted(self.shard_starts, index, side="right") - 1
@@ -231,6 +236,7 @@ class View:
         crop_scale: smallest and largest fraction of the area that a training crop keeps.
         flip: mirror half of the training crops.
         eval_resize: for the evaluation view, see `evaluation_view`.
+        one_draw: how a training crop is drawn, see `random_resized_crop_box`.
     """
 
     size: tuple[int, int]
@@ -240,6 +246,7 @@ class View:
     crop_scale: tuple[float, float] = (0.2, 1.0)
     flip: bool = True
     eval_resize: int | tuple[int, int] = 256
+    one_draw: bool = False
 
 
 @dataclass
@@ -347,7 +354,8 @@ class TrainingStream(IterableDataset):
             try:
                 image = decode_image(row.image, self.view.num_channels, self.view.dtype)
                 rng = sample_rng(self.seed, epoch, row.shard, row.row)
-                pixels = training_view(image, rng, self.view.size, self.view.crop_scale, self.view.flip)
+                view = self.view
+                pixels = training_view(image, rng, view.size, view.crop_scale, view.flip, view.one_draw)
                 samples.append((pixels, rng.random(self.view.num_patches, dtype=np.float32), row))
                 failed = 0
             except BadImage as error:

@@ -1,6 +1,7 @@
 """Scores of a fine-tuned model on a labelled split, by the evaluation crop of its image processor."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,12 +12,12 @@ from ..data.labelled import scoring_view
 from ..data.labels import Labels
 from ..data.sources import DataError
 from ..data.splits import open_splits
-from ..data.stats import RESCALE_FACTORS
+from ..data.stats import make_normalizer
 from ..data.stream import EvaluationSet, each_batch, make_loader
 from ..image_processing_mae import MAEImageProcessor
 from ..modeling_mae import MAEForImageClassification
 from .metrics import make_compute_metrics
-from .results import make_result
+from .results import add_result, make_result, results_file
 
 
 @dataclass
@@ -37,14 +38,22 @@ class ClassificationRecipe:
     max_eval_samples: int | None = field(default=None, metadata={"help": "score so many images at most"})
     per_device_batch_size: int = field(default=64, metadata={"help": "images at once"})
     num_workers: int = field(default=2, metadata={"help": "loader processes"})
+    results: str | None = field(
+        default=None, metadata={"help": "file the result is added to, or none; a local model's own results.json"}
+    )
+
+    @property
+    def results_file(self) -> Path | None:
+        """Where the result goes."""
+        return results_file(self.results, self.model)
 
 
 @torch.no_grad()
-def score_classifier(recipe: ClassificationRecipe) -> dict[str, Any]:
+def evaluate_classification(recipe: ClassificationRecipe) -> dict[str, Any]:
     """Score a fine-tuned model.
 
     Returns:
-        An entry of results.json.
+        The entry of results.json.
 
     Raises:
         DataError: if the model or the data can't be read, or their labels don't go together.
@@ -76,14 +85,14 @@ def score_classifier(recipe: ClassificationRecipe) -> dict[str, Any]:
     problem = config.problem_type or "single_label_classification"
     labels = Labels(problem, tuple(config.id2label[i] for i in range(config.num_labels)))
     view = scoring_view(config, processor)
-    both = (processor.image_mean, processor.image_std)
-    mean, std = (torch.tensor(v, device=device).view(1, -1, 1, 1) / RESCALE_FACTORS[view.dtype] for v in both)
+    normalize = make_normalizer(processor, view.dtype, torch.device(device))
     logits, values, bad = [], [], []
     for batch in each_batch(make_loader(EvaluationSet(rows, view, recipe.per_device_batch_size), recipe.num_workers)):
-        logits.append(model((batch.images.to(device).float() - mean) / std).logits.float().cpu())
+        if batch.keys:
+            logits.append(model(normalize(batch.images.to(device))).logits.float().cpu())
         values += batch.labels
         bad += batch.bad
-    if not logits:
+    if not values:
         raise DataError(f"none of the {len(rows)} images of {rows.source.name} can be decoded; check the data")
     prediction = EvalPrediction(torch.cat(logits).numpy(), labels.targets(values, rows.source).numpy())
     protocol = {"name": "classification", "image_size": list(view.size), "eval_resize": view.eval_resize}
@@ -98,4 +107,7 @@ def score_classifier(recipe: ClassificationRecipe) -> dict[str, Any]:
         "bad_samples": len(bad),
         "classes": len(labels.names),
     }
-    return make_result(protocol, data, recipe.model, [make_compute_metrics(problem)(prediction)])
+    result = make_result(protocol, data, recipe.model, [make_compute_metrics(problem)(prediction)])
+    if recipe.results_file:
+        add_result(result, recipe.results_file)
+    return result

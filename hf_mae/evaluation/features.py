@@ -1,59 +1,77 @@
 """Frozen encoder -> feature table, by one pooling rule that every protocol states."""
 
+# Shape letters in this file
+#   B images   C channels   H, W pixels   N patches   D encoder width   n rows of a table
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
+from tqdm.auto import tqdm
 
-from ..data.sources import DataError, Source, open_source
-from ..data.stats import RESCALE_FACTORS
-from ..data.stream import EvaluationSet, Rows, View, each_batch, make_loader
+from ..data.sources import DataError
+from ..data.stats import RESCALE_FACTORS, make_normalizer
+from ..data.stream import Batch, EvaluationSet, Rows, View, each_batch, make_loader
 from ..image_processing_mae import MAEImageProcessor
 from ..modeling_mae import MAEModel
+from ..training.recipe import RecipeError
 
-Pooling = Literal["mean", "cls"]
+logger = logging.getLogger(__name__)
 
-
-@dataclass
-class Features:
-    """A feature table.
-
-    Args:
-        values: (n, D) float32, one row an image.
-        labels: (n,) class numbers.
-    """
-
-    values: torch.Tensor
-    labels: torch.Tensor
-
-    def sample(self, fraction: float, seed: int) -> "Features":
-        """A random part of the rows, without repetition."""
-        rows = np.random.default_rng(seed).permutation(len(self.labels))[: max(1, round(fraction * len(self.labels)))]
-        chosen = torch.from_numpy(np.sort(rows))
-        return Features(self.values[chosen], self.labels[chosen])
+Pooling = Literal["mean", "cls", "both"]
 
 
 @dataclass
-class EvaluateRecipe:
-    """Keys of `hf-mae evaluate`."""
+class FeatureRecipe:
+    """Keys of every command that reads features of a frozen encoder."""
 
     model: str = field(metadata={"help": "folder or Hub id of a pretrained model"})
-    dataset: str = field(metadata={"help": "labelled data set, as for hf-mae pretrain"})
+    dataset: str = field(metadata={"help": "data set, as for hf-mae pretrain"})
     dataset_config: str | None = field(default=None, metadata={"help": "configuration name of a Hub data set"})
     dataset_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a Hub data set"})
-    split: str = field(default="train", metadata={"help": "split that is learnt from"})
-    eval_split: str = field(default="validation", metadata={"help": "split that is classified"})
-    image_column: str | None = field(default=None, metadata={"help": "column of the images"})
-    label_column: str | None = field(default=None, metadata={"help": "column of the labels"})
-    max_samples: int | None = field(default=None, metadata={"help": "learn from so many images at most"})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "classify so many images at most"})
-    pooling: Pooling = field(default="mean", metadata={"help": "mean of the patch tokens, or the class token"})
-    fraction: float = field(default=1.0, metadata={"help": "share of both splits that each seed draws"})
-    seeds: int = field(default=1, metadata={"help": "repetitions, each on another draw"})
-    batch_size: int = field(default=256, metadata={"help": "images at once"})
-    num_workers: int = field(default=2, metadata={"help": "loader processes"})
+    split: str = field(default="train", metadata={"help": "split of the data set; to learn from, where one learns"})
+    image_column: str | None = field(default=None, metadata={"help": "column of the images; found when omitted"})
+    label_column: str | None = field(default=None, metadata={"help": "column of the labels; found when omitted"})
+    max_samples: int | None = field(default=None, metadata={"help": "use so many images of the split at most"})
+    max_bad_fraction: float = field(default=0.01, metadata={"help": "stop when more images can't be decoded"})
+    per_device_batch_size: int | None = field(default=None, metadata={"help": "images at once on a device"})
+    mixed_precision: Literal["no", "bf16"] = field(default="no", metadata={"help": "of the encoder"})
+    num_workers: int = field(default=2, metadata={"help": "loader processes for each process"})
+
+    def check(self) -> None:
+        """Raise a RecipeError for a value that can't be."""
+        for key, least in (("max_samples", 1), ("per_device_batch_size", 1), ("num_workers", 0)):
+            if (value := getattr(self, key)) is not None and value < least:
+                raise RecipeError(f"{key} {value} is too small; give {least} or more")
+
+    @property
+    def batch_size(self) -> int:
+        """Images at once, where nothing depends on it."""
+        return self.per_device_batch_size or 256
+
+
+def pool(tokens: torch.Tensor, pooling: str) -> torch.Tensor:
+    """One vector an image, of the tokens after the encoder's last LayerNorm.
+
+    Args:
+        tokens: (B, 1 + N, D), class token first.
+        pooling: "cls": the class token; "mean": mean of the patch tokens; "both": one after the other; "patches": all
+            patch tokens, in image order.
+
+    Returns:
+        (B, D), for "both" (B, 2D), for "patches" (B, N, D); float32.
+    """
+    tokens = tokens.float()
+    parts = {"cls": lambda: tokens[:, 0], "mean": lambda: tokens[:, 1:].mean(dim=1), "patches": lambda: tokens[:, 1:]}
+    return torch.cat([parts["cls"](), parts["mean"]()], dim=1) if pooling == "both" else parts[pooling]()
 
 
 class FrozenEncoder(nn.Module):
@@ -61,16 +79,25 @@ class FrozenEncoder(nn.Module):
 
     Args:
         path: folder or Hub id.
-        pooling: "mean" of the patch tokens after the last LayerNorm, or "cls".
+        pooling: see `pool`.
+        mixed_precision: "no", or "bf16" for autocast.
+
+    Raises:
+        DataError: if there is no model, or not all weights of an encoder.
     """
 
-    def __init__(self, path: str, pooling: Pooling):
+    def __init__(self, path: str, pooling: str, mixed_precision: str = "no"):
         super().__init__()
+        self.pooling, self.mixed_precision = pooling, mixed_precision
         try:
-            self.encoder: MAEModel = MAEModel.from_pretrained(path, pooling=pooling).eval().requires_grad_(False)
+            # Whatever precision it was saved in: features of one model are to be the same everywhere.
+            loaded: Any = MAEModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
             self.processor = MAEImageProcessor.from_pretrained(path)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise DataError(f"--model {path} can't be loaded: {' '.join(str(error).split())[:300]}") from error
+        self.encoder: MAEModel = loaded[0].eval().requires_grad_(False)
+        if missing := sorted(loaded[1]["missing_keys"]):
+            raise DataError(f"--model {path} has no weights for {missing[0]}; it is not a model of hf_mae")
         self.dtype = next((d for d, f in RESCALE_FACTORS.items() if f == self.processor.rescale_factor), "float32")
         if not self.processor.do_rescale:
             self.dtype = "float32"
@@ -88,51 +115,155 @@ class FrozenEncoder(nn.Module):
             eval_resize=size.shortest_edge or (size.height, size.width),
         )
 
+    @property
+    def width(self) -> int:
+        """Numbers in a pooled vector."""
+        return self.encoder.config.hidden_size * (2 if self.pooling == "both" else 1)
+
+    def train(self, mode: bool = True) -> "FrozenEncoder":
+        """It stays in evaluation mode, also as part of something that is trained."""
+        return super().train(False)
+
+    @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) in the source's dtype -> (B, D) float32."""
-        factor = RESCALE_FACTORS[self.dtype]
-        mean, std = (
-            torch.tensor(values, device=images.device).view(1, -1, 1, 1) / factor
-            for values in (self.processor.image_mean, self.processor.image_std)
-        )
-        return self.encoder((images.float() - mean) / std).pooler_output.float()
+        """(B, C, H, W) in the source's dtype -> pooled features, float32."""
+        pixel_values = make_normalizer(self.processor, self.dtype, images.device)(images)
+        # TF32, cuDNN's default for convolutions, would make features depend on the batch's size in the third digit.
+        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        with exact, torch.autocast(images.device.type, torch.bfloat16, enabled=self.mixed_precision == "bf16"):
+            return pool(self.encoder(pixel_values).last_hidden_state, self.pooling)
 
 
-@torch.no_grad()
-def extract_features(encoder: FrozenEncoder, source: Source, recipe: EvaluateRecipe, most: int | None) -> Features:
-    """Features and labels of (at most so many of) a split's images.
+@dataclass
+class Features:
+    """A feature table.
+
+    Args:
+        values: (n, D) float32, one row an image.
+        labels: (n,) class numbers.
+    """
+
+    values: torch.Tensor
+    labels: torch.Tensor
+
+    def sample(self, fraction: float, seed: int) -> "Features":
+        """A random part of the rows, without repetition; the table itself for all of them."""
+        if fraction == 1:
+            return self
+        rows = np.random.default_rng(seed).permutation(len(self.labels))[: max(1, round(fraction * len(self.labels)))]
+        chosen = torch.from_numpy(np.sort(rows))
+        return Features(self.values[chosen], self.labels[chosen])
+
+
+@dataclass
+class Table:
+    """Features with what the source says of each image.
+
+    Args:
+        values: (n, ...) float32 on the host.
+        labels: (n,) as the source has them.
+        keys: (n,) places of the images.
+        bad: (key, reason) of the images that could not be decoded, as far as they are known by name.
+        num_rows: images that there were, decoded or not.
+    """
+
+    values: torch.Tensor
+    labels: list[Any]
+    keys: list[str]
+    bad: list[tuple[str, str]]
+    num_rows: int
+
+
+def encoded_batches(
+    encode: Callable[[torch.Tensor], torch.Tensor],
+    rows: Rows,
+    view: View,
+    batch_size: int,
+    num_workers: int,
+    accelerator: Accelerator,
+    bar: str | None = None,
+) -> Generator[tuple[Batch, torch.Tensor]]:
+    """This process's share of the rows, batch by batch: images and what `encode` makes of them, on the device.
+
+    Every process calls `encode` as often as the others, since sharded weights are gathered in each call.
+
+    Args:
+        encode: (B, C, H, W) in the source's dtype, on the device -> (B, ...).
+        rows: the images.
+        view: what becomes of them.
+        batch_size: images at once.
+        num_workers: loader processes.
+        accelerator: of all processes.
+        bar: what a progress bar says before its number; None: no bar.
+    """
+    ranks, shape = accelerator.num_processes, (1, view.num_channels, *view.size)
+    dataset = EvaluationSet(rows, view, batch_size, rank=accelerator.process_index, ranks=ranks)
+    longest_share = -(-len(rows) // ranks)
+    calls = range(-(-longest_share // batch_size))
+    with closing(each_batch(make_loader(dataset, num_workers))) as batches, torch.no_grad():
+        for _ in tqdm(calls, desc=bar, disable=bar is None or not accelerator.is_main_process, leave=False):
+            batch = next(batches, None)
+            empty = batch is None or not batch.keys
+            images = torch.zeros(shape, dtype=getattr(torch, view.dtype)) if empty else batch.images
+            values = encode(images.to(accelerator.device, non_blocking=True))
+            if batch is not None:
+                yield batch, values[: len(batch.keys)]
+
+
+def extract_table(
+    encode: Callable[[torch.Tensor], torch.Tensor],
+    rows: Rows,
+    view: View,
+    batch_size: int,
+    num_workers: int,
+    accelerator: Accelerator,
+    bar: str | None = None,
+) -> Table:
+    """Features of all rows, in their order, on every process; arguments of `encoded_batches`.
 
     Raises:
-        DataError: if the split has no labels.
+        DataError: if no image can be decoded.
     """
-    device = next(encoder.parameters()).device
-    rows = Rows(source, max_samples=most)
-    values, labels = [], []
-    loader = make_loader(EvaluationSet(rows, encoder.view, recipe.batch_size), recipe.num_workers)
-    for batch in each_batch(loader):
-        if any(label is None for label in batch.labels):
-            raise DataError(f"{source.name} has no labels in split {source.split}; name their column by --label_column")
-        values.append(encoder(batch.images.to(device)).cpu())
-        labels += batch.labels
-    return Features(torch.cat(values), torch.tensor(labels, dtype=torch.long))
+    values: list[torch.Tensor] = []
+    share = Table(torch.empty(0), [], [], [], len(rows))
+    for batch, encoded in encoded_batches(encode, rows, view, batch_size, num_workers, accelerator, bar):
+        values.append(encoded.float().cpu())
+        share.labels += batch.labels
+        share.keys += batch.keys
+        share.bad += batch.bad
+    if values:
+        share.values = torch.cat(values)
+    shares = [part for part in gather_object([share]) if part.keys]
+    bad = [sample for part in shares for sample in part.bad]
+    if not shares:
+        raise DataError(f"none of the {len(rows)} images of {rows.name} can be decoded; check the data")
+    return Table(
+        values=torch.cat([part.values for part in shares]) if len(shares) > 1 else shares[0].values,
+        labels=[label for part in shares for label in part.labels],
+        keys=[key for part in shares for key in part.keys],
+        bad=bad,
+        num_rows=len(rows),
+    )
 
 
-def split_features(recipe: EvaluateRecipe) -> tuple[Features, Features]:
-    """Features of the split that is learnt from, and of the one that is classified."""
-    encoder = FrozenEncoder(recipe.model, recipe.pooling)
-    encoder.to("cuda" if torch.cuda.is_available() else "cpu")
-    tables = []
-    for split, most in ((recipe.split, recipe.max_samples), (recipe.eval_split, recipe.max_eval_samples)):
-        source = open_source(
-            recipe.dataset,
-            split=split,
-            config_name=recipe.dataset_config,
-            revision=recipe.dataset_revision,
-            image_column=recipe.image_column,
-            label_column=recipe.label_column,
-        )
-        tables.append(extract_features(encoder, source, recipe, most))
-    train, test = tables
-    if len(train.labels.unique()) < 2:
-        raise DataError(f"split {recipe.split} of {recipe.dataset} has one class only; two or more are needed")
-    return train, test
+def report_bad(decoded: int, rows: Rows, bad: list[tuple[str, str]], most: float) -> None:
+    """Warn of images that could not be decoded.
+
+    Args:
+        decoded: how many could.
+        rows: of all images.
+        bad: (key, reason) of those that could not, as far as they are known by name.
+        most: share of all that may be bad.
+
+    Raises:
+        DataError: if more are bad.
+    """
+    count = len(rows) - decoded
+    if count == 0:
+        return
+    reasons = ", ".join(f"{reason} {n}" for reason, n in Counter(reason for _, reason in bad).most_common())
+    named = f" ({reasons}; the first is {bad[0][0]})" if bad else ""
+    line = f"{count} of the {len(rows)} images of {rows.name} can't be decoded{named}"
+    if count > most * len(rows):
+        raise DataError(f"{line}, more than max_bad_fraction {most:.1%}; check the data, or allow more")
+    logger.warning("%s; they are left out", line)

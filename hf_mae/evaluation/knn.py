@@ -1,13 +1,52 @@
 """Weighted k-nearest-neighbour classification on frozen features (protocol of arXiv:1805.01978, as in DINO)."""
 
+# Shape letters in this file
+#   n rows of the bank   q queries of a chunk   D width   K classes
+
 import torch
 import torch.nn.functional as F
 
 from .features import Features
 
+# 1,024 x 65,536 similarities are 256 MiB.
+QUERIES, BANK = 1024, 65_536
 
+
+def nearest(
+    queries: torch.Tensor, bank: torch.Tensor, k: int, bank_chunk: int = BANK
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k most similar rows of a bank, which is gone through in chunks.
+
+    Args:
+        queries: (q, D).
+        bank: (n, D), on this device or on the host.
+        k: at most n.
+        bank_chunk: rows looked at at once.
+
+    Returns:
+        similarity: (q, k) cosines, the largest first.
+        neighbours: (q, k) rows of the bank.
+    """
+    queries = F.normalize(queries, dim=1)
+    best = queries.new_empty(len(queries), 0)
+    neighbours = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
+    for start in range(0, len(bank), bank_chunk):
+        chunk = F.normalize(bank[start : start + bank_chunk].to(queries.device), dim=1)
+        similarity, rows = (queries @ chunk.T).topk(min(k, len(chunk)), dim=1)
+        best, order = torch.cat([best, similarity], dim=1).topk(min(k, best.shape[1] + similarity.shape[1]), dim=1)
+        neighbours = torch.cat([neighbours, rows + start], dim=1).gather(1, order)
+    return best, neighbours
+
+
+@torch.no_grad()
 def knn_accuracy(
-    train: Features, test: Features, ks: tuple[int, ...] = (10, 20, 100, 200), temperature: float = 0.07
+    train: Features,
+    test: Features,
+    ks: tuple[int, ...] = (10, 20, 100, 200),
+    temperature: float = 0.07,
+    device: torch.device | str = "cpu",
+    query_chunk: int = QUERIES,
+    bank_chunk: int = BANK,
 ) -> dict[str, float]:
     """Top-1 accuracy of neighbours' votes, weighted by exp(cosine similarity / temperature).
 
@@ -16,19 +55,21 @@ def knn_accuracy(
         test: what is classified.
         ks: numbers of neighbours; a k above the size of the bank takes all of it.
         temperature: of the weights.
+        device: of the computation; the tables stay on the host.
+        query_chunk: rows classified at once.
+        bank_chunk: rows of the bank looked at at once.
 
     Returns:
         `knn_top1_k{k}` for each k, in percent.
     """
-    bank, classes = F.normalize(train.values, dim=1), int(train.labels.max()) + 1
+    classes = int(train.labels.max()) + 1
+    labels = train.labels.to(device)
     correct = dict.fromkeys(ks, 0)
-    # In chunks, so that the similarities of a million features need no more than a few hundred MB.
-    chunk = max(1, 2**26 // len(bank))
-    for start in range(0, len(test.labels), chunk):
-        queries = F.normalize(test.values[start : start + chunk], dim=1)
-        similarity, neighbours = (queries @ bank.T).topk(min(max(ks), len(bank)), dim=1)
-        votes, weights = train.labels[neighbours], (similarity / temperature).exp()
+    for values, expected in zip(test.values.split(query_chunk), test.labels.split(query_chunk), strict=True):
+        similarity, neighbours = nearest(values.to(device), train.values, min(max(ks), len(train.labels)), bank_chunk)
+        # Relative to the nearest, whose weight is 1: a factor for all, and no overflow at low temperatures.
+        votes, weights = labels[neighbours], ((similarity - similarity[:, :1]) / temperature).exp()
         for k in ks:
-            scores = torch.zeros(len(queries), classes).scatter_add_(1, votes[:, :k], weights[:, :k])
-            correct[k] += int((scores.argmax(dim=1) == test.labels[start : start + chunk]).sum())
+            scores = torch.zeros(len(values), classes, device=device).scatter_add_(1, votes[:, :k], weights[:, :k])
+            correct[k] += int((scores.argmax(dim=1).cpu() == expected).sum())
     return {f"knn_top1_k{k}": 100 * count / len(test.labels) for k, count in correct.items()}

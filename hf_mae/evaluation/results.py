@@ -1,44 +1,111 @@
-"""results.json: what was measured, by which protocol, on which data, of which weights."""
+"""results.json: what was measured, by which protocol, on which data, of which weights; model cards read it."""
 
+import hashlib
 import json
 import statistics
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from transformers.utils.hub import cached_file
+
 from .. import __version__
+from ..data.sources import DataError
+
+PACKAGES = ("torch", "transformers", "datasets", "scikit-learn", "numpy", "pillow")
 
 
 def make_result(
     protocol: dict[str, Any], data: dict[str, Any], model: str, runs: list[dict[str, float]]
 ) -> dict[str, Any]:
-    """One entry of results.json, as it comes back from JSON.
+    """One entry of results.json.
 
     Args:
         protocol: `name` and all settings.
         data: data set, splits and numbers of images.
         model: folder or Hub id, as typed.
         runs: figures of each repetition.
+
+    Returns:
+        `protocol`, `data`; `checkpoint`: `path` and the `sha256` of its weights (None if they are in several files);
+        `figures`: means over the repetitions; `ranges`: smallest and largest of each, if there are several;
+        `versions`. As it comes back from JSON.
     """
-    return json.loads(
-        json.dumps(
-            {
-                "protocol": protocol,
-                "data": data,
-                "checkpoint": {"path": model},
-                "figures": {key: statistics.mean(run[key] for run in runs) for key in runs[0]},
-                "versions": {"hf_mae": __version__},
-            }
-        )
-    )
+    weights = cached_file(model, "model.safetensors", _raise_exceptions_for_missing_entries=False)
+    sha256 = None
+    if weights:
+        with open(weights, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    result = {
+        "protocol": protocol,
+        "data": data,
+        "checkpoint": {"path": model, "sha256": sha256},
+        "figures": {key: statistics.mean(run[key] for run in runs) for key in runs[0]},
+    }
+    if len(runs) > 1:
+        values = {key: [run[key] for run in runs] for key in runs[0]}
+        result["ranges"] = {key: [min(found), max(found)] for key, found in values.items()}
+    result["versions"] = {"hf_mae": __version__, **{package: version(package) for package in PACKAGES}}
+    return json.loads(json.dumps(result))
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """The entries of a results.json; none if there is no such file."""
-    return json.loads(path.read_text()) if path.exists() else []
+    """The entries of a results.json; none if there is no such file.
+
+    Raises:
+        DataError: if the file is something else.
+    """
+    if not path.exists():
+        return []
+    try:
+        results = json.loads(path.read_text())
+    except (ValueError, OSError):
+        results = None
+    if not isinstance(results, list) or not all(isinstance(entry, dict) and "figures" in entry for entry in results):
+        raise DataError(f"{path} is no list of results of hf-mae; name another file by --results")
+    return results
+
+
+def results_file(results: str | None, model: str) -> Path | None:
+    """Where a result goes: the file that was typed, none for "none"; else beside the weights, if these are local."""
+    if results:
+        return None if results == "none" else Path(results)
+    return Path(model) / "results.json" if Path(model).is_dir() else None
 
 
 def add_result(result: dict[str, Any], path: Path) -> None:
-    """Add an entry to a results.json, in place of one with the same protocol, data and weights."""
+    """Add an entry to a results.json, in place of one with the same protocol, data and weights.
+
+    Raises:
+        DataError: if the file is something else, or can't be written.
+    """
     same = ("protocol", "data", "checkpoint")
     others = [entry for entry in read_results(path) if any(entry.get(key) != result[key] for key in same)]
-    path.write_text(json.dumps([*others, result], indent=1) + "\n")
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps([*others, result], indent=1) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise DataError(f"{path} can't be written ({error}); name another file by --results") from error
+
+
+def describe_result(result: dict[str, Any]) -> str:
+    """A result for people, a few lines."""
+    protocol, data = result["protocol"], result["data"]
+    pooling = f", pooling {protocol['pooling']}" if "pooling" in protocol else ""
+    learnt = f"learnt from {data['train_images']:,} images of split {data['split']}, " if "train_images" in data else ""
+    lines = [
+        f"{protocol['name']} of {result['checkpoint']['path']}{pooling}",
+        f"{learnt}evaluated on {data['eval_images']:,} images of {data['dataset']}: {data['evaluated_on']}; "
+        f"{data['classes']} classes",
+    ]
+    if differs := protocol.get("differs_from_source"):
+        settings = ", ".join(f"{key} {value}" for key, value in differs.items())
+        lines.append(f"other than in {protocol['source']}: {settings}")
+    width = max(len(key) for key in result["figures"])
+    for key, value in result["figures"].items():
+        low_high = "({:.2f} to {:.2f})".format(*result["ranges"][key]) if "ranges" in result else ""
+        number = f"{value:.2f} % {low_high}" if "top" in key else f"{value:.3g}"
+        lines.append(f"  {key:{width}}  {number.strip()}")
+    return "\n".join(lines)

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from .. import __version__
 from ..data.sources import DataError
+from ..data.stats import make_normalizer
 from ..data.stream import Batch, TrainingStream, each_batch, make_loader
 from ..modeling_mae import MAEForPreTraining
 from .checkpoint import (
@@ -46,7 +47,6 @@ from .setup import (
     build_processor,
     find_stored,
     make_accelerator,
-    make_normalizer,
     make_view,
     open_data,
     plan_stream,

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -297,24 +296,6 @@ def build_processor(
         do_rescale=data.dtype != "float32",
         rescale_factor=RESCALE_FACTORS[data.dtype],
     )
-
-
-def make_normalizer(
-    processor: MAEImageProcessor, dtype: str, device: torch.device
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function from images in the source's dtype to pixel_values, scaled and normalised on the device.
-
-    Args:
-        processor: has mean and standard deviation.
-        dtype: of the images: "uint8", "uint16" or "float32".
-        device: of the images.
-    """
-    # In the images' own units, so that scaling and normalising are one pass.
-    mean, std = (
-        torch.tensor(values, device=device).view(1, -1, 1, 1) / RESCALE_FACTORS[dtype]
-        for values in (processor.image_mean, processor.image_std)
-    )
-    return lambda images: (images.float() - mean) / std
 
 
 def crop_settings(size: tuple[int, int], crop_pct: float) -> dict[str, dict[str, int]]:
