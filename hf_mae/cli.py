@@ -97,8 +97,11 @@ def _pretrain(arguments: list[str]) -> int:
             "not finite" if loss is None else f"{loss:.4f}"
             for loss in (summary["first_eval_loss"], summary["last_eval_loss"])
         )
+        shown = {"knn_top1": "kNN {:.1f} %", "linear_top1": "linear {:.1f} %", "rankme": "RankMe {:.1f}"}
+        figures = [text.format(summary["quality"][key]) for key, text in shown.items() if key in summary["quality"]]
+        quality = f"features {', '.join(figures)}\n" if figures else ""
         print(
-            f"evaluation loss {first} before step 1, {last} after step {summary['steps']}\n"
+            f"evaluation loss {first} before step 1, {last} after step {summary['steps']}\n{quality}"
             f"model    {summary['model']}\n"
             f"picture  {summary['picture']}\n"
             f"load it  import hf_mae; from transformers import AutoModel; "

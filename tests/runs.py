@@ -39,6 +39,7 @@ TINY_RUN = {
     "log_steps": 1,
     "eval_steps": 6,
     "save_steps": 6,
+    "quality_steps": 0,
 }
 
 

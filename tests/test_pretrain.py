@@ -143,6 +143,23 @@ def test_metrics_begin_with_an_evaluation_and_name_all_numbers_of_every_logged_s
     assert list(evaluations(finished)) == [0, 5, 10, 12]
 
 
+def test_the_quality_of_the_features_is_measured_now_and_then_and_changes_nothing(finished, tmp_path, capfd):
+    output_dir = run(tmp_path / "run", save_steps=3, quality_steps=5, quality_samples=300)
+    measured = {event["step"]: event for event in events(output_dir) if "rankme" in event}
+    assert list(measured) == [0, 5, 10, 12]
+    assert all(0 < event["knn_top1"] < 100 and 0 < event["linear_top1"] <= 100 for event in measured.values())
+    assert all(1 <= event["rankme"] <= 32 for event in measured.values())
+    assert weights_hash(output_dir) == weights_hash(finished)
+    last = measured[12]
+    said = f"features kNN {last['knn_top1']:.1f} %, linear {last['linear_top1']:.1f} %, RankMe {last['rankme']:.1f}"
+    assert said in capfd.readouterr().out
+    # A run that goes on has measured before.
+    shutil.copytree(output_dir / "checkpoint-9", tmp_path / "other" / "checkpoint-9")
+    shutil.copy(output_dir / "metrics.jsonl", tmp_path / "other")
+    run(tmp_path / "other", resume="auto", save_steps=3, quality_steps=5, quality_samples=300)
+    assert {event["step"]: event for event in events(tmp_path / "other") if "rankme" in event} == measured
+
+
 def test_speed_counts_all_of_the_training_and_neither_evaluations_nor_saving(monkeypatch):
     now = 100.0
     monkeypatch.setattr("time.perf_counter", lambda: now)

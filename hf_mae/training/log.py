@@ -34,10 +34,12 @@ class RunLog:
         self.accelerator = accelerator
         self.metrics_file, self.bad_file = output_dir / "metrics.jsonl", output_dir / "bad_samples.jsonl"
         self.evaluations: list[dict[str, Any]] = []
+        self.quality: dict[str, Any] = {}
         if accelerator.is_main_process and self.metrics_file.exists():
             # A run that starts anew evaluates before its first step anew.
             events = [event for event in read_events(self.metrics_file) if event["step"] <= first_step > 0]
-            self.evaluations = [event for event in events if "eval_loss" in event]
+            for event in events:
+                self._remember(event)
             write_text(self.metrics_file, "".join(json.dumps(event) + "\n" for event in events))
         self.bar = tqdm(
             total=total_steps, initial=first_step, disable=not accelerator.is_main_process, dynamic_ncols=True
@@ -49,14 +51,20 @@ class RunLog:
             return
         # JSON has no NaN.
         event = {"step": step, **{key: None if _is_nan(value) else value for key, value in values.items()}}
-        if "eval_loss" in event:
-            self.evaluations.append(event)
+        self._remember(event)
         try:
             with self.metrics_file.open("a") as file:
                 file.write(json.dumps(event) + "\n")
         except OSError as error:  # the disk may be full for a while; the run is worth more than this line
             self.say(f"WARNING: a line of {self.metrics_file} is lost: {error.strerror}")
         self.accelerator.log({key: value for key, value in values.items() if isinstance(value, int | float)}, step=step)
+
+    def _remember(self, event: dict[str, Any]) -> None:
+        """Keep what the end of the run tells."""
+        if "eval_loss" in event:
+            self.evaluations.append(event)
+        if "rankme" in event:
+            self.quality = event
 
     def progress(self, step: int, **shown: Any) -> None:
         """Move the bar, which shows the time left, and write `shown` behind it."""

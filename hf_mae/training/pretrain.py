@@ -21,6 +21,7 @@ from .. import __version__
 from ..data.sources import DataError
 from ..data.stats import make_normalizer
 from ..data.stream import Batch, TrainingStream, each_batch, make_loader
+from ..evaluation.online import OnlineQuality
 from ..modeling_mae import MAEForPreTraining
 from .checkpoint import (
     CheckpointError,
@@ -69,7 +70,8 @@ def pretrain(recipe: PretrainRecipe) -> dict[str, Any]:
 
     Returns:
         What the run ended with: `model` (folder), `picture` (path), `first_eval_loss`, `last_eval_loss`, `steps`,
-        `images_per_second`; None for what there is not.
+        `images_per_second`, `quality` (the last figures of the encoder), `bad_samples`, `skipped_steps`; None for what
+        there is not.
 
     Raises:
         RecipeError, DataError, CheckpointError, NonFiniteError: for what a user can mend; one line with the remedy.
@@ -119,6 +121,11 @@ class PretrainRun:
         self.held_out = HeldOut(
             self.data.eval_rows, self.view, self.micro_batch, self.config.eval_mask_seed, self.normalize,
             recipe.num_workers, self.accelerator,
+        )  # fmt: skip
+        # Of all processes' images at once, on each of them no more than a training step has.
+        self.quality = OnlineQuality(
+            self.data.rows, self.data.eval_rows, self.view, self.normalize, self.micro_batch,
+            min(recipe.num_workers, 1), self.accelerator, recipe.quality_samples,
         )  # fmt: skip
         self.stop_requested = False
         self.saved_before = False
@@ -188,6 +195,7 @@ class PretrainRun:
             self.bad = BadSamples(self.output_dir / "bad_samples.jsonl", self._bad_before)
         eval_steps = recipe.eval_steps or max(1, self.total_steps // 10)
         save_steps = recipe.save_steps or max(1, self.total_steps // 10)
+        quality_steps = max(1, self.total_steps // 5) if recipe.quality_steps is None else recipe.quality_steps
         previous = {sig: signal.signal(sig, self._request_stop) for sig in (signal.SIGTERM, signal.SIGUSR1)}
         batches = self._batches(first_step)
         losses: list[torch.Tensor] = []
@@ -196,6 +204,8 @@ class PretrainRun:
         try:
             if first_step == 0:
                 self._evaluate(log)
+                if quality_steps:
+                    self._measure_quality(log)
             watch.restart()
             for step in range(first_step + 1, self.total_steps + 1):
                 loss, grad_norm, lr = self._step(step, batches, watch)
@@ -210,6 +220,8 @@ class PretrainRun:
                 with watch.stopped():  # evaluating and saving are not part of the training speed
                     if evaluates:
                         self._evaluate(log)
+                    if quality_steps and (last or step % quality_steps == 0):
+                        self._measure_quality(log)
                     if saves or stop:
                         self.save_checkpoint(log, must=stop or last)
                 if stop:
@@ -227,6 +239,7 @@ class PretrainRun:
             "first_eval_loss": log.evaluations[0]["eval_loss"] if log.evaluations else None,
             "last_eval_loss": log.evaluations[-1]["eval_loss"] if log.evaluations else None,
             "images_per_second": steps_timed * recipe.total_batch_size / seconds_spent if steps_timed else None,
+            "quality": log.quality,
             "bad_samples": self.bad.total if self.bad else 0,
             "skipped_steps": self.guard.skipped_steps,
             "model": self._save_final() if finished else None,
@@ -370,6 +383,14 @@ class PretrainRun:
                 f"{failed:.1%} of the images can't be decoded, more than max_bad_fraction "
                 f"{self.recipe.max_bad_fraction:.1%}; see {self.output_dir / 'bad_samples.jsonl'}"
             )
+
+    def _measure_quality(self, log: RunLog) -> None:
+        """kNN, linear accuracy and RankMe of the encoder as it is."""
+        figures = self.quality.measure(self.model)
+        if self.quality.notice:
+            log.say(self.quality.notice)
+        if figures:
+            log.event(self.step, **figures)
 
     # ------------------------------------------------------------------------------------------ saving
 

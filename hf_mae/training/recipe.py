@@ -163,6 +163,10 @@ class PretrainRecipe(RunRecipe):
     eval_crop_pct: float = _key(0.875, "share of the resized side that the evaluation crop keeps (224 of 256)")
     image_mean: list[float] | None = _key(None, "per channel; ImageNet's for 8-bit colour, else from the data")
     image_std: list[float] | None = _key(None, "per channel; ImageNet's for 8-bit colour, else from the data")
+    quality_steps: int | None = _key(
+        None, "steps between two looks at kNN, linear accuracy and RankMe; a fifth of the run when omitted, 0: none"
+    )
+    quality_samples: int = _key(2000, "training images for these at most; half as many are classified")
     model_size: Literal["tiny", "small", "base", "large", "huge"] = _key("base", "row of the table of sizes")
     model_config: dict[str, Any] = field(default_factory=dict, metadata={"help": "keys of MAEConfig"})
 
@@ -175,6 +179,8 @@ class PretrainRecipe(RunRecipe):
         super().check()
         check_crop_pct(self.eval_crop_pct)
         check_range(self, "max_bad_fraction", 0, 1)
+        check_range(self, "quality_steps", 0)
+        check_range(self, "quality_samples", 2)
 
 
 def check_range(recipe: RunRecipe, key: str, low: float, high: float | None = None) -> None:
