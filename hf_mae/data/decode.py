@@ -34,8 +34,11 @@ _JPEG_MAGIC = b"\xff\xd8\xff"
 _NPY_MAGIC = b"\x93NUMPY"
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL, _TILE_WIDTH, _TILE_HEIGHT = 258, 277, 322, 323  # TIFF tags
-# Compressions of TIFF (deflate under two numbers, LZMA) that tifffile expands to the end, whatever the header says.
-_EXPANDERS: dict[int, Any] = {8: zlib.decompressobj, 32946: zlib.decompressobj, 34925: lzma.LZMADecompressor}
+# Compressions of TIFF (deflate under two numbers, LZMA) that tifffile expands to the end, whatever the header says,
+# and how many bytes at most one byte of them becomes.
+_DEFLATE, _LZMA = (zlib.decompressobj, 1032), (lzma.LZMADecompressor, math.inf)
+_EXPANDERS: dict[int, Any] = {8: _DEFLATE, 32946: _DEFLATE, 34925: _LZMA}
+_HARMLESS = 2**28  # bytes
 _PACKBITS = 32773  # this too, and slowly, where the package imagecodecs is not installed
 
 
@@ -156,9 +159,10 @@ def _open_with_pillow(data: bytes, formats: tuple[str, ...]) -> Image.Image:
     if max(image.size) > MAX_SIDE or (limit is not None and image.width * image.height > limit):
         raise BadImage(f"{image.width} x {image.height} pixels, at most {limit} are decoded", "TooManyPixels")
     if data.startswith(_JPEG_MAGIC) and limit is not None:
-        scans = data.count(b"\xff\xda")
-        if scans * image.width * image.height > MAX_JPEG_PASSES * limit:
-            raise BadImage(f"{scans} scans of {image.width} x {image.height} pixels", "TooManyScans")
+        scans = MAX_JPEG_PASSES * limit // (image.width * image.height)
+        # Each takes ten bytes or more, so that the marks of most files need not be counted.
+        if len(data) > 10 * scans and data.count(b"\xff\xda") > scans:
+            raise BadImage(f"more than {scans} scans of {image.width} x {image.height} pixels", "TooManyScans")
     return image
 
 
@@ -249,9 +253,10 @@ def _check_segments(data: bytes, page: Any, num_channels: int | None) -> None:
     if page.compression not in _EXPANDERS:
         return
     most = 2 * math.prod(page.chunks) * page.dtype.itemsize + 2**16
+    expander, ratio = _EXPANDERS[page.compression]
     for offset, size in zip(page.dataoffsets, page.databytecounts, strict=True):
-        expander = _EXPANDERS[page.compression]()
-        if len(expander.decompress(data[offset : offset + size], most)) == most:
+        # Most strips and tiles are too small to expand to much, and need not be expanded twice.
+        if size * ratio > _HARMLESS and len(expander().decompress(data[offset : offset + size], most)) == most:
             raise BadImage(f"a part of {page.chunks} pixels expands to {most} bytes or more", "TooManyPixels")
 
 
