@@ -10,6 +10,7 @@ import sys
 import tarfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hf_mae.data.decode import BadImage, decode_image
-from hf_mae.data.sources import open_source
+from hf_mae.data.sources import DataError, open_source
 from hf_mae.data.stream import EvaluationSet, Rows, StreamPlan, TrainingStream, View, each_batch, make_loader
 from hf_mae.image_processing_mae import MAEImageProcessor
 from hf_mae.image_processing_pil_mae import MAEImageProcessorPil
@@ -99,7 +100,7 @@ def trained_on(rows: Rows, workers: int, steps: int) -> list[list[Outcome]]:
     return [sorted(outcomes, key=lambda outcome: outcome[0]) for outcomes in epochs]
 
 
-def outcome_of(data: bytes) -> str | None:
+def outcome_of(data: bytes | np.ndarray | BadImage) -> str | None:
     try:
         decode_image(data, 3)
     except BadImage as error:
@@ -291,7 +292,7 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
     return bytes(content)
 
 
-def outcomes_in_another_process(cases: list[Case]) -> list[str | None]:
+def outcomes_in_another_process(cases: list[Case], outcome_of: Callable[[bytes], str | None]) -> list[str | None]:
     """`outcome_of` each; a file that ends the process, or takes more than `PATIENCE` seconds, is named."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
 
@@ -323,7 +324,7 @@ def test_mutated_files_end_no_process_and_every_clean_id_is_seen_once_an_epoch(e
     cases = [Case(f"{name} {i}", mutated(data, rng)) for name, data in files.items() for i in range(each)]
     cases += [Case(f"clean {name}", data) for name, data in files.items()] * max(1, each // 10)
     rng.shuffle(cases)
-    for case, reason in zip(cases, outcomes_in_another_process(cases), strict=True):
+    for case, reason in zip(cases, outcomes_in_another_process(cases, outcome_of), strict=True):
         case.reason = reason
         assert reason is None or not case.name.startswith("clean")
     outcomes = Counter(case.reason for case in cases)
@@ -332,3 +333,35 @@ def test_mutated_files_end_no_process_and_every_clean_id_is_seen_once_an_epoch(e
     assert trained_on(rows, workers, steps=int(2.2 * outcomes[None]) + 50) == [known_list(known)] * 2
     print(f"{len(cases)} files of {len(files)} formats: {outcomes.most_common()}")
     assert 0.2 * len(cases) < outcomes[None] < 0.8 * len(cases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "tar"])
+def test_shards_with_flipped_bits_end_no_process(tmp_path, kind):
+    pictures = [Case(f"{i}.png", encoded(Image.fromarray(noise(20, 10 + i)))) for i in range(24)]
+    if kind == "arrow":
+        rows = {"image": [{"bytes": case.data, "path": case.name} for case in pictures], "label": ["some word"] * 24}
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+        datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "data")
+    else:
+        {"parquet": write_parquet, "tar": write_tar}[kind](pictures, tmp_path / "data")
+    (path,) = (tmp_path / "data").glob(f"*.{kind}")
+
+    def outcome_of_shard(data: bytes) -> str:
+        path.write_bytes(data)
+        try:
+            source = open_source(str(tmp_path / "data"), streaming=None if kind == "arrow" else True)
+            rows = [row for shard, start, stop in source.blocks for row in source.read(shard, range(start, stop))]
+        except DataError:
+            return "refused"
+        return "whole" if all(outcome_of(row.image) is None for row in rows) else "with bad rows"
+
+    rng, whole, shards = random.Random(0), path.read_bytes(), []
+    for number in range(300):
+        data = bytearray(whole)
+        for _ in range(rng.choice([1, 1, 20])):
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        shards.append(Case(f"{kind} {number}", bytes(data)))
+    outcomes = Counter(outcomes_in_another_process(shards, outcome_of_shard))
+    print(kind, outcomes)
+    assert set(outcomes) == {"whole", "with bad rows", "refused"}

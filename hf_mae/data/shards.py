@@ -348,11 +348,12 @@ class ParquetSource(Source):
                 if column not in schema.names:
                     raise DataError(f"{shard_name} has no column {column!r}, which others of {name} have; leave it out")
         self.label_names = self._columns.label_names
-        self._starts = [_row_group_starts(metadata) for metadata in self._metadata]
+        edges = [_row_group_edges(metadata) for metadata in self._metadata]
+        self._starts = [starts[:-1] for starts in edges]
         self.blocks = [
             (shard, start, stop)
-            for shard, starts in enumerate(self._starts)
-            for start, stop in zip(starts, [*starts[1:], self.shard_sizes[shard]], strict=True)
+            for shard, starts in enumerate(edges)
+            for start, stop in itertools.pairwise(starts)
             if stop > start
         ]
         self.file_sizes = [size for _, size in footers]
@@ -409,13 +410,17 @@ class ParquetSource(Source):
 
 def _read_footer(url: str) -> tuple[Any, int]:
     """A parquet file's metadata, and its size in bytes."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     with open_bytes(url) as file:
         try:
-            return pq.ParquetFile(file).metadata, file.seek(0, 2)
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            metadata = pq.ParquetFile(file).metadata
+            if _row_group_edges(metadata)[-1] != metadata.num_rows:
+                raise ValueError(f"its row groups don't have {metadata.num_rows} rows together")
+            return metadata, file.seek(0, 2)
+        except DataError:
+            raise
+        except Exception as error:  # any, for names and types that are corrupt
             message = f"{url} is not a whole parquet file ({one_line(error)}); fetch it again or leave it out"
             raise DataError(message) from error
 
@@ -426,12 +431,11 @@ def _declared_features(schema: Any, shard_name: str) -> Any:
     try:
         return datasets.Features.from_arrow_schema(schema)
     except Exception as error:  # any, for JSON that is corrupt
-        message = (
-            f"what {shard_name} says of its columns is corrupt ({one_line(error)}); fetch it again or leave it out"
-        )
-        raise DataError(message) from error
+        message = f"what {shard_name} says of its columns is corrupt ({one_line(error)})"
+        raise DataError(f"{message}; fetch it again or leave it out") from error
 
 
-def _row_group_starts(metadata: Any) -> list[int]:
+def _row_group_edges(metadata: Any) -> list[int]:
+    """The first row of each row group, and the number of all rows."""
     sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-    return np.cumsum([0, *sizes])[:-1].tolist()
+    return list(itertools.accumulate(sizes, initial=0))
