@@ -194,6 +194,7 @@ def without_bad(rows: Rows, view: View, num_workers: int = 0) -> list[BadSample]
         collate_fn=list,
         worker_init_fn=ignore_termination if num_workers else None,
     )
+    batch: Any
     for batch in each_batch(loader):
         reasons += batch
     bad = [reason for reason in reasons if reason]

@@ -59,7 +59,7 @@ def evaluate_classification(recipe: ClassificationRecipe) -> dict[str, Any]:
         DataError: if the model or the data can't be read, or their labels don't go together.
     """
     try:
-        config = MAEConfig.from_pretrained(recipe.model)
+        config: Any = MAEConfig.from_pretrained(recipe.model)
         if "MAEForImageClassification" not in (config.architectures or []):
             raise DataError(f"{recipe.model} has no classifier; make one by hf-mae finetune --model {recipe.model}")
         model = MAEForImageClassification.from_pretrained(recipe.model).eval()

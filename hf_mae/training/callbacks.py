@@ -59,8 +59,9 @@ class EMACallback(TrainerCallback):
 
     @torch.no_grad()
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        weights = [p for p in kwargs["model"].parameters() if p.requires_grad]
-        torch._foreach_lerp_(list(self.average.values()), weights, 1 - self.decay)
+        for name, parameter in kwargs["model"].named_parameters():
+            if name in self.average:
+                self.average[name].lerp_(parameter, 1 - self.decay)
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         if control.should_evaluate:

@@ -135,7 +135,7 @@ def build_classifier(recipe: FinetuneRecipe, labels: Labels) -> MAEForImageClass
     # Its report of the head's missing weights would be alarming, and says what everyone knows.
     transformers_logging.set_verbosity_error()
     try:
-        known = MAEConfig.from_pretrained(recipe.model)
+        known = MAEConfig.from_pretrained(str(recipe.model))
         fine_tuned = "MAEForImageClassification" in (known.architectures or [])
         if fine_tuned and not recipe.reset_head and list(known.id2label.values()) != list(labels.names):
             raise RecipeError(
@@ -186,15 +186,9 @@ def build_processor(recipe: FinetuneRecipe, config: MAEConfig) -> MAEImageProces
     size = config.image_height_width
     # The original's rule: 224 of 256, and the whole image above 224 pixels.
     crop_pct = recipe.eval_crop_pct or (0.875 if max(size) <= 224 else 1.0)
+    settings: dict[str, Any] = {"do_resize": True, "do_center_crop": True, "do_normalize": True, "resample": BICUBIC}
     try:
-        return MAEImageProcessor.from_pretrained(
-            recipe.model,
-            **crop_settings(size, crop_pct),
-            do_resize=True,
-            do_center_crop=True,
-            do_normalize=True,
-            resample=BICUBIC,
-        )
+        return MAEImageProcessor.from_pretrained(str(recipe.model), **crop_settings(size, crop_pct), **settings)
     except (OSError, ValueError) as error:
         raise RecipeError(
             f"--model {recipe.model} has no image processor: {' '.join(str(error).split())[:200]}; save one with it"

@@ -55,7 +55,7 @@ def layer_of(name: str, depth: int) -> int:
     return 0 if re.search(r"(?:^|\.)embeddings\.", name) else depth + 1
 
 
-def layer_decay_groups(model: nn.Module, lr: float, layer_decay: float, weight_decay: float) -> list[dict[str, Any]]:
+def layer_decay_groups(model: Any, lr: float, layer_decay: float, weight_decay: float) -> list[dict[str, Any]]:
     """Groups of fine-tuning: each layer learns `layer_decay` times as fast as the one above it (arXiv:2003.10555).
 
     As in the original's fine-tuning, one-dimensional parameters, positions and class token are not decayed. The first
@@ -71,7 +71,7 @@ def layer_decay_groups(model: nn.Module, lr: float, layer_decay: float, weight_d
     Returns:
         Groups for a torch optimizer, with their own `lr` and `weight_decay`.
     """
-    depth = model.config.num_hidden_layers  # type: ignore[union-attr]
+    depth: int = model.config.num_hidden_layers
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -87,7 +87,7 @@ def layer_decay_groups(model: nn.Module, lr: float, layer_decay: float, weight_d
     ]
 
 
-def train_last_blocks(model: nn.Module, blocks: str) -> None:
+def train_last_blocks(model: Any, blocks: str) -> None:
     """Freeze all but the head and the last blocks: partial fine-tuning (arXiv:2111.06377, Fig. 9).
 
     What follows the last block (its LayerNorm and the classifier) always trains.
@@ -99,7 +99,7 @@ def train_last_blocks(model: nn.Module, blocks: str) -> None:
     Raises:
         ValueError: for anything else.
     """
-    depth = model.config.num_hidden_layers  # type: ignore[union-attr]
+    depth: int = model.config.num_hidden_layers
     if blocks == "all":
         return
     if blocks != "0.5" and not (blocks.isdecimal() and int(blocks) <= depth):

@@ -299,7 +299,7 @@ def build_processor(
     )
 
 
-def crop_settings(size: tuple[int, int], crop_pct: float) -> dict[str, dict[str, int]]:
+def crop_settings(size: tuple[int, int], crop_pct: float) -> dict[str, Any]:
     """The image processor's settings of the evaluation crop, see `evaluation_resize`."""
     resize = evaluation_resize(size, crop_pct)
     return {
