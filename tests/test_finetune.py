@@ -665,3 +665,14 @@ def test_recipes_check_their_values():
         load_finetune_recipe(["--model", "m", "--label_smoothing", "2"])
     assert math.isclose(load_finetune_recipe(["--model", "m"]).lr, 1e-3)
     assert tiny_config(num_labels=3).num_labels == 3
+
+
+def test_determinism_is_asked_of_torch(pretrained, tmp_path):
+    assert not torch.are_deterministic_algorithms_enabled()
+    before = torch.backends.cuda.mem_efficient_sdp_enabled()
+    try:
+        parts_of(tmp_path / "out", model=pretrained, deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cuda.enable_mem_efficient_sdp(before)

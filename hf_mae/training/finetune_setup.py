@@ -22,7 +22,7 @@ from .checkpoint import CheckpointError, list_checkpoints
 from .finetune_recipe import FinetuneRecipe
 from .optimizer import train_last_blocks
 from .recipe import RecipeError
-from .setup import FREE_KEYS, check_same_recipe, check_trackers, choose_precision, crop_settings
+from .setup import FREE_KEYS, check_same_recipe, check_trackers, choose_precision, crop_settings, make_deterministic
 
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
 # What a classifier has and a pretrained model hasn't.
@@ -66,6 +66,8 @@ def training_arguments(recipe: FinetuneRecipe, stored: Path | None) -> TrainingA
         RecipeError: for a machine that the recipe doesn't fit.
     """
     check_trackers(recipe)
+    if recipe.deterministic:
+        make_deterministic()
     ranks, precision = int(os.environ.get("WORLD_SIZE", "1")), choose_precision(recipe)
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
         raise RecipeError("fine-tuning runs under DDP, not FSDP; start it by torchrun")

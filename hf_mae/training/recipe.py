@@ -68,7 +68,6 @@ class RunRecipe:
     # run
     output_dir: str | None = _key(None, "folder of the run; outputs/RECIPE when omitted")
     resume: str = _key("none", "auto: go on from the newest complete checkpoint, if any; PATH: from this one; none")
-    allow_data_change: bool = _key(False, "go on although the data is not what the checkpoint was trained on")
     seed: int = _key(0, "of initial weights, order, crops, flips and masks")
     num_workers: int = _key(2, "loader processes for each training process")
     log_steps: int = _key(20, "steps between two lines of the log")
@@ -159,6 +158,7 @@ class PretrainRecipe(RunRecipe):
     """All keys of `hf-mae pretrain` but those of `MAEConfig`, which stand in `model_config`."""
 
     streaming: bool | None = _key(None, "read in place, block by block; the default for what is not local")
+    allow_data_change: bool = _key(False, "go on although the data is not what the checkpoint was trained on")
     max_bad_fraction: float = _key(0.01, "stop when more of the images than this can't be decoded")
     eval_crop_pct: float = _key(0.875, "share of the resized side that the evaluation crop keeps (224 of 256)")
     image_mean: list[float] | None = _key(None, "per channel; ImageNet's for 8-bit colour, else from the data")
