@@ -462,6 +462,23 @@ def test_a_recipe_in_python_needs_no_command_line(pretrained, tmp_path, monkeypa
     assert parts["args"].output_dir == "outputs/finetune"
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("mixed_precision", "bf16"),
+        ("gradient_checkpointing", True),
+        ("pooling", "cls"),
+        ("attn_implementation", "eager"),
+    ],
+)  # fmt: skip
+def test_a_run_gets_through_with(key, value, pretrained, tmp_path):
+    out = tune(tmp_path / "out", model=pretrained, **{key: value}, total_steps=2)
+    recipe = yaml.safe_load((out / "run_config.yaml").read_text())["recipe"]
+    assert recipe[key] == value
+    assert all(math.isfinite(event["loss"]) for event in events(out) if "loss" in event)
+    assert load_file(out / "model.safetensors")["classifier.weight"].dtype == torch.float32
+
+
 def test_dry_run_writes_nothing(pretrained, tmp_path, capsys):
     assert start("finetune", *arguments(tmp_path / "out", model=pretrained, dry_run=True)) == 0
     assert "8 steps of 32 images" in capsys.readouterr().out
@@ -593,10 +610,12 @@ def mistake(capsys, *words) -> str:
         ({"layer_decy": 0.5}, "unknown argument '--layer_decy'; did you mean '--layer_decay'?"),
         ({"rand_augment": "strong"}, "rand_augment strong is nothing that timm knows"),
         ({"resume": "there/is/none"}, "there/is/none is no complete checkpoint (trainer_state.json in it); name anoth"),
+        ({"mixed_precision": "fp16"}, "mixed_precision fp16 needs a GPU; use bf16 or no"),
         ({"log_with": "paper"}, "log_with paper is not installed"),
     ],
 )
-def test_mistakes_get_one_line_with_the_remedy(keys, message, pretrained, tmp_path, capsys):
+def test_mistakes_get_one_line_with_the_remedy(keys, message, pretrained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     if "rand_augment" in keys:
         pytest.importorskip("timm", reason="timm is not installed: pip install 'hf-mae[train]'")
     words = arguments(tmp_path / "out", **{"model": pretrained, **keys})

@@ -71,6 +71,10 @@ def training_arguments(recipe: FinetuneRecipe, stored: Path | None) -> TrainingA
     ranks, precision = int(os.environ.get("WORLD_SIZE", "1")), choose_precision(recipe)
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
         raise RecipeError("fine-tuning runs under DDP, not FSDP; start it by torchrun")
+    asked_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true")
+    use_cpu = asked_for_cpu or not torch.accelerator.is_available()
+    if precision == "fp16" and use_cpu:
+        raise RecipeError("mixed_precision fp16 needs a GPU; use bf16 or no")
     micro_batch, grad_accum_steps = recipe.micro_batch(ranks)
     args = TrainingArguments(
         output_dir=str(recipe.output_dir),
@@ -83,6 +87,7 @@ def training_arguments(recipe: FinetuneRecipe, stored: Path | None) -> TrainingA
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": recipe.min_lr / recipe.lr},
         max_grad_norm=recipe.clip_grad or float("inf"),  # infinity: the norm is logged, and nothing clipped
+        use_cpu=use_cpu,  # without it, Trainer refuses bf16 on a CPU
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         torch_compile=recipe.compile,
@@ -101,8 +106,6 @@ def training_arguments(recipe: FinetuneRecipe, stored: Path | None) -> TrainingA
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
     )
-    if precision == "fp16" and args.device.type == "cpu":
-        raise RecipeError("mixed_precision fp16 needs a GPU; use bf16 or no")
     if args.world_size != ranks:
         raise RecipeError(
             f"{ranks} processes were started, {args.world_size} work together; use torchrun, on CPUs with "
