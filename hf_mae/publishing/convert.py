@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 # What the original's own checkpoints hold besides tensors and plain values: the options that they were trained with.
-_ALLOWED = [argparse.Namespace]
+_ALLOWED: list[Any] = [argparse.Namespace]
 
 
 class ConvertError(ValueError):

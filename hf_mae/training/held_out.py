@@ -52,29 +52,35 @@ class HeldOut:
         """Mean loss, and (key, reason) of the images that can't be decoded; every process takes part.
 
         Raises:
-            DataError: if a process has no image that can be decoded.
+            DataError: if none can be decoded.
         """
         accelerator = self.accelerator
         device = accelerator.device
         # Every rank runs as many forwards as the others, since sharded weights are gathered in each.
         longest = -(-len(self.rows) // accelerator.num_processes)
-        batch, bad, total = None, [], torch.zeros(2, device=device, dtype=torch.float64)
+        bad: list[tuple[str, str]] = []
+        total = torch.zeros(2, device=device, dtype=torch.float64)
+        view = self.view
+        # What a rank runs on whose own images are at their end, or can't be decoded.
+        images = torch.zeros(1, view.num_channels, *view.size, device=device)
+        noise = torch.zeros(1, view.num_patches, device=device)
         model.eval()
         dataset = self.batches(accelerator.process_index, accelerator.num_processes)
         with closing(each_batch(make_loader(dataset, self.num_workers))) as batches:
             for _ in range(-(-longest // self.batch_size)):
-                new = next(batches, None)
-                bad += new.bad if new else []
-                new = new if new and new.keys else None
-                batch = new or batch
-                if batch is None:
-                    raise DataError("none of the evaluation images can be decoded; check the data")
-                loss = model(self.normalize(batch.images.to(device)), noise=batch.noise.to(device)).loss
-                if new:
-                    total += torch.stack([loss.double() * len(new.keys), torch.tensor(len(new.keys)).to(loss)])
+                batch = next(batches, None)
+                bad += batch.bad if batch else []
+                count = len(batch.keys) if batch else 0
+                if batch and count:
+                    images, noise = batch.images.to(device), batch.noise.to(device)
+                loss = model(self.normalize(images), noise=noise).loss
+                if count:
+                    total += torch.stack([loss.double() * count, torch.tensor(count).to(loss)])
         model.train()
-        loss_sum, count = cast(torch.Tensor, accelerator.reduce(total, "sum")).tolist()
-        return loss_sum / count, gather_object(bad)
+        loss_sum, seen = cast(torch.Tensor, accelerator.reduce(total, "sum")).tolist()
+        if not seen:
+            raise DataError("none of the evaluation images can be decoded; check the data")
+        return loss_sum / seen, gather_object(bad)
 
     def picture(self, model: MAEForPreTraining, processor: MAEImageProcessor, images: int = 12) -> Image.Image:
         """Original, masked and reconstructed images: the first that there are."""

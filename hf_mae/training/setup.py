@@ -12,6 +12,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from accelerate.tracking import get_available_trackers
 from safetensors import SafetensorError
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from ..configuration_mae import MAEConfig
 from ..data.augment import evaluation_resize
@@ -100,7 +101,7 @@ def join_after_restart() -> None:
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true") or not torch.cuda.is_available()
     dist.init_process_group(
         "gloo" if on_cpu else "cuda:nccl,cpu:gloo",
-        store=dist.PrefixStore(f"attempt_{attempt}", dist.TCPStore(address, int(port), int(ranks), is_master=False)),
+        store=PrefixStore(f"attempt_{attempt}", TCPStore(address, int(port), int(ranks), is_master=False)),
         rank=int(rank),
         world_size=int(ranks),
     )
