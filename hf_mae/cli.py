@@ -168,21 +168,13 @@ def _embed(arguments: list[str]) -> int:
 def _stats(arguments: list[str]) -> int:
     import json
 
-    from .data.sources import open_source
+    from .data.splits import source_of
     from .data.stats import channel_stats, probe_rows
     from .data.stream import Rows
     from .training.recipe import load_pretrain_recipe
 
     recipe = load_pretrain_recipe(arguments)
-    source = open_source(
-        recipe.dataset,
-        split=recipe.split,
-        config_name=recipe.dataset_config,
-        revision=recipe.dataset_revision,
-        image_column=recipe.image_column,
-        streaming=recipe.streaming,
-    )
-    rows = Rows(source)
+    rows = Rows(source_of(recipe, recipe.streaming))
     num_channels, dtype = probe_rows(rows)
     num_channels = recipe.model_config.get("num_channels", num_channels)
     print(json.dumps(channel_stats(rows, num_channels, dtype, recipe.max_samples or len(rows)), indent=1))

@@ -1,11 +1,61 @@
 """Which rows a model learns from, and which it is judged by: the same for every command."""
 
-from typing import Any
+from typing import Any, Protocol
 
-from .sources import list_splits, open_source
+from .sources import Source, list_splits, open_source
 from .stream import Rows
 
 HELD_OUT = 0.05
+
+
+class DataKeys(Protocol):
+    """The keys by which every recipe names its data; `open_splits` says what they mean."""
+
+    dataset: str
+    dataset_config: str | None
+    dataset_revision: str | None
+    split: str
+    image_column: str | None
+    label_column: str | None
+    max_samples: int | None
+
+
+class SplitKeys(DataKeys, Protocol):
+    """And that on which it evaluates."""
+
+    eval_dataset: str | None
+    eval_split: str | None
+    max_eval_samples: int | None
+
+
+def source_of(recipe: DataKeys, streaming: bool | None = None) -> Source:
+    """The source that a recipe names; see `open_source`."""
+    return open_source(
+        recipe.dataset,
+        split=recipe.split,
+        config_name=recipe.dataset_config,
+        revision=recipe.dataset_revision,
+        image_column=recipe.image_column,
+        label_column=recipe.label_column,
+        streaming=streaming,
+    )
+
+
+def splits_of(recipe: SplitKeys, streaming: bool | None = None) -> tuple[Rows, Rows, str]:
+    """The rows that a recipe names; see `open_splits`."""
+    return open_splits(
+        recipe.dataset,
+        recipe.split,
+        recipe.eval_dataset,
+        recipe.eval_split,
+        max_samples=recipe.max_samples,
+        max_eval_samples=recipe.max_eval_samples,
+        config_name=recipe.dataset_config,
+        revision=recipe.dataset_revision,
+        image_column=recipe.image_column,
+        label_column=recipe.label_column,
+        streaming=streaming,
+    )
 
 
 def open_splits(

@@ -1,7 +1,6 @@
 """Scores of a fine-tuned model on a labelled split, by the evaluation crop of its image processor."""
 
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,41 +10,19 @@ from ..configuration_mae import MAEConfig
 from ..data.labelled import scoring_view
 from ..data.labels import Labels
 from ..data.sources import DataError
-from ..data.splits import open_splits
+from ..data.splits import splits_of
 from ..data.stats import make_normalizer
 from ..data.stream import EvaluationSet, each_batch, make_loader
 from ..image_processing_mae import MAEImageProcessor
 from ..modeling_mae import MAEForImageClassification
+from .features import ScoreRecipe, report_bad
 from .metrics import make_compute_metrics
-from .results import add_result, make_result, results_file
+from .results import add_result, make_result
 
 
 @dataclass
-class ClassificationRecipe:
-    """Keys of `hf-mae evaluate classification`."""
-
-    model: str = field(metadata={"help": "folder or Hub id of a fine-tuned model"})
-    dataset: str = field(metadata={"help": "labelled data set, as for hf-mae finetune"})
-    dataset_config: str | None = field(default=None, metadata={"help": "configuration name of a Hub data set"})
-    dataset_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a Hub data set"})
-    split: str = field(default="train", metadata={"help": "split that the model was fine-tuned on"})
-    eval_dataset: str | None = field(default=None, metadata={"help": "another data set to score on"})
-    eval_split: str | None = field(
-        default=None, metadata={"help": "split to score on; found by name, or the held-out part, when omitted"}
-    )
-    image_column: str | None = field(default=None, metadata={"help": "column of the images"})
-    label_column: str | None = field(default=None, metadata={"help": "column of the labels"})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "score so many images at most"})
-    per_device_batch_size: int = field(default=64, metadata={"help": "images at once"})
-    num_workers: int = field(default=2, metadata={"help": "loader processes"})
-    results: str | None = field(
-        default=None, metadata={"help": "file the result is added to, or none; a local model's own results.json"}
-    )
-
-    @property
-    def results_file(self) -> Path | None:
-        """Where the result goes."""
-        return results_file(self.results, self.model)
+class ClassificationRecipe(ScoreRecipe):
+    """Keys of `hf-mae evaluate classification`; `split` names what the model was fine-tuned on."""
 
 
 @torch.no_grad()
@@ -56,8 +33,10 @@ def evaluate_classification(recipe: ClassificationRecipe) -> dict[str, Any]:
         The entry of results.json.
 
     Raises:
-        DataError: if the model or the data can't be read, or their labels don't go together.
+        DataError, RecipeError: if the model or the data can't be read, or their labels don't go together; one line with
+            the remedy.
     """
+    recipe.check()
     try:
         config: Any = MAEConfig.from_pretrained(recipe.model)
         if "MAEForImageClassification" not in (config.architectures or []):
@@ -70,32 +49,28 @@ def evaluate_classification(recipe: ClassificationRecipe) -> dict[str, Any]:
         raise DataError(f"--model {recipe.model} can't be loaded: {' '.join(str(error).split())[:300]}") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)
-    _, rows, evaluated_on = open_splits(
-        recipe.dataset,
-        recipe.split,
-        recipe.eval_dataset,
-        recipe.eval_split,
-        max_eval_samples=recipe.max_eval_samples,
-        config_name=recipe.dataset_config,
-        revision=recipe.dataset_revision,
-        image_column=recipe.image_column,
-        label_column=recipe.label_column,
-        streaming=False,
-    )
+    _, rows, evaluated_on = splits_of(recipe, streaming=False)
     problem = config.problem_type or "single_label_classification"
     labels = Labels(problem, tuple(config.id2label[i] for i in range(config.num_labels)))
     view = scoring_view(config, processor)
     normalize = make_normalizer(processor, view.dtype, torch.device(device))
     logits, values, bad = [], [], []
-    for batch in each_batch(make_loader(EvaluationSet(rows, view, recipe.per_device_batch_size), recipe.num_workers)):
+    for batch in each_batch(make_loader(EvaluationSet(rows, view, recipe.batch_size), recipe.num_workers)):
         if batch.keys:
-            logits.append(model(normalize(batch.images.to(device))).logits.float().cpu())
+            with torch.autocast(device, torch.bfloat16, enabled=recipe.mixed_precision == "bf16"):
+                logits.append(model(normalize(batch.images.to(device))).logits.float().cpu())
         values += batch.labels
         bad += batch.bad
     if not values:
         raise DataError(f"none of the {len(rows)} images of {rows.source.name} can be decoded; check the data")
+    report_bad(len(values), rows, bad, recipe.max_bad_fraction)
     prediction = EvalPrediction(torch.cat(logits).numpy(), labels.targets(values, rows.source).numpy())
-    protocol = {"name": "classification", "image_size": list(view.size), "eval_resize": view.eval_resize}
+    protocol = {
+        "name": "classification",
+        "image_size": list(view.size),
+        "eval_resize": view.eval_resize,
+        "mixed_precision": recipe.mixed_precision,
+    }
     data = {
         "dataset": recipe.eval_dataset or recipe.dataset,
         "config": recipe.dataset_config,

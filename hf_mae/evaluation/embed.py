@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from accelerate import Accelerator
 
-from ..data.sources import open_source
+from ..data.splits import source_of
 from ..data.stream import Rows
 from ..training.recipe import RecipeError
 from .features import FeatureRecipe, FrozenEncoder, encoded_batches, report_bad
@@ -53,14 +53,7 @@ def embed(recipe: EmbedRecipe) -> dict[str, Any]:
     if accelerator.num_processes > 1:
         raise RecipeError(f"{accelerator.num_processes} processes would write one file; start hf-mae embed once")
     encoder = FrozenEncoder(recipe.model, recipe.pooling, recipe.mixed_precision).to(accelerator.device)
-    source = open_source(
-        recipe.dataset,
-        split=recipe.split,
-        config_name=recipe.dataset_config,
-        revision=recipe.dataset_revision,
-        image_column=recipe.image_column,
-        label_column=recipe.label_column,
-    )
+    source = source_of(recipe)
     rows = Rows(source, max_samples=recipe.max_samples)
     path, bad, images, width = Path(recipe.output), [], 0, []
     origin = {"model": recipe.model, "dataset": recipe.dataset, "split": source.split, "pooling": recipe.pooling}

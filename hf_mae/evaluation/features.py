@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +24,7 @@ from ..data.stream import Batch, EvaluationSet, Rows, View, each_batch, make_loa
 from ..image_processing_mae import MAEImageProcessor
 from ..modeling_mae import MAEModel
 from ..training.recipe import RecipeError
+from .results import read_results
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,37 @@ class FeatureRecipe:
     def batch_size(self) -> int:
         """Images at once, where nothing depends on it."""
         return self.per_device_batch_size or 256
+
+
+@dataclass
+class ScoreRecipe(FeatureRecipe):
+    """Keys of every command whose result is an entry of results.json."""
+
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "data set that is classified; the same when omitted"}
+    )
+    eval_split: str | None = field(
+        default=None, metadata={"help": "split that is classified; found by name, or a held-out part, when omitted"}
+    )
+    max_eval_samples: int | None = field(default=None, metadata={"help": "classify so many images at most"})
+    results: str | None = field(
+        default=None, metadata={"help": "file the result is added to, or none; a local model's own results.json"}
+    )
+
+    def check(self) -> None:
+        """Raise a RecipeError for a value that can't be, a DataError for a file that results can't be added to."""
+        super().check()
+        if self.max_eval_samples is not None and self.max_eval_samples < 1:
+            raise RecipeError(f"max_eval_samples {self.max_eval_samples} is too small; give 1 or more")
+        if path := self.results_file:
+            read_results(path)
+
+    @property
+    def results_file(self) -> Path | None:
+        """Where the result goes: what was typed, none for "none"; else beside the weights, if these are local."""
+        if self.results:
+            return None if self.results == "none" else Path(self.results)
+        return Path(self.model) / "results.json" if Path(self.model).is_dir() else None
 
 
 def pool(tokens: torch.Tensor, pooling: str) -> torch.Tensor:

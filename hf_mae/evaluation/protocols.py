@@ -2,18 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal
 
 from accelerate import Accelerator
 
-from ..data.splits import open_splits
+from ..data.splits import splits_of
 from ..training.recipe import RecipeError, micro_batch
-from .features import FeatureRecipe, Features, FrozenEncoder, Pooling, extract_table, report_bad
+from .features import Features, FrozenEncoder, Pooling, ScoreRecipe, extract_table, report_bad
 from .knn import knn_accuracy
 from .labels import class_numbers, common_classes, find_classes, read_labels
 from .linear_probe import MAX_ITER, PENALTIES, PaperProbe, ProbeRun, fast_linear_accuracy
-from .results import add_result, make_result, read_results, results_file
+from .results import add_result, make_result
 
 PUBLISHED = PaperProbe()
 
@@ -23,34 +22,21 @@ def _key(default: Any, text: str) -> Any:
 
 
 @dataclass
-class EvaluateRecipe(FeatureRecipe):
+class EvaluateRecipe(ScoreRecipe):
     """Keys of both commands."""
 
-    eval_dataset: str | None = _key(None, "data set that is classified; the same when omitted")
-    eval_split: str | None = _key(None, "split that is classified; found by name, or a held-out part, when omitted")
-    max_eval_samples: int | None = _key(None, "classify so many images at most")
     pooling: Pooling | None = _key(
         None, "mean of the patch tokens, class token, or both; cls for the paper's protocol, else mean"
     )
     seeds: int = _key(1, "repetitions, each with other random numbers")
     fraction: float = _key(1.0, "share of both splits that each repetition draws")
-    results: str | None = _key(None, "file the result is added to, or none; a local model's own results.json")
 
     def check(self) -> None:
-        """Raise a RecipeError for a value that can't be, a DataError for a file that results can't be added to."""
         super().check()
-        for key in ("max_eval_samples", "seeds"):
-            if (value := getattr(self, key)) is not None and value < 1:
-                raise RecipeError(f"{key} {value} is too small; give 1 or more")
+        if self.seeds < 1:
+            raise RecipeError(f"seeds {self.seeds} is too small; give 1 or more")
         if not 0 < self.fraction <= 1:
             raise RecipeError(f"fraction {self.fraction} lies outside (0, 1]; give e.g. 0.2")
-        if path := self.results_file:
-            read_results(path)
-
-    @property
-    def results_file(self) -> Path | None:
-        """Where the result goes: what was typed, else beside the weights where these are in a folder."""
-        return results_file(self.results, self.model)
 
 
 @dataclass
@@ -112,18 +98,7 @@ class Evaluation:
         self.encoder = FrozenEncoder(recipe.model, recipe.pooling or pooling, recipe.mixed_precision)
         self.encoder.to(self.accelerator.device)
         with self.accelerator.main_process_first():
-            self.rows, self.eval_rows, self.evaluated_on = open_splits(
-                recipe.dataset,
-                recipe.split,
-                recipe.eval_dataset,
-                recipe.eval_split,
-                max_samples=recipe.max_samples,
-                max_eval_samples=recipe.max_eval_samples,
-                config_name=recipe.dataset_config,
-                revision=recipe.dataset_revision,
-                image_column=recipe.image_column,
-                label_column=recipe.label_column,
-            )
+            self.rows, self.eval_rows, self.evaluated_on = splits_of(recipe)
         for rows in (self.rows, self.eval_rows):
             # What is wrong with all labels shows in the first ones, before hours are spent.
             find_classes([row.label for row in rows.read(rows.index[:16])], rows)

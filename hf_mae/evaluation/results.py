@@ -66,13 +66,6 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     return results
 
 
-def results_file(results: str | None, model: str) -> Path | None:
-    """Where a result goes: the file that was typed, none for "none"; else beside the weights, if these are local."""
-    if results:
-        return None if results == "none" else Path(results)
-    return Path(model) / "results.json" if Path(model).is_dir() else None
-
-
 def add_result(result: dict[str, Any], path: Path) -> None:
     """Add an entry to a results.json, in place of one with the same protocol, data and weights.
 

@@ -20,7 +20,7 @@ from .. import __version__
 from ..data.augment import Mixing
 from ..data.labelled import Collator, LabelledImages, scoring_view, without_bad
 from ..data.labels import find_labels, labels_of
-from ..data.splits import open_splits
+from ..data.splits import splits_of
 from ..data.stream import Rows, one_line_errors
 from ..evaluation.metrics import make_compute_metrics
 from ..evaluation.results import add_result, make_result, read_results
@@ -90,19 +90,7 @@ class FinetuneRun:
         self.args = training_arguments(recipe, self.stored)
         # One process after the other, so that what a data set library caches is written once.
         with self.args.main_process_first(desc="opening the data"):
-            self.rows, self.eval_rows, self.evaluated_on = open_splits(
-                recipe.dataset,
-                recipe.split,
-                recipe.eval_dataset,
-                recipe.eval_split,
-                max_samples=recipe.max_samples,
-                max_eval_samples=recipe.max_eval_samples,
-                config_name=recipe.dataset_config,
-                revision=recipe.dataset_revision,
-                image_column=recipe.image_column,
-                label_column=recipe.label_column,
-                streaming=False,
-            )
+            self.rows, self.eval_rows, self.evaluated_on = splits_of(recipe, streaming=False)
         self.labels = find_labels(self.rows, recipe.problem_type)
         torch.manual_seed(recipe.seed)  # of a new head
         self.model = build_classifier(recipe, self.labels)

@@ -17,7 +17,7 @@ from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPri
 from ..configuration_mae import MAEConfig
 from ..data.augment import evaluation_resize
 from ..data.sources import DataError
-from ..data.splits import open_splits
+from ..data.splits import splits_of
 from ..data.stats import RESCALE_FACTORS, channel_stats, probe_rows
 from ..data.stream import Rows, StreamPlan, View
 from ..image_processing_mae import MAEImageProcessor
@@ -147,19 +147,7 @@ def open_data(recipe: PretrainRecipe) -> PretrainData:
     Raises:
         DataError: for what is not there, or has other channels than the recipe says.
     """
-    rows, eval_rows, evaluated_on = open_splits(
-        recipe.dataset,
-        recipe.split,
-        recipe.eval_dataset,
-        recipe.eval_split,
-        max_samples=recipe.max_samples,
-        max_eval_samples=recipe.max_eval_samples,
-        config_name=recipe.dataset_config,
-        revision=recipe.dataset_revision,
-        image_column=recipe.image_column,
-        label_column=recipe.label_column,
-        streaming=recipe.streaming,
-    )
+    rows, eval_rows, evaluated_on = splits_of(recipe, streaming=recipe.streaming)
     num_channels, dtype = probe_rows(rows)
     wanted = recipe.model_config.get("num_channels")
     if wanted is not None and wanted != num_channels and {wanted, num_channels} != {1, 3}:
