@@ -19,7 +19,7 @@ from hf_mae.training import checkpoint, pretrain
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")]
 
-OPTIONS = {"total_steps": 90, "save_steps": 4, "eval_steps": 45, "num_workers": 1, "resume": "auto"}
+OPTIONS = {"total_steps": 140, "save_steps": 4, "eval_steps": 70, "num_workers": 1, "resume": "auto"}
 CHECKPOINT_FILES = (
     "config.json", "model.safetensors", "preprocessor_config.json", "optimizer.safetensors", "trainer.json",
     "data.json", "COMPLETE",
@@ -85,8 +85,8 @@ def check_the_same(output_dir: Path, whole: Path) -> None:
     assert weights_hash(output_dir) == weights_hash(whole)
     assert losses(output_dir) == losses(whole)
     for name in ("model.safetensors", "optimizer.safetensors"):
-        assert checkpoint._sha256(output_dir / "checkpoint-90" / name) == checkpoint._sha256(
-            whole / "checkpoint-90" / name
+        assert checkpoint._sha256(output_dir / "checkpoint-140" / name) == checkpoint._sha256(
+            whole / "checkpoint-140" / name
         )
     assert not [path for path in output_dir.iterdir() if path.name.startswith(".tmp")]
 
@@ -106,7 +106,7 @@ def test_ten_kills_at_random_moments_change_nothing_about_the_weights(whole, tmp
         victim = moments.choice(pids)
         os.kill(victim, signal.SIGKILL)
         assert ends(pids)[pids.index(victim)] == -signal.SIGKILL
-        assert last_step(output_dir) < 90, "the run was over before it could be killed ten times"
+        assert last_step(output_dir) < 140, "the run was over before it could be killed ten times"
         kills += 1
     assert set(ends(fork(output_dir, ranks, **OPTIONS))) == {0}
     check_the_same(output_dir, whole)
@@ -118,9 +118,10 @@ def test_a_kill_inside_each_file_of_a_save_changes_nothing_about_the_weights(who
     shares = random.Random(ranks)
     changes = [dies_inside(name, shares.choice([0, 0.5, 1])) for name in CHECKPOINT_FILES]
     # Between the parts of a save: when the new one is in place and the old one not removed; in the middle of removing
-    # it, or of removing what an earlier kill has left.
-    changes += [dies_at(checkpoint, "_fsync", call) for call in (1, 8, 9)]
-    changes += [dies_half_way_through_removing("checkpoint-"), dies_half_way_through_removing(".tmp-checkpoint-")]
+    # it; and of removing what the kill before has left.
+    changes += [dies_half_way_through_removing("checkpoint-")]
+    changes += [dies_at(checkpoint, "_fsync", call) for call in (8, 9, 1)]
+    changes += [dies_half_way_through_removing(".tmp-checkpoint-")]
     for change in changes:
         before = checkpoints(output_dir)
         codes = ends(fork(output_dir, ranks, change, **OPTIONS))
@@ -131,7 +132,7 @@ def test_a_kill_inside_each_file_of_a_save_changes_nothing_about_the_weights(who
     for change in (dies_at(pretrain, "replace_files", 1), dies_at_end(1), dies_at_end(2)):
         codes = ends(fork(output_dir, ranks, change, **OPTIONS))
         assert codes[0] == -signal.SIGKILL
-        assert max(checkpoints(output_dir)) == 90
+        assert max(checkpoints(output_dir)) == 140
     assert set(ends(fork(output_dir, ranks, **OPTIONS))) == {0}
     check_the_same(output_dir, whole)
 

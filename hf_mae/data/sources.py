@@ -60,7 +60,8 @@ def open_source(
         try:
             return _open_mapped(place, split, image_column, label_column)
         except DataError as error:
-            if place.kind != "parquet" or streaming is not None:
+            missing_package = isinstance(error.__cause__, ImportError)
+            if place.kind != "parquet" or streaming is not None or missing_package:
                 raise
             # A corrupt page is the end of a table that `datasets` makes; read in place, it costs its own rows.
             logger.warning("%s; meanwhile they are read in place", error)
