@@ -76,7 +76,10 @@ class Rows:
             even = np.linspace(0, len(index) - 1, max_samples).round().astype(np.int64)
             index = index[even if source.random_access else slice(max_samples)]
         if len(index) == 0:
-            raise DataError(f"no rows are left of the {int(sizes.sum())} in {source.name} for {part}; give more data, or an --eval_dataset")
+            raise DataError(
+                f"no rows are left of the {int(sizes.sum())} in {source.name} for {part}; give more data, or an "
+                "--eval_dataset"
+            )
         self.index = index
         starts = [0] if source.random_access else [self.shard_starts[s] + start for s, start, _ in source.blocks]
         ends = np.searchsorted(index, [*starts[1:], self.shard_starts[-1]])

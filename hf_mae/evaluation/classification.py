@@ -41,7 +41,7 @@ def evaluate_classification(recipe: ClassificationRecipe) -> dict[str, Any]:
         config: Any = MAEConfig.from_pretrained(recipe.model)
         if "MAEForImageClassification" not in (config.architectures or []):
             raise DataError(f"{recipe.model} has no classifier; make one by hf-mae finetune --model {recipe.model}")
-        model = MAEForImageClassification.from_pretrained(recipe.model).eval()
+        model = MAEForImageClassification.from_pretrained(recipe.model, use_safetensors=True).eval()
         processor = MAEImageProcessor.from_pretrained(recipe.model)
     except DataError:
         raise

@@ -18,8 +18,9 @@ from accelerate.utils import gather_object
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..data.labelled import pixel_dtype, scoring_view
 from ..data.sources import DataError
-from ..data.stats import RESCALE_FACTORS, make_normalizer
+from ..data.stats import make_normalizer
 from ..data.stream import Batch, EvaluationSet, Rows, View, each_batch, make_loader
 from ..image_processing_mae import MAEImageProcessor
 from ..modeling_mae import MAEModel
@@ -124,29 +125,21 @@ class FrozenEncoder(nn.Module):
         self.pooling, self.mixed_precision = pooling, mixed_precision
         try:
             # Whatever precision it was saved in: features of one model are to be the same everywhere.
-            loaded: Any = MAEModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+            loaded: Any = MAEModel.from_pretrained(
+                path, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            )
             self.processor = MAEImageProcessor.from_pretrained(path)
         except (OSError, ValueError, RuntimeError) as error:
             raise DataError(f"--model {path} can't be loaded: {' '.join(str(error).split())[:300]}") from error
         self.encoder: MAEModel = loaded[0].eval().requires_grad_(False)
         if missing := sorted(loaded[1]["missing_keys"]):
             raise DataError(f"--model {path} has no weights for {missing[0]}; it is not a model of hf_mae")
-        self.dtype = next((d for d, f in RESCALE_FACTORS.items() if f == self.processor.rescale_factor), "float32")
-        if not self.processor.do_rescale:
-            self.dtype = "float32"
+        self.dtype = pixel_dtype(self.processor)
 
     @property
     def view(self) -> View:
         """The evaluation view that the model was trained for."""
-        processor, config = self.processor, self.encoder.config
-        size: Any = processor.size
-        return View(
-            size=config.image_height_width,
-            num_channels=config.num_channels,
-            dtype=self.dtype,
-            num_patches=config.num_patches,
-            eval_resize=size.shortest_edge or (size.height, size.width),
-        )
+        return scoring_view(self.encoder.config, self.processor)
 
     @property
     def width(self) -> int:

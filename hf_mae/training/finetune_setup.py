@@ -132,6 +132,7 @@ def build_classifier(recipe: FinetuneRecipe, labels: Labels) -> MAEForImageClass
         "trainable_positions": recipe.trainable_positions,
         "head_initializer_range": 2e-5,
         "attn_implementation": recipe.attn_implementation,
+        "use_safetensors": True,
         "dtype": torch.float32,
     }
     if recipe.image_size is not None:
