@@ -9,6 +9,7 @@ COMMANDS = {
     "finetune": "train a classifier on a pretrained model, with labels",
     "evaluate": "evaluate knn | linear-probe: what frozen features are worth; evaluate classification",
     "embed": "write frozen features of any data to a parquet or numpy file",
+    "push": "publish a model on the Hugging Face Hub, with the code that loads it, and check what comes back",
     "stats": "print a data set's per-channel mean and standard deviation",
 }
 
@@ -43,6 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         "finetune": _finetune,
         "evaluate": _evaluate,
         "embed": _embed,
+        "push": _push,
         "stats": _stats,
     }
     if name not in runners:
@@ -69,6 +71,7 @@ def _run(runner: Callable[[list[str]], int], arguments: list[str]) -> int:
     from . import register
     from .data.decode import MissingPackage
     from .data.sources import DataError
+    from .publishing.hub import PublishError
     from .training.checkpoint import CheckpointError
     from .training.guard import NonFiniteError
     from .training.recipe import RecipeError
@@ -78,7 +81,7 @@ def _run(runner: Callable[[list[str]], int], arguments: list[str]) -> int:
     transformers_logging.disable_progress_bar()
     try:
         return runner(arguments)
-    except (DataError, RecipeError, CheckpointError, NonFiniteError, MissingPackage) as error:
+    except (DataError, RecipeError, CheckpointError, NonFiniteError, MissingPackage, PublishError) as error:
         return _fail(str(error))
 
 
@@ -162,6 +165,22 @@ def _embed(arguments: list[str]) -> int:
     written = embed(parse_dataclass(EmbedRecipe, arguments, "hf-mae embed"))
     shape = " x ".join(map(str, written["width"]))
     print(f"{written['images']:,} images, {shape} features each: {written['path']}")
+    return 0
+
+
+def _push(arguments: list[str]) -> int:
+    from dataclasses import asdict
+
+    from .publishing.hub import PushRecipe, push
+    from .training.recipe import parse_dataclass
+
+    folder_first = bool(arguments) and not arguments[0].startswith("-")
+    arguments = ["--folder", *arguments] if folder_first else arguments
+    published = push(**asdict(parse_dataclass(PushRecipe, arguments, "hf-mae push")))
+    print(
+        f"published {published['url']} at {published['commit']}\n"
+        f"loaded from there without this package: largest difference {published['difference']:.3g}"
+    )
     return 0
 
 

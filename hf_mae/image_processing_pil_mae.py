@@ -12,6 +12,8 @@ not need torchvision.
 
 import math
 import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -263,6 +265,13 @@ class MAEImageProcessorKwargs(ImagesKwargs, total=False):
     num_channels: int
 
 
+def _code_files() -> dict[str, Path]:
+    """Backend -> file. Loaded as remote code, for Pillow alone, there is no other file beside this one."""
+    here = Path(__file__)
+    files = {"torchvision": here.with_name("image_processing_mae.py"), "pil": here}
+    return {backend: file for backend, file in files.items() if file.exists()}
+
+
 class MAEImageProcessorBase(BaseImageProcessor):
     """The evaluation transform of MAE as class attributes, and the steps that both backends share."""
 
@@ -282,6 +291,47 @@ class MAEImageProcessorBase(BaseImageProcessor):
     image_mean = IMAGENET_DEFAULT_MEAN
     image_std = IMAGENET_DEFAULT_STD
     num_channels = 3
+
+    def save_pretrained(self, save_directory: Any, *args: Any, with_code: bool = False, **kwargs: Any) -> list[str]:
+        """transformers' own, with or without the code that loads it where this package is not installed.
+
+        Args:
+            save_directory: folder.
+            *args: as for every image processor of transformers.
+            with_code: save both backends' code too, and say in preprocessor_config.json which is which.
+            **kwargs: as for every image processor of transformers.
+        """
+        if with_code or kwargs.get("push_to_hub"):
+            self._auto_class = "AutoImageProcessor"
+        if self._auto_class:
+            os.makedirs(save_directory, exist_ok=True)
+            for file in _code_files().values():
+                shutil.copy(file, save_directory)
+        try:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            for name in ("_auto_class", "auto_map"):
+                vars(self).pop(name, None)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> str:
+        """transformers' own, with both backends' code."""
+        self._auto_class = "AutoImageProcessor"
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        finally:
+            vars(self).pop("_auto_class", None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What preprocessor_config.json says: the settings, and the code of each backend where it is saved too."""
+        settings = super().to_dict()
+        settings.pop("_auto_class", None)
+        settings.pop("auto_map", None)
+        if self._auto_class:
+            # transformers itself would name the class that is saved, and give it to those who ask for the other.
+            names = {"torchvision": "MAEImageProcessor", "pil": "MAEImageProcessorPil"}
+            code = {backend: f"{file.stem}.{names[backend]}" for backend, file in _code_files().items()}
+            settings["auto_map"] = {"AutoImageProcessor": code}
+        return settings
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Open paths and URLs; local files keep their mode, where transformers' loader would clip 16 bits."""

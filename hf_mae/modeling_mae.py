@@ -419,6 +419,17 @@ class MAEDecoder(nn.Module):
 # ---------------------------------------------------------------------------------------------- models
 
 
+# What transformers looks for in a repository that brings this code along.
+AUTO_MAP = {
+    "AutoConfig": "configuration_mae.MAEConfig",
+    "AutoModel": "modeling_mae.MAEModel",
+    "AutoModelForPreTraining": "modeling_mae.MAEForPreTraining",
+    "AutoModelForMaskedImageModeling": "modeling_mae.MAEForPreTraining",
+    "AutoModelForImageClassification": "modeling_mae.MAEForImageClassification",
+    "AutoBackbone": "modeling_mae.MAEBackbone",
+}
+
+
 class MAEPreTrainedModel(PreTrainedModel):
     """What all MAE models share: initial values, loading at another image size or channel count."""
 
@@ -462,6 +473,45 @@ class MAEPreTrainedModel(PreTrainedModel):
         elif isinstance(module, MAEPositions):
             # Again here: after loading on the meta device, what the constructor wrote is gone.
             init.copy_(module.table, sincos_table(module.grid_size, module.table.shape[1]).to(module.table.dtype))
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: Any, *args: Any, with_code: bool = False, **kwargs: Any
+    ) -> None:
+        """transformers' own, with or without the code that loads the model where this package is not installed.
+
+        Args:
+            save_directory: folder.
+            *args: as for every transformers model.
+            with_code: save the code too, and say in config.json what each Auto class finds in it. A folder without
+                it says nothing of code, whatever the model was loaded from. Classes that are registered by
+                `register_for_auto_class`, as transformers does where it loads such code, are always saved with it.
+            **kwargs: as for every transformers model.
+        """
+        cls, registered = type(self), type(self)._auto_class
+        if with_code or kwargs.get("push_to_hub") or registered:
+            # Registration alone would name this one class, and leave the other Auto classes without any.
+            self.config.auto_map = dict(AUTO_MAP)
+            names = [name for name, where in AUTO_MAP.items() if where.endswith(f".{cls.__name__}")]
+            cls._auto_class = names[0] if names else registered
+        else:
+            vars(self.config).pop("auto_map", None)
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            cls._auto_class = registered
+            if not registered:
+                vars(self.config).pop("auto_map", None)
+
+    def push_to_hub(  # pyright: ignore[reportIncompatibleVariableOverride]
+        self, *args: Any, **kwargs: Any
+    ) -> str:
+        """transformers' own, with the code that loads the model where this package is not installed."""
+        cls, registered = type(self), type(self)._auto_class
+        cls._auto_class = registered or "AutoModel"
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        finally:
+            cls._auto_class = registered
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -1,8 +1,10 @@
-"""A small read-only Hugging Face Hub on 127.0.0.1, for tests that need no network.
+"""A small Hugging Face Hub on 127.0.0.1, to read from and to push to, for tests that need no network.
 
 Repositories are plain folders, `root/datasets/USER/NAME/...` and `root/models/USER/NAME/...`: that is the
 revision `main`. A folder `root/datasets/USER/NAME.rev/REVISION/...` is another one. A revision also answers
-to its sha, a hash of its paths and bytes. Every file is a "regular" git blob: no LFS, no Xet.
+to its sha, a hash of its paths and bytes. Every file is a "regular" git blob, no Xet; files whose names end with
+`hub.lfs` are uploaded by LFS. A commit keeps the state before it in `NAME.rev/SHA`. With `hub.token`, only requests
+that bring it may write, or see what is private.
 
 The clients read HF_ENDPOINT when they are imported, so a test starts a fresh interpreter with `hub.env`:
 
@@ -11,10 +13,12 @@ The clients read HF_ENDPOINT when they are imported, so a test starts a fresh in
     assert all(request.range for request in hub.requests if request.path.endswith(".parquet"))
 """
 
+import base64
 import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable
@@ -24,11 +28,13 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qs, unquote
 
+import yaml
+
 DATE = "2024-01-01T00:00:00.000Z"  # of every commit
 
 
 class Request(NamedTuple):
-    """One answered request; `status` is None where the connection was cut in the middle of the body."""
+    """One request; `status` is None where the connection was cut before or in the middle of the answer."""
 
     method: str
     path: str  # unquoted, without the query
@@ -45,9 +51,13 @@ class Call(NamedTuple):
     headers: dict[str, str]  # keys in lower case
     body: bytes
 
+    @property
+    def authorized(self) -> bool:
+        return self.hub.token in (None, self.headers.get("authorization", "").removeprefix("Bearer "))
+
 
 class Response(NamedTuple):
-    status: int = 200
+    status: int = 200  # 0 closes the connection without an answer
     body: bytes = b""
     headers: dict[str, str] = {}  # never written to
     cut: bool = False  # close the connection after half of the body
@@ -62,7 +72,7 @@ class Revision:
 
     def __init__(self, call: Call, kind: str, repo: str, revision: str):
         main = call.hub.root / kind / repo
-        if not main.is_dir():
+        if not main.is_dir() or (repo in call.hub.private and not call.authorized):
             raise HubError("RepoNotFound")
         for folder in (main, *Path(f"{main}.rev").glob("*")):
             paths = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -72,6 +82,7 @@ class Revision:
                 break
         else:
             raise HubError("RevisionNotFound")
+        self.folder = folder
         self.folders = {str(parent) for name in self.files for parent in Path(name).parents} - {"."}
 
     def entry(self, path: str, query: dict[str, list[str]]) -> dict:
@@ -109,7 +120,7 @@ def whoami(call: Call) -> Response:
 def repo_info(call: Call, kind: str, repo: str, revision: str = "main") -> Response:
     found = Revision(call, kind, repo, revision)
     info = {"id": repo, "sha": found.sha, "siblings": [{"rfilename": name} for name in found.files]}
-    return as_json(info | {"private": False, "gated": False, "tags": [], "lastModified": DATE})
+    return as_json(info | {"private": repo in call.hub.private, "gated": False, "tags": [], "lastModified": DATE})
 
 
 def tree(call: Call, kind: str, repo: str, revision: str, folder: str) -> Response:
@@ -149,6 +160,116 @@ def resolve(call: Call, kind: str, repo: str, revision: str, path: str) -> Respo
     return Response(206, body[start:stop], headers, cut=failure is not None)
 
 
+def create_repo(call: Call) -> Response:
+    wanted = json.loads(call.body)
+    repo = f"{wanted.get('organization') or 'user'}/{wanted['name']}"
+    url = {"url": f"{call.hub.url}/{repo}", "name": repo, "id": repo}
+    if not repo.startswith("user/"):
+        return as_json({"error": "You don't have the rights to create a model under this namespace"}, status=403)
+    try:
+        (call.hub.root / f"{wanted.get('type', 'model')}s" / repo).mkdir(parents=True)
+    except FileExistsError:
+        return as_json({"error": "You already created this model repo", **url}, status=409)
+    if wanted.get("private") or wanted.get("visibility") == "private":  # huggingface_hub 1.x, 2.4
+        call.hub.private.add(repo)
+    return as_json(url)
+
+
+def create_branch(call: Call, kind: str, repo: str, branch: str) -> Response:
+    source = Revision(call, kind, repo, json.loads(call.body or b"{}").get("startingPoint", "main")).folder
+    folder = Path(f"{call.hub.root / kind / repo}.rev") / branch
+    if folder.exists():
+        return as_json({"error": "Reference already exists"}, status=409)
+    shutil.copytree(source, folder)
+    return as_json({})
+
+
+def validate_yaml(call: Call) -> Response:
+    """A part of the Hub's rules for the metadata of a card."""
+    content = json.loads(call.body)["content"].replace("\r\n", "\n")
+    found = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
+    metadata = yaml.safe_load(found[1]) if found else {}
+    errors = [f'"{key}" must be a string' for key in ("pipeline_tag", "library_name", "license")
+              if not isinstance(metadata.get(key, ""), str)]  # fmt: skip
+    errors += [f'"{key}" must be a list of strings' for key in ("tags", "datasets")
+               if not all(isinstance(word, str) for word in metadata.get(key, []))]  # fmt: skip
+    if metadata.get("license", "mit") not in ("apache-2.0", "mit", "cc-by-nc-4.0", "other"):
+        errors.append(f'"license" {metadata["license"]} is unknown')
+    if metadata.get("license") == "other" and "license_name" not in metadata:
+        errors.append('"license_name" is required')
+    if not all(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) for name in metadata.get("datasets", [])):
+        errors.append('"datasets" must be ids')
+    for model in metadata.get("model-index", []):
+        for result in model["results"]:
+            if not {"type", "name"} <= result["dataset"].keys() or "type" not in result["task"]:
+                errors.append("\"model-index\" needs a task's type, and a data set's type and name")
+            if any(not isinstance(metric["value"], int | float) for metric in result["metrics"]):
+                errors.append('"model-index": a metric\'s value must be a number')
+    answer = {"errors": [{"message": text} for text in errors], "warnings": []}
+    return as_json(answer, status=400 if errors else 200)
+
+
+def preupload(call: Call, kind: str, repo: str, revision: str) -> Response:
+    found = Revision(call, kind, repo, revision)
+    return as_json({"files": [
+        {"path": file["path"], "uploadMode": "lfs" if file["path"].endswith(call.hub.lfs) else "regular",
+         "shouldIgnore": False, "oid": blob_id(found.files[file["path"]]) if file["path"] in found.files else None}
+        for file in json.loads(call.body)["files"]
+    ]})  # fmt: skip
+
+
+def lfs_batch(call: Call, repo: str) -> Response:
+    """What is there already needs no action: an interrupted upload goes on with the files that it lacks."""
+    objects = json.loads(call.body)["objects"]
+    for wanted in objects:
+        if not (call.hub.root / "lfs" / wanted["oid"]).exists():
+            urls = {name: {"href": f"{call.hub.url}/_lfs/{name}/{wanted['oid']}"} for name in ("upload", "verify")}
+            wanted["actions"] = urls
+    return as_json({"transfer": "basic", "objects": objects})
+
+
+def lfs_upload(call: Call, oid: str) -> Response:
+    if hashlib.sha256(call.body).hexdigest() != oid:
+        return as_json({"error": "sha256 differs"}, status=400)
+    (call.hub.root / "lfs").mkdir(exist_ok=True)
+    (call.hub.root / "lfs" / oid).write_bytes(call.body)
+    return Response()
+
+
+def lfs_verify(call: Call, oid: str) -> Response:
+    return Response(200 if (call.hub.root / "lfs" / oid).exists() else 404)
+
+
+def commit(call: Call, kind: str, repo: str, revision: str) -> Response:
+    """All of a commit or nothing of it."""
+    found = Revision(call, kind, repo, revision)
+    changed = Path(tempfile.mkdtemp(dir=call.hub.home)) / "changed"
+    shutil.copytree(found.folder, changed)
+    for line in call.body.splitlines():
+        key, value = json.loads(line)["key"], json.loads(line)["value"]
+        path = changed / value.get("path", "")
+        if key == "deletedFile":
+            path.unlink()
+        elif key in ("file", "lfsFile"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content = base64.b64decode(value["content"]) if key == "file" else None
+            path.write_bytes(content if content is not None else (call.hub.root / "lfs" / value["oid"]).read_bytes())
+    before = Path(f"{call.hub.root / kind / repo}.rev") / found.sha
+    with call.hub._lock:
+        shutil.rmtree(before, ignore_errors=True)  # of the same content
+        before.parent.mkdir(exist_ok=True)
+        shutil.move(found.folder, before)
+        shutil.move(changed, found.folder)
+    sha = Revision(call, kind, repo, revision).sha
+    url = f"{call.hub.url}/{repo}/commit/{sha}"
+    return as_json({"success": True, "commitOid": sha, "commitUrl": url, "hookOutput": ""})
+
+
+def commits(call: Call, kind: str, repo: str, revision: str) -> Response:
+    sha = Revision(call, kind, repo, revision).sha
+    return as_json([{"id": sha, "title": "commit", "message": "", "date": DATE, "authors": []}])
+
+
 def fail(call: Call) -> Response:
     """Lets the process under test call `fail_next` itself, at the moment that it chooses."""
     call.hub.fail_next(**json.loads(call.body))
@@ -166,10 +287,29 @@ ROUTES: list[tuple[str, str, Callable[..., Response]]] = [
     ("POST", rf"{_REPO}/paths-info/{_PART}", paths_info),
     ("GET", rf"/(datasets/)?([^/]+/[^/]+)/resolve/{_PART}/(.+)", resolve),
     ("POST", r"/_fail", fail),
+    ("POST", r"/api/repos/create", create_repo),
+    ("POST", r"/api/validate-yaml", validate_yaml),
+    ("POST", rf"{_REPO}/branch/{_PART}", create_branch),
+    ("POST", rf"{_REPO}/preupload/{_PART}", preupload),
+    ("POST", rf"{_REPO}/commit/{_PART}", commit),
+    ("GET", rf"{_REPO}/commits/{_PART}", commits),
+    ("POST", r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", lfs_batch),
+    ("PUT", r"/_lfs/upload/(\w+)", lfs_upload),
+    ("POST", r"/_lfs/verify/(\w+)", lfs_verify),
 ]
 
 
+# What is asked with a POST all the same.
+_READS = r"/api/validate-yaml|/_fail|.*/paths-info/.*"
+
+
 def _route(call: Call, path: str) -> Response:
+    if (broken := call.hub.break_at) and broken[1] > 0 and re.fullmatch(broken[0], f"{call.method} {path}"):
+        call.hub.break_at = (broken[0], broken[1] - 1)
+        return Response(0)
+    writes = call.method in ("POST", "PUT") and not re.fullmatch(_READS, path) and "/_lfs/" not in path
+    if (writes or path == "/api/whoami-v2") and not call.authorized:
+        return as_json({"error": "Invalid username or password."}, status=401)
     for method, pattern, handler in ROUTES:
         if call.method.replace("HEAD", "GET") == method and (match := re.fullmatch(pattern, path)):
             try:
@@ -190,8 +330,11 @@ class _Handler(BaseHTTPRequestHandler):
         if "form-urlencoded" in headers.get("content-type", ""):
             query = body.decode()
         response = _route(Call(self.hub, self.command, parse_qs(query), headers, body), path)
-        status = None if response.cut else response.status
+        status = None if response.cut or not response.status else response.status
         self.hub.requests.append(Request(self.command, unquote(path), status, headers.get("range")))
+        if not response.status:
+            self.close_connection = True
+            return
         self.send_response(response.status)
         for name, value in {**response.headers, "Content-Length": str(len(response.body))}.items():
             self.send_header(name, value)
@@ -213,11 +356,19 @@ class HubServer:
         url: `http://127.0.0.1:PORT`.
         home: HF_HOME of the processes that get `env`; empty at first, removed at the end.
         requests: every request answered so far.
+        token: what a request must bring to write, or to see private repositories; None: all may.
+        private: repositories, as USER/NAME.
+        lfs: endings of the files that are uploaded by LFS.
+        break_at: pattern of "METHOD PATH", and how many such requests get no answer before they are routed.
     """
 
     def __init__(self, root: Path):
         self.root = root
         self.requests: list[Request] = []
+        self.token: str | None = None
+        self.private: set[str] = set()
+        self.lfs: tuple[str, ...] = ()
+        self.break_at: tuple[str, int] | None = None
         self._failures: list[tuple[int | None, str]] = []
         self._lock = threading.Lock()
 

@@ -1,0 +1,97 @@
+"""What a model gives on a fixed image, and the fresh process that measures it again on what the Hub gives back.
+
+As a script this file runs without the package, as on a stranger's machine: `hub.py` starts it after a push. The code
+that comes with the model is run there, and only after its bytes have been found to be those of this package.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForPreTraining,
+)
+
+CODE = ("configuration_mae.py", "image_processing_mae.py", "image_processing_pil_mae.py", "modeling_mae.py")
+TOLERANCE = 1e-5  # of the largest number; on one machine the difference is 0
+
+
+@torch.no_grad()
+def measure(place: str, **loading: Any) -> dict[str, torch.Tensor]:
+    """Pixels, features and loss (of a classifier: logits) for one fixed image.
+
+    Args:
+        place: folder or Hub id.
+        **loading: keywords of every `from_pretrained`.
+    """
+    config = AutoConfig.from_pretrained(place, **loading)
+    height, width = config.image_height_width
+    count = height * width * config.num_channels
+    image = (torch.arange(count) * 7919 % 251).to(torch.uint8).view(height, width, config.num_channels).numpy()
+    measured = {}
+    for backend in ("torchvision", "pil"):
+        processor = AutoImageProcessor.from_pretrained(place, backend=backend, **loading)
+        pixel_values = processor(image, return_tensors="pt", input_data_format="channels_last").pixel_values
+        measured[f"pixels of {type(processor).__name__}"] = pixel_values
+    model = AutoModel.from_pretrained(place, **loading).eval()
+    measured["features"] = model(pixel_values, interpolate_pos_encoding=True).last_hidden_state
+    architecture = (config.architectures or [""])[0]
+    if architecture == "MAEForPreTraining":
+        model = AutoModelForPreTraining.from_pretrained(place, **loading).eval()
+        measured["loss"] = model(pixel_values, interpolate_pos_encoding=True).loss
+    if architecture == "MAEForImageClassification":
+        model = AutoModelForImageClassification.from_pretrained(place, **loading).eval()
+        measured["logits"] = model(pixel_values, interpolate_pos_encoding=True).logits
+    return {name: value.float().contiguous() for name, value in measured.items()}
+
+
+def compare(expected: dict[str, torch.Tensor], measured: dict[str, torch.Tensor]) -> float:
+    """The largest difference.
+
+    Raises:
+        ValueError: naming what is missing, or differs.
+    """
+    if expected.keys() != measured.keys():
+        raise ValueError(f"{sorted(measured)} came back instead of {sorted(expected)}")
+    largest = 0.0
+    for name, value in expected.items():
+        if value.shape != measured[name].shape:
+            raise ValueError(f"{name}: shape {tuple(measured[name].shape)} instead of {tuple(value.shape)}")
+        difference = (value - measured[name]).abs().max().item()
+        # Written so that NaN is a difference.
+        if not difference <= TOLERANCE * max(1.0, value.abs().max().item()):
+            raise ValueError(f"{name}: a difference of {difference:.3g}")
+        largest = max(largest, difference)
+    return largest
+
+
+class _WithoutPackage:
+    """Makes the package absent to every import, wherever it is installed."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> None:
+        if name.split(".")[0] == "hf_mae":
+            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+
+
+def main(repo_id: str, revision: str, expected: str, code: str) -> int:
+    """Compare a revision of a repository with what was measured before it was pushed; prints the difference."""
+    sys.meta_path.insert(0, _WithoutPackage)  # type: ignore[arg-type]
+    for name in CODE:
+        if Path(hf_hub_download(repo_id, name, revision=revision)).read_bytes() != (Path(code) / name).read_bytes():
+            raise ValueError(f"{name} is not the file that was pushed; it was not run")
+    measured = measure(repo_id, revision=revision, trust_remote_code=True)
+    print(json.dumps({"difference": compare(load_file(expected), measured)}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
