@@ -9,6 +9,7 @@ COMMANDS = {
     "finetune": "train a classifier on a pretrained model, with labels",
     "evaluate": "evaluate knn | linear-probe: what frozen features are worth; evaluate classification",
     "embed": "write frozen features of any data to a parquet or numpy file",
+    "convert": "weights of the original (.pth), of transformers' vit_mae and of timm to ours, and back",
     "push": "publish a model on the Hugging Face Hub, with the code that loads it, and check what comes back",
     "stats": "print a data set's per-channel mean and standard deviation",
 }
@@ -44,6 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         "finetune": _finetune,
         "evaluate": _evaluate,
         "embed": _embed,
+        "convert": _convert,
         "push": _push,
         "stats": _stats,
     }
@@ -72,6 +74,7 @@ def _run(runner: Callable[[list[str]], int], arguments: list[str]) -> int:
     from .data.decode import MissingPackage
     from .data.sources import DataError
     from .publishing.hub import PublishError
+    from .publishing.pth import ConvertError
     from .training.checkpoint import CheckpointError
     from .training.guard import NonFiniteError
     from .training.recipe import RecipeError
@@ -81,7 +84,9 @@ def _run(runner: Callable[[list[str]], int], arguments: list[str]) -> int:
     transformers_logging.disable_progress_bar()
     try:
         return runner(arguments)
-    except (DataError, RecipeError, CheckpointError, NonFiniteError, MissingPackage, PublishError) as error:
+    except (
+        DataError, RecipeError, CheckpointError, NonFiniteError, MissingPackage, PublishError, ConvertError
+    ) as error:  # fmt: skip
         return _fail(str(error))
 
 
@@ -165,6 +170,14 @@ def _embed(arguments: list[str]) -> int:
     written = embed(parse_dataclass(EmbedRecipe, arguments, "hf-mae embed"))
     shape = " x ".join(map(str, written["width"]))
     print(f"{written['images']:,} images, {shape} features each: {written['path']}")
+    return 0
+
+
+def _convert(arguments: list[str]) -> int:
+    from .publishing.convert import convert, describe_conversion, parse_options
+
+    options = parse_options(arguments)
+    print(describe_conversion(convert(options), options.dest))
     return 0
 
 

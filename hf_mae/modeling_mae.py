@@ -524,9 +524,14 @@ class MAEPreTrainedModel(PreTrainedModel):
         if pretrained_model_name_or_path is None or kwargs.get("state_dict") is not None:
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
         hub_options = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-        stored = MAEConfig.from_pretrained(
-            pretrained_model_name_or_path, **{key: kwargs[key] for key in hub_options if key in kwargs}
-        )
+        hub_options = {key: kwargs[key] for key in hub_options if key in kwargs}
+        settings, _ = MAEConfig.get_config_dict(pretrained_model_name_or_path, **hub_options)
+        if settings.get("model_type", "mae") != "mae":
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is a model of type {settings['model_type']}, not mae; convert it: "
+                f"hf-mae convert {pretrained_model_name_or_path} FOLDER"
+            )
+        stored = MAEConfig.from_dict(settings)
         if isinstance(config, PreTrainedConfig):
             config = copy.deepcopy(config)
             wanted = {key: getattr(config, key) for key in ("image_size", "num_channels")}

@@ -7,34 +7,7 @@ from torch import nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from hf_mae import MAEForPreTraining
-
-RENAMED = {
-    "mae.embeddings.position_embeddings.table": "vit.embeddings.position_embeddings",
-    "decoder.decoder_pos_embed.table": "decoder.decoder_pos_embed",
-    "mae.embeddings.patch_embed.": "vit.embeddings.patch_embeddings.projection.",
-    "mae.embeddings.": "vit.embeddings.",
-    "mae.layers.": "vit.layers.",
-    "mae.norm.": "vit.layernorm.",
-    ".norm1.": ".layernorm_before.",
-    ".norm2.": ".layernorm_after.",
-    ".attention.proj.": ".attention.o_proj.",
-}
-
-
-def peers_weights(ours: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Our weights under the peer's names, the fused query, key and value split."""
-    weights = {}
-    for key, value in ours.items():
-        for old, new in RENAMED.items():
-            key = key.replace(old, new)
-        if key.endswith(".table") or "pos_embed" in key or "position_embeddings" in key:
-            value = value[None]
-        if ".qkv." in key:
-            for letter, part in zip("qkv", value.chunk(3), strict=True):
-                weights[key.replace("qkv", f"{letter}_proj")] = part
-        else:
-            weights[key] = value
-    return weights
+from hf_mae.publishing.keys import to_layout
 
 
 def make_peer(**overrides) -> ViTMAEForPreTraining:
@@ -43,7 +16,7 @@ def make_peer(**overrides) -> ViTMAEForPreTraining:
 
 def both(**overrides) -> tuple[nn.Module, nn.Module]:
     ours, peer = tiny(MAEForPreTraining, **overrides), make_peer(**overrides)
-    peer.load_state_dict(peers_weights(ours.state_dict()))  # strict: every name of either has its partner
+    peer.load_state_dict(to_layout(ours.state_dict(), "transformers"))  # strict: every name of either has its partner
     return ours, peer
 
 
@@ -77,7 +50,7 @@ def test_gradients_agree():
         model(pixels(), noise=draw_noise()).loss.backward()
     gradients = {name: p.grad for name, p in ours.named_parameters()}
     expected = {name: p.grad for name, p in peer.named_parameters() if p.grad is not None}
-    for name, gradient in peers_weights(gradients).items():
+    for name, gradient in to_layout(gradients, "transformers").items():
         torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4)
 
 

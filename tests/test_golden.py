@@ -1,7 +1,6 @@
 """Figures of the original implementation (tests/data/golden_original.json) on weights that a formula gives."""
 
 import json
-import re
 from pathlib import Path
 from zlib import crc32
 
@@ -11,6 +10,7 @@ from torch import nn
 
 from hf_mae import MAEConfig, MAEForImageClassification, MAEForPreTraining, mae_vit_base
 from hf_mae.modeling_mae import MAEPositions, sincos_table
+from hf_mae.publishing.keys import their_names
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "golden_original.json").read_text())
 
@@ -28,25 +28,9 @@ NUMBERS = {
     "decoder_intermediate_size": 192,
 }
 
-# Our names -> the original's, in this order.
-RENAMED = (
-    (r"^mae\.", ""),
-    (r"^decoder\.", ""),
-    (r"^embeddings\.position_embeddings\.table$", "pos_embed"),
-    (r"^decoder_pos_embed\.table$", "decoder_pos_embed"),
-    (r"^embeddings\.cls_token$", "cls_token"),
-    (r"^embeddings\.patch_embed\.", "patch_embed.proj."),
-    (r"^decoder_layers\.", "decoder_blocks."),
-    (r"^layers\.", "blocks."),
-    (r"\.attention\.", ".attn."),
-    (r"^classifier\.", "head."),
-)
-
 
 def original_name(name: str) -> str:
-    for pattern, replacement in RENAMED:
-        name = re.sub(pattern, replacement, name)
-    return name
+    return their_names(name, "original")[0]
 
 
 def formula(key: str, tensor: torch.Tensor, around: float = 0.0) -> torch.Tensor:

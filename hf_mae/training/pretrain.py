@@ -23,6 +23,7 @@ from ..data.stats import make_normalizer
 from ..data.stream import Batch, TrainingStream, each_batch, make_loader
 from ..evaluation.online import OnlineQuality
 from ..modeling_mae import MAEForPreTraining
+from ..publishing.hub import BackgroundPush
 from .checkpoint import (
     CheckpointError,
     DiskFullError,
@@ -198,6 +199,9 @@ class PretrainRun:
         quality_steps = max(1, self.total_steps // 5) if recipe.quality_steps is None else recipe.quality_steps
         previous = {sig: signal.signal(sig, self._request_stop) for sig in (signal.SIGTERM, signal.SIGUSR1)}
         batches = self._batches(first_step)
+        publisher = None
+        if recipe.push_to_hub and self.accelerator.is_main_process:
+            publisher = BackgroundPush(recipe.push_to_hub, recipe.hub_private_repo, log.say)
         losses: list[torch.Tensor] = []
         watch = Stopwatch()
         stop = False
@@ -224,6 +228,8 @@ class PretrainRun:
                         self._measure_quality(log)
                     if saves or stop:
                         self.save_checkpoint(log, must=stop or last)
+                        if publisher and not last:
+                            publisher.start(self.output_dir / f"checkpoint-{step}")
                 if stop:
                     log.say(f"stopped on request after step {step}; go on with --resume auto")
                     break
@@ -247,6 +253,11 @@ class PretrainRun:
         }
         self.accelerator.wait_for_everyone()
         self.accelerator.state.destroy_process_group()
+        # Last, so that no other process waits for an upload.
+        if publisher and finished:
+            publisher.wait()
+            publisher.start(self.output_dir)
+            publisher.wait()
         return summary
 
     @property

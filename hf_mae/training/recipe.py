@@ -167,6 +167,8 @@ class PretrainRecipe(RunRecipe):
         None, "steps between two looks at kNN, linear accuracy and RankMe; a fifth of the run when omitted, 0: none"
     )
     quality_samples: int = _key(2000, "training images for these at most; half as many are classified")
+    push_to_hub: str | None = _key(None, "USER/NAME: push each checkpoint there while the run goes on, then the model")
+    hub_private_repo: bool = _key(False, "the repository must be private")
     model_size: Literal["tiny", "small", "base", "large", "huge"] = _key("base", "row of the table of sizes")
     model_config: dict[str, Any] = field(default_factory=dict, metadata={"help": "keys of MAEConfig"})
 

@@ -34,7 +34,7 @@ FREE_KEYS = {
     "output_dir", "resume", "recipe", "num_workers", "per_device_batch_size", "mixed_precision", "compile",
     "gradient_checkpointing", "attn_implementation", "deterministic", "log_steps", "log_with", "save_steps",
     "keep_checkpoints", "eval_steps", "max_eval_samples", "max_bad_fraction", "dry_run", "allow_data_change",
-    "quality_steps", "quality_samples",
+    "quality_steps", "quality_samples", "push_to_hub", "hub_private_repo",
 }  # fmt: skip
 # And these, where a fingerprint of the data tells whether what is at another place is the same.
 PLACE_KEYS = {"dataset", "dataset_config", "dataset_revision", "eval_dataset", "eval_split"}

@@ -1,0 +1,93 @@
+"""Image processors of transformers' ViT models and timm's settings, to ours and back."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from ..configuration_mae import MAEConfig
+from ..image_processing_mae import MAEImageProcessor
+
+FILE = "preprocessor_config.json"
+# What ours, and ViTImageProcessor, may say besides sizes.
+SETTINGS = ("do_resize", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "resample")
+INTERPOLATION = {"bilinear": 2, "bicubic": 3}  # PIL.Image.Resampling
+
+
+def evaluation_processor(config: MAEConfig, crop_pct: float | None = None, **settings: Any) -> MAEImageProcessor:
+    """The original's evaluation transform, every size of it stated: resize the shorter side, cut out the middle.
+
+    Args:
+        config: of the model, for its image size and channels.
+        crop_pct: the crop's share of the resized side: 0.875 up to 224 pixels, 1 above, when omitted.
+        **settings: what else is known; mean and standard deviation are ImageNet's when omitted.
+    """
+    height, width = config.image_height_width
+    crop_pct = crop_pct or (0.875 if max(height, width) <= 224 else 1.0)
+    # Rounded down, as the original and timm do; 224 / (224 / 248) must not become 247.
+    resized = math.floor(height / crop_pct + 1e-6), math.floor(width / crop_pct + 1e-6)
+    square = height == width
+    size = {"shortest_edge": resized[0]} if square else {"height": resized[0], "width": resized[1]}
+    defaults = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
+    processor: Any = MAEImageProcessor
+    processor = processor(
+        num_channels=config.num_channels,
+        **{"size": size, "crop_size": {"height": height, "width": width}, **defaults, **settings},
+    )
+    return adapt_channels(processor, config.num_channels)
+
+
+def adapt_channels(processor: MAEImageProcessor, num_channels: int) -> MAEImageProcessor:
+    """Mean and standard deviation for another number of channels: the mean of the old ones', in each."""
+    for name in ("image_mean", "image_std"):
+        values = list(getattr(processor, name))
+        setattr(processor, name, values if len(values) == num_channels else [sum(values) / len(values)] * num_channels)
+    processor.num_channels = num_channels
+    return processor
+
+
+def read_processor(folder: Path, config: MAEConfig) -> MAEImageProcessor:
+    """Ours as it is; another one's mean and deviation with its own crop, or, if it has none, the evaluation crop.
+
+    transformers' ViTMAE squeezes images to 224 x 224 where the original's evaluation resizes and crops them.
+    """
+    file = folder / FILE
+    stored = json.loads(file.read_text()) if file.exists() else {}
+    if str(stored.get("image_processor_type", "")).startswith("MAE"):
+        return MAEImageProcessor.from_pretrained(folder)
+    settings = {key: stored[key] for key in SETTINGS if key in stored and key != "resample"}
+    if stored.get("do_center_crop"):
+        settings |= {key: stored[key] for key in ("size", "crop_size", "resample") if key in stored}
+    return evaluation_processor(config, **settings)
+
+
+def write_transformers_processor(processor: MAEImageProcessor, folder: Path) -> None:
+    """A `ViTImageProcessor` that does the same, up to one pixel in the place of the crop (see `center_spans`)."""
+    from transformers import ViTImageProcessor
+
+    settings = {key: getattr(processor, key) for key in (*SETTINGS, "size", "crop_size", "do_center_crop")}
+    ViTImageProcessor(**settings, do_convert_rgb=processor.num_channels == 3).save_pretrained(folder)
+
+
+def read_timm_processor(pretrained: dict[str, Any], config: MAEConfig) -> MAEImageProcessor:
+    """The transform that timm makes of a model's `pretrained_cfg`."""
+    settings = {"image_mean": pretrained.get("mean"), "image_std": pretrained.get("std")}
+    resample = INTERPOLATION.get(pretrained.get("interpolation", "bicubic"), 3)
+    known = {key: list(value) for key, value in settings.items() if value}
+    return evaluation_processor(config, pretrained.get("crop_pct"), resample=resample, **known)
+
+
+def timm_settings(processor: MAEImageProcessor, config: MAEConfig) -> dict[str, Any]:
+    """What timm's `pretrained_cfg` says of images."""
+    size: Any = processor.size
+    edge = dict(size).get("shortest_edge") or dict(size)["height"]
+    names = {number: name for name, number in INTERPOLATION.items()}
+    return {
+        "input_size": [config.num_channels, *config.image_height_width],
+        "crop_pct": config.image_height_width[0] / edge,
+        "interpolation": names.get(int(processor.resample), "bicubic"),
+        "mean": list(processor.image_mean),
+        "std": list(processor.image_std),
+    }
