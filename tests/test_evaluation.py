@@ -14,7 +14,7 @@ from runs import start
 from sklearn.linear_model import LogisticRegression
 from tiny import tiny
 
-from hf_mae import MAEForPreTraining, MAEImageProcessor, MAEModel
+from hf_mae import MAEConfig, MAEForPreTraining, MAEImageProcessor, MAEModel
 from hf_mae.data.sources import DataError, open_source
 from hf_mae.data.splits import open_splits
 from hf_mae.data.stream import Rows
@@ -538,6 +538,9 @@ def test_a_model_of_another_kind_is_not_taken_for_one_of_ours(tmp_path, mistake)
     sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     ViTModel(ViTConfig(**sizes, intermediate_size=96)).save_pretrained(tmp_path / "vit")
     MAEImageProcessor().save_pretrained(tmp_path / "vit")
+    assert "is a model of type vit, not mae; convert it: hf-mae convert" in mistake(*command("knn", tmp_path / "vit"))
+    # Its weights under a configuration of ours.
+    MAEConfig(**sizes, intermediate_size=96).save_pretrained(tmp_path / "vit")
     assert "not a model of hf_mae" in mistake(*command("knn", tmp_path / "vit"))
 
 
