@@ -12,7 +12,7 @@ from .features import Features, FrozenEncoder, Pooling, ScoreRecipe, extract_tab
 from .knn import knn_accuracy
 from .labels import class_numbers, common_classes, find_classes, read_labels
 from .linear_probe import MAX_ITER, PENALTIES, PaperProbe, ProbeRun, fast_linear_accuracy
-from .results import add_result, make_result
+from .results import add_result, make_result, named_data
 
 PUBLISHED = PaperProbe()
 
@@ -143,13 +143,7 @@ class Evaluation:
             "seeds": recipe.seeds,
         }
         data = {
-            "dataset": recipe.dataset,
-            "config": recipe.dataset_config,
-            "revision": recipe.dataset_revision,
-            "split": self.rows.source.split,
-            "evaluated_on": self.evaluated_on,
-            "max_samples": recipe.max_samples,
-            "max_eval_samples": recipe.max_eval_samples,
+            **named_data(recipe, self.rows.source.split, self.evaluated_on),
             "train_images": images[0],
             "eval_images": images[1],
             "classes": classes,

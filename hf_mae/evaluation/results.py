@@ -11,8 +11,28 @@ from transformers.utils.hub import cached_file
 
 from .. import __version__
 from ..data.sources import DataError
+from ..data.splits import SplitKeys
 
 PACKAGES = ("torch", "transformers", "datasets", "scikit-learn", "numpy", "pillow")
+
+
+def named_data(recipe: SplitKeys, split: str, evaluated_on: str) -> dict[str, Any]:
+    """What an entry says of where its images are from.
+
+    Args:
+        recipe: names the data.
+        split: that was learnt from, as the source calls it.
+        evaluated_on: see `open_splits`.
+    """
+    return {
+        "dataset": recipe.dataset,
+        "config": recipe.dataset_config,
+        "revision": recipe.dataset_revision,
+        "split": split,
+        "evaluated_on": evaluated_on,
+        "max_samples": recipe.max_samples,
+        "max_eval_samples": recipe.max_eval_samples,
+    }
 
 
 def make_result(

@@ -23,9 +23,9 @@ from ..data.labels import find_labels, labels_of
 from ..data.splits import splits_of
 from ..data.stream import Rows, one_line_errors
 from ..evaluation.metrics import make_compute_metrics
-from ..evaluation.results import add_result, make_result, read_results
+from ..evaluation.results import add_result, make_result, named_data, read_results
 from .callbacks import EMACallback, EpochCallback, LogCallback
-from .checkpoint import list_checkpoints, settle
+from .checkpoint import list_checkpoints, replace_files, write_text
 from .finetune_recipe import FinetuneRecipe
 from .finetune_setup import (
     build_classifier,
@@ -181,7 +181,7 @@ class FinetuneRun:
         if not recipe.dry_run:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             text = yaml.safe_dump({"recipe": recipe.to_dict(), "derived": derived}, sort_keys=False)
-            (self.output_dir / "run_config.yaml").write_text(text)
+            write_text(self.output_dir / "run_config.yaml", text)
 
     def train(self) -> dict[str, Any] | None:
         """All steps that are left, then the final model; the entry of results.json, on the main process."""
@@ -200,10 +200,12 @@ class FinetuneRun:
     def _save_final(self, log: LogCallback) -> dict[str, Any]:
         """The model folder, without the pickles of Trainer's checkpoints, which are of no use any more."""
         recipe, output_dir = self.recipe, self.output_dir
-        self.model.save_pretrained(output_dir)
-        self.processor.save_pretrained(output_dir)
-        for file in output_dir.glob("*.safetensors"):
-            settle(file)
+
+        def write(folder: Path) -> None:
+            self.model.save_pretrained(folder)
+            self.processor.save_pretrained(folder)
+
+        replace_files(output_dir, write)
         protocol = {
             "name": PROTOCOL,
             "pooling": recipe.pooling,
@@ -214,13 +216,7 @@ class FinetuneRun:
             "seed": recipe.seed,
         }
         data = {
-            "dataset": recipe.dataset,
-            "config": recipe.dataset_config,
-            "revision": recipe.dataset_revision,
-            "split": self.rows.source.split,
-            "evaluated_on": self.evaluated_on,
-            "max_samples": recipe.max_samples,
-            "max_eval_samples": recipe.max_eval_samples,
+            **named_data(recipe, self.rows.source.split, self.evaluated_on),
             "train_images": len(self.rows),
             "eval_images": len(self.eval_images),
             "bad_samples": self._bad_samples(),

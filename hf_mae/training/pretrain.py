@@ -6,7 +6,7 @@ Run by `hf-mae pretrain`, or under `torchrun` / `accelerate launch` with `-m hf_
 import signal
 import time
 from collections.abc import Generator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -204,7 +204,6 @@ class PretrainRun:
             publisher = BackgroundPush(recipe.push_to_hub, recipe.hub_private_repo, log.say)
         losses: list[torch.Tensor] = []
         watch = Stopwatch()
-        stop = False
         try:
             if first_step == 0:
                 self._evaluate(log)
@@ -357,17 +356,18 @@ class PretrainRun:
             self.accelerator.process_index, self.accelerator.num_processes, self.items_per_step,
         )  # fmt: skip
         loader = make_loader(stream, self.recipe.num_workers, self.accelerator.device.type == "cuda")
-        for item in each_batch(loader):
-            self.moved.update(item.positions)
-            self.newly_bad += item.bad
-            for start in range(0, len(item.keys), self.micro_batch):
-                part = slice(start, start + self.micro_batch)
-                yield Batch(
-                    images=item.images[part].to(self.accelerator.device, non_blocking=True),
-                    noise=item.noise[part].to(self.accelerator.device, non_blocking=True),
-                    keys=item.keys[part],
-                    labels=item.labels[part],
-                )
+        with closing(each_batch(loader)) as items:
+            for item in items:
+                self.moved.update(item.positions)
+                self.newly_bad += item.bad
+                for start in range(0, len(item.keys), self.micro_batch):
+                    part = slice(start, start + self.micro_batch)
+                    yield Batch(
+                        images=item.images[part].to(self.accelerator.device, non_blocking=True),
+                        noise=item.noise[part].to(self.accelerator.device, non_blocking=True),
+                        keys=item.keys[part],
+                        labels=item.labels[part],
+                    )
 
     def _reduce(self, value: torch.Tensor, how: str) -> torch.Tensor:
         return cast(torch.Tensor, self.accelerator.reduce(value, how))
