@@ -12,6 +12,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
+import pytest
 import yaml
 from runs import arguments, environment, start
 
@@ -21,11 +23,18 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "
 def torchrun(output_dir: Path, program=("-m", "hf_mae.cli"), launcher=TORCHRUN, **keys) -> str:
     """A tiny run on two processes that has to go well; what they printed."""
     command = [sys.executable, *launcher, *map(str, program), *arguments(output_dir, **keys)]
-    variables = environment(ACCELERATE_USE_CPU="true")
-    result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=180, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
+    variables = environment(ACCELERATE_USE_CPU="true", PYTHONFAULTHANDLER="1")
+    with subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=180)
+        except subprocess.TimeoutExpired:
+            for hung in [*psutil.Process(process.pid).children(recursive=True), process]:
+                hung.send_signal(signal.SIGABRT)  # each says where it is
+            stdout, stderr = process.communicate()
+            pytest.fail(f"hung:\n{stdout[-3000:]}\n{stderr[-20000:]}")
+    assert process.returncode == 0, stderr[-3000:]
     assert derived(output_dir)["processes"] == 2
-    return result.stdout
+    return stdout
 
 
 def derived(output_dir: Path) -> dict:

@@ -1,6 +1,5 @@
 """A card says what a model's folder records, and nothing else."""
 
-import hashlib
 import json
 import re
 import shutil
@@ -10,6 +9,7 @@ import yaml
 from hub_server import HubServer
 from huggingface_hub import ModelCard, constants
 from PIL import Image
+from runs import weights_hash
 from tiny import tiny
 
 from hf_mae import MAEForImageClassification, MAEForPreTraining, MAEImageProcessor
@@ -63,7 +63,7 @@ def full(tmp_path):
     folder = make_folder(tmp_path / "full")
     (folder / "run_config.yaml").write_text(yaml.safe_dump({"recipe": RECIPE, "derived": DERIVED}))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in EVENTS))
-    sha256 = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    sha256 = weights_hash(folder)
     other = {**entry("0" * 64, knn_top1_k10=99.0), "ranges": {}}
     probe = {**entry(sha256, "linear_probe_fast", linear_top1=93.478, linear_penalty=1e-4)}
     probe["ranges"] = {"linear_top1": [92.0, 94.5], "linear_penalty": [1e-4, 1e-4]}
@@ -157,13 +157,13 @@ def test_the_card_of_a_classifier_is_about_classes_and_its_own_command(tmp_path)
     folder = make_folder(tmp_path / "model", MAEForImageClassification, num_labels=3)
     recipe = {"model": "user/base", "dataset": "user/data", "layer_decay": 0.75, "epochs": 10.0}
     (folder / "run_config.yaml").write_text(yaml.safe_dump({"recipe": recipe, "derived": {}}))
-    (folder / "results.json").write_text(json.dumps([entry("0" * 64, "fine-tuning", top1=90.0)]))
+    (folder / "results.json").write_text(json.dumps([entry(weights_hash(folder), "fine-tuning", top1=90.0)]))
     card = Card.read(folder)
     text, head = card.text(), ModelCard(card.text()).data
     assert head.pipeline_tag == "image-classification"
     assert (head.base_model, head.datasets) == ("user/base", ["user/data"])
     assert "AutoModelForImageClassification" in text
-    assert "| top1 | 90.00 % |" in section(text, "Results")  # its weights are those that the run ended with
+    assert "| top1 | 90.00 % |" in section(text, "Results")
     assert "hf-mae finetune --recipe recipe.yaml" in text
     (tmp_path / "recipe.yaml").write_text(card.recipe_yaml())
     assert load_finetune_recipe(["--recipe", str(tmp_path / "recipe.yaml")]).layer_decay == 0.75

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from runs import events, run, spawn, start, weights_difference
+from runs import events, run, spawn, start, weights_difference, weights_hash
 from safetensors.torch import load_file
 from tiny import draw_noise, pixels, tiny, tiny_config
 from torch.nn import functional as F
@@ -296,7 +296,8 @@ def test_a_run_ends_as_a_model_folder_that_the_pipeline_loads(pretrained, tmp_pa
     figures = results(out)["figures"]
     assert figures["top1"] > 40  # ten classes
     assert results(out)["protocol"]["name"] == "fine-tuning"
-    assert results(out)["checkpoint"]["path"] == pretrained
+    assert results(out)["protocol"]["start"] == pretrained
+    assert results(out)["checkpoint"] == {"path": str(out), "sha256": weights_hash(out)}
     assert results(out)["data"]["eval_images"] == 92
     logged = events(out)
     assert [event["step"] for event in logged if "eval_loss" in event] == [*range(0, 61, 6)]

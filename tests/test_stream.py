@@ -3,12 +3,15 @@ import multiprocessing
 import os
 import signal
 import time
+from contextlib import closing
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from memory_source import MemorySource, memory_rows, noise_images
+from torch.utils.data import IterableDataset
 
 from hf_mae.data import stream as stream_module
 from hf_mae.data.augment import evaluation_view, sample_rng, training_view
@@ -634,3 +637,18 @@ def test_an_error_in_a_worker_keeps_its_kind_and_its_one_line_and_ends_the_worke
     ):
         next(each_batch(loader))
     assert multiprocessing.active_children() == []
+
+
+class Stuck(IterableDataset):
+    """One batch, and then none for ever."""
+
+    def __iter__(self):
+        yield os.getpid()
+        time.sleep(1000)
+
+
+@pytest.mark.slow
+def test_a_worker_that_never_ends_does_not_keep_its_process():
+    with closing(each_batch(make_loader(Stuck(), num_workers=1))) as batches:
+        pid = next(batches)
+    assert not psutil.pid_exists(pid)

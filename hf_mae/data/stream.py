@@ -442,6 +442,10 @@ def each_batch(loader: DataLoader) -> Generator[Batch]:
             yield from batches
     finally:
         # Left to the garbage collector, they would live on in an error's traceback, and the process wait for them for
-        # ever at its end, where it sends them the SIGTERM that they ignore.
+        # ever at its end, where it sends them the SIGTERM that they ignore. So does the iterator's own way to end one
+        # that is late.
         if loader.num_workers:
             batches._shutdown_workers()  # type: ignore[attr-defined]
+            for worker in batches._workers:  # type: ignore[attr-defined]
+                worker.kill()
+                worker.join()

@@ -18,8 +18,6 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-# Which weights an entry of results.json belongs to is told by their sha256; this one is of the run that ended here.
-FINE_TUNING = "fine-tuning"
 LICENCES = {"apache-2.0": "Apache-2.0", "cc-by-nc-4.0": "CC BY-NC 4.0 (not for commercial use)"}
 # Keys of a recipe that say where and how a run was started, not what it computes.
 NOT_REPRODUCED = ("recipe", "output_dir", "resume", "dry_run", "log_with", "push_to_hub", "hub_private_repo")
@@ -212,7 +210,7 @@ class Card:
                 f"| {name} | {_figure(name, value, ranges.get(name))} |" for name, value in entry["figures"].items()
             ]
             settings = ", ".join(
-                f"{key} {_short(value)}"
+                f"{key} {_short(_portable(value))}"
                 for key, value in entry["protocol"].items()
                 if key != "name" and value not in (None, {}, [])
             )
@@ -337,10 +335,7 @@ def _own_results(folder: Path) -> list[dict[str, Any]]:
     if weights.is_file():
         with weights.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return [
-        entry for entry in entries
-        if entry["protocol"]["name"] == FINE_TUNING or entry["checkpoint"]["sha256"] == sha256
-    ]  # fmt: skip
+    return [entry for entry in entries if entry["checkpoint"]["sha256"] == sha256]
 
 
 def _portable(value: Any) -> Any:

@@ -208,6 +208,7 @@ class FinetuneRun:
         replace_files(output_dir, write)
         protocol = {
             "name": PROTOCOL,
+            "start": str(recipe.model),
             "pooling": recipe.pooling,
             "image_size": list(self.view.size),
             "eval_resize": self.view.eval_resize,
@@ -222,7 +223,7 @@ class FinetuneRun:
             "bad_samples": self._bad_samples(),
             "classes": len(self.labels.names),
         }
-        result = make_result(protocol, data, str(recipe.model), [log.figures])
+        result = make_result(protocol, data, str(output_dir), [log.figures])
         add_result(result, output_dir / "results.json")
         for checkpoint in list_checkpoints(output_dir):
             shutil.rmtree(checkpoint)
