@@ -9,6 +9,7 @@ COMMANDS = {
     "finetune": "train a classifier on a pretrained model, with labels",
     "evaluate": "evaluate knn | linear-probe: what frozen features are worth; evaluate classification",
     "embed": "write frozen features of any data to a parquet or numpy file",
+    "reconstruct": "draw original, masked and reconstructed images of a pretrained model",
     "convert": "weights of the original (.pth), of transformers' vit_mae and of timm to ours, and back",
     "push": "publish a model on the Hugging Face Hub, with the code that loads it, and check what comes back",
     "stats": "print a data set's per-channel mean and standard deviation",
@@ -32,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; 0 if it went well, 2 for a mistake that its one-line message names, 130 if interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE.format(commands="\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items())))
+        print(USAGE.format(commands="\n".join(f"  {name:11} {text}" for name, text in COMMANDS.items())))
         return 0
     name, rest = arguments[0], arguments[1:]
     if name == "--version":
@@ -45,6 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         "finetune": _finetune,
         "evaluate": _evaluate,
         "embed": _embed,
+        "reconstruct": _reconstruct,
         "convert": _convert,
         "push": _push,
         "stats": _stats,
@@ -170,6 +172,19 @@ def _embed(arguments: list[str]) -> int:
     written = embed(parse_dataclass(EmbedRecipe, arguments, "hf-mae embed"))
     shape = " x ".join(map(str, written["width"]))
     print(f"{written['images']:,} images, {shape} features each: {written['path']}")
+    return 0
+
+
+def _reconstruct(arguments: list[str]) -> int:
+    from .evaluation.reconstruct import ReconstructRecipe, reconstruct_files
+    from .training.recipe import parse_dataclass
+
+    drawn = reconstruct_files(parse_dataclass(ReconstructRecipe, arguments, "hf-mae reconstruct"))
+    for key, reason in drawn["bad"]:
+        print(f"left out {key}: {reason}")
+    for score in drawn["scores"]:
+        print(f"masked {score['mask_ratio']:.0%}: {score['psnr']:.2f} dB, SSIM {score['ssim']:.3f} of the hidden part")
+    print(f"picture  {drawn['path']}")
     return 0
 
 

@@ -188,19 +188,20 @@ def test_the_resolved_recipe_is_saved_with_what_was_derived_from_it(finished):
     assert "held out" in derived["evaluated_on"]
 
 
-def test_the_picture_opens_and_shows_three_columns_that_differ(finished):
+def test_the_picture_opens_and_shows_four_columns_that_differ(finished):
     with Image.open(finished / "reconstructions" / "step-12.png") as picture:
         pixels = np.asarray(picture.convert("L"), dtype=np.float32)
     assert min(pixels.shape) > 128
     # Twelve digits in six rows of two, each in cells of 128 pixels with margins of 6, under a title of 22.
-    original, masked, reconstruction = (pixels[22:150, 6 + 134 * n : 134 + 134 * n] for n in range(3))
-    for cell in (original, masked, reconstruction):
+    original, masked, predicted, pasted = (pixels[22:150, 6 + 134 * n : 134 + 134 * n] for n in range(4))
+    for cell in (original, masked, predicted, pasted):
         assert cell.std() > 10
     gray = (masked == 128) | (masked == 127)
     assert gray.mean() == pytest.approx(0.5, abs=0.01)  # half of the patches are removed
     assert np.array_equal(original[~gray], masked[~gray])
-    assert np.abs(original - reconstruction)[~gray].max() <= 1
-    assert np.abs(original - reconstruction)[gray].mean() > 1
+    assert np.array_equal(predicted[gray], pasted[gray])
+    assert np.abs(original - pasted)[~gray].max() <= 1
+    assert np.abs(original - pasted)[gray].mean() > 1
 
 
 @pytest.mark.parametrize("folder", [".", "checkpoint-9", "checkpoint-12"])

@@ -14,7 +14,7 @@ from ..data.sources import DataError
 from ..data.stream import EvaluationSet, Rows, View, each_batch, make_loader
 from ..image_processing_mae import MAEImageProcessor
 from ..modeling_mae import MAEForPreTraining
-from ..visualize import reconstruction_grid
+from ..visualize import reconstruct, reconstruction_grid
 
 
 class HeldOut:
@@ -86,10 +86,6 @@ class HeldOut:
         """Original, masked and reconstructed images: the first that there are."""
         batch = next(batch for batch in self.batches(0, 1) if batch.keys)
         device = self.accelerator.device
-        return reconstruction_grid(
-            model,
-            self.normalize(batch.images[:images].to(device)),
-            list(processor.image_mean),
-            list(processor.image_std),
-            batch.noise[:images].to(device),
-        )
+        pixel_values, noise = self.normalize(batch.images[:images].to(device)), batch.noise[:images].to(device)
+        result = reconstruct(model, pixel_values, noise=noise)
+        return reconstruction_grid([result], processor.image_mean, processor.image_std, pairs=2)
