@@ -64,6 +64,9 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
             resamples those that were trained or came from elsewhere.
         reshape_hidden_states: whether the backbone's feature maps are (B, D, H/P, W/P) or all tokens
             (B, 1 + N, D).
+        pyramid_scales: resolution of each of the backbone's maps relative to the patch grid, powers of two: with
+            patches of 16 pixels, [4, 2, 1, 0.5] gives strides 4, 8, 16 and 32. All from one of `out_indices`
+            (arXiv:2203.16527, Fig. 2), or each from its own, as BEiT and MAE are measured on ADE20K. None: no pyramid.
 
     Raises:
         ValueError: when two of the numbers don't go together; the message names both and the remedy.
@@ -97,6 +100,7 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
     trainable_positions: bool = False
     position_resize: Literal["auto", "sincos", "interpolate"] = "auto"
     reshape_hidden_states: bool = True
+    pyramid_scales: list[float | int] | tuple[float | int, ...] | None = None
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
@@ -104,7 +108,7 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
         out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
         super().__post_init__(**kwargs)
         # JSON has no tuples: without this a config would differ from itself after a round trip.
-        for key in ("image_size", "patch_size"):
+        for key in ("image_size", "patch_size", "pyramid_scales"):
             if isinstance(value := getattr(self, key), tuple):
                 setattr(self, key, list(value))
         self._check()

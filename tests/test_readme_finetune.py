@@ -110,6 +110,17 @@ def test_lora_trains_on_the_documented_layers_alone(home):
     assert frozen
 
 
+def test_a_dense_model_gets_the_pretrained_encoder_and_a_pyramid(home):
+    model = execute("UperNetForSemanticSegmentation")["model"].eval()
+    own, stored = model.backbone.state_dict(), load_file("outputs/quickstart/model.safetensors")
+    layers = [name for name in own if name.startswith("layers.")]
+    assert len(layers) == 24
+    assert all(torch.equal(own[name], stored[f"mae.{name}"]) for name in layers)
+    assert [map_.shape[-1] for map_ in model.backbone(torch.randn(1, 1, 32, 32)).feature_maps] == [64, 32, 16, 8]
+    with torch.no_grad():
+        assert model(pixel_values=torch.randn(1, 1, 8, 12)).logits.shape == (1, 150, 8, 12)
+
+
 @pytest.mark.slow
 def test_a_script_of_the_readme_runs_in_a_process_of_its_own(home):
     script = home / "script.py"
