@@ -11,12 +11,33 @@ COMMANDS = {
     "embed": "write frozen features of any data to a parquet or numpy file",
     "reconstruct": "draw original, masked and reconstructed images of a pretrained model",
     "convert": "weights of the original (.pth), of transformers' vit_mae and of timm to ours, and back",
+    "export": "an encoder or a classifier as an ONNX file, or as one of torch.export",
     "push": "publish a model on the Hugging Face Hub, with the code that loads it, and check what comes back",
     "stats": "print a data set's per-channel mean and standard deviation",
 }
 
-# Import names of the extra [train], without which the package loads and runs models all the same.
-EXTRAS = ("accelerate", "datasets", "evaluate", "fsspec", "pyarrow", "sklearn", "timm", "tqdm", "yaml")
+# Import names of the extras, without which the package loads and runs models all the same.
+EXTRAS = {
+    **dict.fromkeys(
+        ("accelerate", "datasets", "evaluate", "fsspec", "pyarrow", "sklearn", "timm", "tqdm", "yaml"), "train"
+    ),
+    **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export"),
+}
+# What to do after an interruption.
+REPEATS = {
+    **dict.fromkeys(("pretrain", "finetune"), "go on with --resume auto"),
+    "push": "the same command repeats the upload",
+}
+# What a user can mend, by the module that raises it. None of these is imported before a command needs it.
+ERRORS = {
+    "data.decode": "MissingPackage",
+    "data.sources": "DataError",
+    "publishing.hub": "PublishError",
+    "publishing.pth": "ConvertError",
+    "training.checkpoint": "CheckpointError",
+    "training.guard": "NonFiniteError",
+    "training.recipe": "RecipeError",
+}
 
 USAGE = """usage: hf-mae COMMAND [--key value ...]
 
@@ -48,6 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
         "embed": _embed,
         "reconstruct": _reconstruct,
         "convert": _convert,
+        "export": _export,
         "push": _push,
         "stats": _stats,
     }
@@ -63,9 +85,9 @@ def main(arguments: list[str] | None = None) -> int:
         package = (error.name or "").split(".")[0]
         if package not in EXTRAS:
             raise
-        return _fail(f"hf-mae {name} needs the package {package}: pip install 'hf-mae[train]'")
+        return _fail(f"hf-mae {name} needs the package {package}: pip install 'hf-mae[{EXTRAS[package]}]'")
     except KeyboardInterrupt:
-        _fail("interrupted; go on with --resume auto")
+        _fail(f"interrupted; {REPEATS.get(name, 'the same command starts anew')}")
         return 130
 
 
@@ -73,23 +95,20 @@ def _run(runner: Callable[[list[str]], int], arguments: list[str]) -> int:
     from transformers.utils import logging as transformers_logging
 
     from . import register
-    from .data.decode import MissingPackage
-    from .data.sources import DataError
-    from .publishing.hub import PublishError
-    from .publishing.pth import ConvertError
-    from .training.checkpoint import CheckpointError
-    from .training.guard import NonFiniteError
-    from .training.recipe import RecipeError
 
     register()
     # One bar, ours: not another one for each file that a library writes.
     transformers_logging.disable_progress_bar()
     try:
         return runner(arguments)
-    except (
-        DataError, RecipeError, CheckpointError, NonFiniteError, MissingPackage, PublishError, ConvertError
-    ) as error:  # fmt: skip
+    except _errors() as error:  # evaluated when something was raised
         return _fail(str(error))
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    """The classes of `ERRORS`; one whose module is not loaded can't have been raised."""
+    loaded = {f"{__package__}.{module}": name for module, name in ERRORS.items()}
+    return tuple(getattr(sys.modules[module], name) for module, name in loaded.items() if module in sys.modules)
 
 
 def _fail(message: str) -> int:
@@ -193,6 +212,13 @@ def _convert(arguments: list[str]) -> int:
 
     options = parse_options(arguments)
     print(describe_conversion(convert(options), options.dest))
+    return 0
+
+
+def _export(arguments: list[str]) -> int:
+    from .publishing.export import describe_export, export, parse_options
+
+    print(describe_export(export(parse_options(arguments))))
     return 0
 
 

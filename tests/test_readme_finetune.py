@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, AutoModelForPreTraining, pipeline
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
-SECTION = README[README.index("## Fine-tune on your labels") : README.index("## Results")]
+SECTION = README[README.index("## Fine-tune on your labels") : README.index("## Export")]
 
 
 def block(word: str) -> str:

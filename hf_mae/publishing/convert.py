@@ -36,7 +36,7 @@ class ConvertOptions(Numbers):
     num_channels: int | None = None
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     """Raises what argparse would print with a page of usage."""
 
     def error(self, message: str) -> NoReturn:
@@ -49,7 +49,7 @@ def parse_options(arguments: list[str]) -> ConvertOptions:
     Raises:
         ConvertError: for an unknown flag or a bad value.
     """
-    parser = _Parser(prog="hf-mae convert", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser = OneLineParser(prog="hf-mae convert", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("source", help=".pth or .safetensors file, folder, or Hub id")
     parser.add_argument("dest", help="folder to write; must not exist, or be empty")
     parser.add_argument("--to", choices=list(WRITERS), default="mae", help="format to write (default: %(default)s)")
