@@ -76,12 +76,12 @@ TINY = {
 
 
 def draw_shapes(seed: int | np.integer, size: int) -> Pair:
-    """One to three shapes on noise: 1 = disk, 2 = square, 3 = triangle, 0 = ground."""
+    """One or two shapes on noise: 1 = disk, 2 = square, 3 = triangle, 0 = ground."""
     rng = np.random.default_rng(seed)
-    image = Image.fromarray(rng.integers(0, 256, (size // 4, size // 4, 3), np.uint8)).resize((size, size))
+    image = Image.fromarray(rng.integers(80, 176, (size // 4, size // 4, 3), np.uint8)).resize((size, size))
     labels = Image.new("L", (size, size))
-    for _ in range(rng.integers(1, 4)):
-        shape, radius = int(rng.integers(1, 4)), size * rng.uniform(0.12, 0.25)
+    for _ in range(rng.integers(1, 3)):
+        shape, radius = int(rng.integers(1, 4)), size * rng.uniform(0.15, 0.3)
         x, y = rng.uniform(radius, size - radius, 2)
         color = tuple(map(int, rng.integers(0, 256, 3)))
         corners = (x - radius, y - radius, x + radius, y + radius)

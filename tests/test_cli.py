@@ -1,5 +1,6 @@
 """The command line: what it answers, and the one line that names every mistake."""
 
+import importlib
 import json
 import re
 import shutil
@@ -11,8 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from runs import REPOSITORY, TINY_RUN, arguments, environment, events, run, start, tree, weights_hash
+from tiny import TINY
+from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 import hf_mae
+from hf_mae import cli
 from hf_mae.training.recipe import CONFIG_KEYS, RECIPE_KEYS, recipe_names
 
 datasets = pytest.importorskip("datasets")
@@ -383,6 +387,49 @@ def test_a_file_format_whose_package_is_missing_is_named_with_the_package(mistak
         tifffile.imwrite(f"tiles/{number}.tif", np.zeros((8, 8, 7), np.uint16), photometric="minisblack")
     monkeypatch.setitem(sys.modules, "tifffile", None)
     assert "pip install tifffile" in mistake(*arguments("out", dataset="tiles"))
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_a_model_of_transformers_is_answered_with_the_command_that_converts_it(mistake, tmp_path, command):
+    peer = ViTMAEConfig(**{**TINY, "image_size": 8, "patch_size": 2, "num_channels": 1})
+    ViTMAEForPreTraining(peer).save_pretrained("peer")
+    message = mistake(command, "--model", "peer", "--dataset", "digits", "--output_dir", "out", "--num_workers", 0)
+    assert message.startswith("--model peer can't be loaded: ")
+    assert message.endswith("peer is a model of type vit_mae, not mae; convert it: hf-mae convert peer FOLDER")
+    assert "attn" not in message
+
+
+@pytest.mark.parametrize(
+    ("command", "remedy"),
+    [
+        ("pretrain", "go on with --resume auto"),
+        ("finetune", "go on with --resume auto"),
+        ("push", "the same command repeats the upload"),
+        ("convert", "the same command starts anew"),
+    ],
+)
+def test_an_interruption_says_what_to_do_for_that_command(command, remedy, monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, f"_{command}", interrupted)
+    assert start(command) == 130
+    assert capsys.readouterr().err == f"hf-mae: error: interrupted; {remedy}\n"
+
+
+def test_every_error_that_the_command_line_knows_is_where_it_looks_for_it():
+    for module, name in cli.ERRORS.items():
+        assert issubclass(getattr(importlib.import_module(f"hf_mae.{module}"), name), Exception)
+
+
+def test_convert_loads_nothing_of_training():
+    code = (
+        "import sys; from hf_mae.cli import main; status = main(['convert', 'nowhere.pth', 'out'])\n"
+        "print(status, sorted(name for name in sys.modules if name.startswith(('hf_mae.training', 'hf_mae.data'))))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert result.stdout == "2 []\n"
+    assert result.stderr.endswith("hf-mae: error: nowhere.pth is not there; check the name\n")
 
 
 @pytest.mark.slow

@@ -22,7 +22,15 @@ from .checkpoint import CheckpointError, list_checkpoints
 from .finetune_recipe import FinetuneRecipe
 from .optimizer import train_last_blocks
 from .recipe import RecipeError
-from .setup import FREE_KEYS, check_same_recipe, check_trackers, choose_precision, crop_settings, make_deterministic
+from .setup import (
+    FREE_KEYS,
+    check_same_recipe,
+    check_trackers,
+    choose_precision,
+    crop_settings,
+    describe_failure,
+    make_deterministic,
+)
 
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
 # What a classifier has and a pretrained model hasn't.
@@ -154,10 +162,7 @@ def build_classifier(recipe: FinetuneRecipe, labels: Labels) -> MAEForImageClass
     except RecipeError:
         raise
     except (ImportError, KeyError, OSError, ValueError, RuntimeError) as error:
-        raise RecipeError(
-            f"--model {recipe.model} can't be loaded with attn_implementation {recipe.attn_implementation} (eager and "
-            f"sdpa always work): {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        ) from error
+        raise RecipeError(describe_failure(f"--model {recipe.model} can't be loaded", recipe, error)) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     missing = sorted(name for name in info["missing_keys"] if not name.startswith(HEAD))

@@ -244,13 +244,20 @@ def build_model(recipe: PretrainRecipe, stored: Path | None, num_channels: int) 
     except (ImportError, KeyError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         name = stored or (recipe.model and f"--model {recipe.model}")
         what = f"{name} can't be loaded" if name else "the model can't be made"
-        what += f" with attn_implementation {recipe.attn_implementation} (eager and sdpa always work)"
-        raise RecipeError(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+        raise RecipeError(describe_failure(what, recipe, error)) from error
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if recipe.compile:
         model.compile()
     return model.train()
+
+
+def describe_failure(what: str, recipe: RunRecipe, error: Exception) -> str:
+    """Why there is no model, in one line; an attention that may not be there is named too."""
+    attention = recipe.attn_implementation
+    if attention not in ("eager", "sdpa"):
+        what += f" with attn_implementation {attention} (eager and sdpa always work)"
+    return f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def build_processor(
