@@ -13,6 +13,7 @@ COMMANDS = {
     "convert": "weights of the original (.pth), of transformers' vit_mae and of timm to ours, and back",
     "export": "an encoder or a classifier as an ONNX file, or as one of torch.export",
     "push": "publish a model on the Hugging Face Hub, with the code that loads it, and check what comes back",
+    "card": "write a model's card to a file, as push would publish it",
     "stats": "print a data set's per-channel mean and standard deviation",
 }
 
@@ -71,6 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
         "convert": _convert,
         "export": _export,
         "push": _push,
+        "card": _card,
         "stats": _stats,
     }
     if name not in runners:
@@ -228,14 +230,29 @@ def _push(arguments: list[str]) -> int:
     from .publishing.hub import PushRecipe, push
     from .training.recipe import parse_dataclass
 
-    folder_first = bool(arguments) and not arguments[0].startswith("-")
-    arguments = ["--folder", *arguments] if folder_first else arguments
-    published = push(**asdict(parse_dataclass(PushRecipe, arguments, "hf-mae push")))
+    published = push(**asdict(parse_dataclass(PushRecipe, _keyed(arguments, "folder"), "hf-mae push")))
     print(
         f"published {published['url']} at {published['commit']}\n"
         f"loaded from there without this package: largest difference {published['difference']:.3g}"
     )
     return 0
+
+
+def _card(arguments: list[str]) -> int:
+    from .publishing.hub import CardRecipe, write_card
+    from .training.recipe import parse_dataclass
+
+    keys = parse_dataclass(CardRecipe, _keyed(arguments, "folder", "output"), "hf-mae card")
+    picture = write_card(keys.folder, keys.output)
+    print(f"card     {keys.output}" + (f"\npicture  {picture}" if picture else ""))
+    return 0
+
+
+def _keyed(arguments: list[str], *keys: str) -> list[str]:
+    """The first words as flags, where they are none: `push FOLDER` for `push --folder FOLDER`."""
+    if not keys or not arguments or arguments[0].startswith("-"):
+        return arguments
+    return [f"--{keys[0]}", arguments[0], *_keyed(arguments[1:], *keys[1:])]
 
 
 def _stats(arguments: list[str]) -> int:

@@ -3,13 +3,14 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
 from hub_server import HubServer
 from huggingface_hub import ModelCard, constants
 from PIL import Image
-from runs import weights_hash
+from runs import REPOSITORY, start, tree, weights_hash
 from tiny import tiny
 
 from hf_mae import MAEForImageClassification, MAEForPreTraining, MAEImageProcessor
@@ -26,7 +27,7 @@ RECIPE = {
 DERIVED = {
     "version": "0.1.0", "processes": 2, "strategy": "DDP", "mixed_precision": "bf16", "lr": 2.5e-4, "total_steps": 30,
     "training_images": 12345, "evaluation_images": 92, "evaluated_on": "split test of /home/me/pictures",
-    "parameters": 54321,
+    "parameters": 54321, "hardware": "2 x NVIDIA H100 80GB HBM3", "torch": "2.14.1",
 }  # fmt: skip
 EVENTS = [
     {"step": 0, "eval_loss": 1.25}, {"step": 10, "loss": 0.9, "images_per_second": 100.0},
@@ -108,11 +109,52 @@ def test_figures_of_other_weights_are_left_out(full):
     assert "99.0" not in Card.read(full).text()
 
 
+def test_a_card_says_what_the_run_says_that_it_was_trained_on(full):
+    training = section(Card.read(full).text(), "Training")
+    assert "| hardware | 2 x NVIDIA H100 80GB HBM3 |" in training
+    assert "| torch | 2.14.1 |" in training
+
+
+def test_the_command_writes_the_card_and_its_picture_and_nothing_else(full, tmp_path, capsys):
+    before = tree(full)
+    assert start("card", full, tmp_path / "cards" / "digits_tiny.md") == 0
+    said = capsys.readouterr().out
+    assert said == f"card     {tmp_path}/cards/digits_tiny.md\npicture  {tmp_path}/cards/digits_tiny.png\n"
+    text = (tmp_path / "cards" / "digits_tiny.md").read_text()
+    expected = Card.read(full)
+    (shown,) = re.findall(r"!\[.*\]\((.*)\)", text)
+    assert shown == "digits_tiny.png"
+    assert (tmp_path / "cards" / shown).read_bytes() == Path(expected.picture).read_bytes()
+    expected.name, expected.picture = "digits_tiny", "digits_tiny.png"
+    assert text == expected.text()
+    assert str(tmp_path) not in text
+    assert sorted(path.name for path in (tmp_path / "cards").iterdir()) == ["digits_tiny.md", "digits_tiny.png"]
+    assert tree(full) == before
+
+
+def test_a_folder_that_is_no_model_has_no_card(tmp_path, capsys):
+    assert start("card", tmp_path, tmp_path / "x.md") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"hf-mae: error: {tmp_path} is no whole model folder (")
+    assert start("card", tmp_path, "x.md", "--outptu", "y.md") == 2
+    assert "unknown argument '--outptu'; did you mean '--output'?" in capsys.readouterr().err
+
+
+def test_the_cards_of_this_repository_name_no_path_and_show_pictures_that_are_there():
+    cards = sorted((REPOSITORY / "model_cards").glob("*.md"))
+    assert cards
+    for card in cards:
+        text = card.read_text()
+        assert re.findall(r"(?<![\w:/.])/(?:work|tmp|home|root|mnt|data)\b", text) == []
+        for picture in re.findall(r"!\[.*\]\((.*)\)", text):
+            assert (card.parent / picture).is_file()
+
+
 def test_what_was_not_measured_is_absent(bare):
     text = Card.read(bare).text()
     for title in ("Training", "Results", "Reconstructions"):
         assert f"## {title}" not in text
-    for word in ("None", "throughput", "hardware", "parameters", "accuracy", "%)", "hf-mae pretrain"):
+    for word in ("None", "throughput", "hardware", "parameters", "accuracy", "%)", "hf-mae pretrain", "torch |"):
         assert word not in text
     assert "No evaluation of these weights is recorded" in section(text, "Limits")
     assert "licence of these weights is not recorded" in section(text, "Licence")

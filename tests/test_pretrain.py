@@ -182,6 +182,11 @@ def test_the_resolved_recipe_is_saved_with_what_was_derived_from_it(finished):
     assert config["recipe"]["weight_decay"] == 0.05  # a default
     assert "model_config" not in config["recipe"]  # its keys are there themselves
     derived = config["derived"]
+    assert derived["torch"] == torch.__version__
+    names = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    assert derived["hardware"] == names[0]
     assert (derived["processes"], derived["strategy"], derived["grad_accum_steps"]) == (1, "one process", 1)
     assert derived["training_images"] + derived["evaluation_images"] == 1797
     assert derived["lr"] == pytest.approx(1e-3)

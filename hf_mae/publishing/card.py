@@ -74,7 +74,7 @@ class Card:
         shown = [number for number in pictures if step is None or number == step]
         return cls(
             name=(repo_id or folder.resolve().name).split("/")[-1],
-            config=_read_json(folder / "config.json"),
+            config=json.loads((folder / "config.json").read_text()),
             processor=_read_json(folder / "preprocessor_config.json") or {},
             recipe={key: _portable(value) for key, value in run.get("recipe", {}).items()},
             derived=run.get("derived", {}),
@@ -247,6 +247,7 @@ class Card:
             ("precision", {"no": "float32"}.get(str(derived.get("mixed_precision")), derived.get("mixed_precision"))),
             ("throughput", f"{statistics.median(speeds):,.0f} images a second (median)" if speeds else None),
             ("hf-mae", derived.get("version")),
+            ("torch", derived.get("torch")),
         ]
         table = "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows if value is not None)])
         where = ", a file of this repository" if self.repo_id else ""

@@ -51,6 +51,42 @@ class PushRecipe:
     revision: str | None = field(default=None, metadata={"help": "branch; made if it is not there; main when omitted"})
 
 
+@dataclass
+class CardRecipe:
+    """Keys of `hf-mae card`."""
+
+    folder: str = field(metadata={"help": "a model's folder, also as the first word"})
+    output: str = field(metadata={"help": "NAME.md to write, also as the second word; its picture is NAME.png beside"})
+
+
+def write_card(folder: str, output: str) -> str | None:
+    """Write the card that `push` would publish, and nothing else.
+
+    Args:
+        folder: the model's; only read.
+        output: NAME.md; NAME is the card's title.
+
+    Returns:
+        Path of the picture beside it, NAME.png; None if the folder has none.
+
+    Raises:
+        PublishError: if the folder is no model of this package, or the card can't be written.
+    """
+    with _whole_folder(Path(folder)):
+        card = Card.read(folder)
+    file = Path(output)
+    card.name = file.stem
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if card.picture:
+            shutil.copyfile(card.picture, file.with_suffix(".png"))
+            card.picture = f"{file.stem}.png"
+        file.write_text(card.text())
+    except OSError as error:
+        raise PublishError(f"{output} can't be written: {error}; name another file") from error
+    return str(file.with_suffix(".png")) if card.picture else None
+
+
 def push(folder: str, repo_id: str, private: bool = False, revision: str | None = None) -> dict[str, Any]:
     """Publish a model folder, then load it from the Hub in a fresh process without this package, and compare.
 
@@ -155,14 +191,11 @@ def stage(folder: Path, target: Path, repo_id: str | None = None) -> Card:
     Raises:
         PublishError: if the folder isn't a whole model of this package.
     """
-    try:
+    with _whole_folder(folder):
         architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
         model, loaded = MODELS[architecture].from_pretrained(folder, use_safetensors=True, output_loading_info=True)
         processor = MAEImageProcessor.from_pretrained(folder)
         card = Card.read(folder, repo_id)
-    except Exception as error:
-        what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise PublishError(f"{folder} is no whole model folder ({what}); name one that hf-mae has written") from error
     if loaded["missing_keys"]:
         raise PublishError(f"{folder} lacks the weights {sorted(loaded['missing_keys'])[:3]} of {architecture}")
     model.save_pretrained(target, with_code=True)
@@ -176,6 +209,16 @@ def stage(folder: Path, target: Path, repo_id: str | None = None) -> Card:
         (target / "recipe.yaml").write_text(card.recipe_yaml())
     (target / "README.md").write_text(card.text())
     return card
+
+
+@contextmanager
+def _whole_folder(folder: Path) -> Iterator[None]:
+    """Turn whatever a folder that is no model's makes its readers raise into a line that says what to do."""
+    try:
+        yield
+    except Exception as error:
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise PublishError(f"{folder} is no whole model folder ({what}); name one that hf-mae has written") from error
 
 
 def _open_repository(api: HfApi, repo_id: str, private: bool, revision: str | None) -> None:

@@ -37,7 +37,7 @@ from .finetune_setup import (
     training_arguments,
 )
 from .optimizer import layer_decay_groups
-from .setup import check_folder, choose_precision
+from .setup import check_folder, choose_precision, describe_hardware
 
 PROTOCOL = "fine-tuning"
 
@@ -148,6 +148,8 @@ class FinetuneRun:
         trained = self.model.num_parameters(only_trainable=True)
         derived = {
             "version": __version__,
+            "torch": str(torch.__version__),
+            "hardware": describe_hardware(args.device),
             "processes": args.world_size,
             "mixed_precision": choose_precision(recipe),
             "per_device_batch_size": args.per_device_train_batch_size,

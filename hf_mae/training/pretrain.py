@@ -47,6 +47,7 @@ from .schedule import lr_at
 from .setup import (
     build_model,
     build_processor,
+    describe_hardware,
     find_stored,
     make_accelerator,
     make_view,
@@ -151,6 +152,8 @@ class PretrainRun:
         recipe, accelerator = self.recipe, self.accelerator
         derived = {
             "version": __version__,
+            "torch": str(torch.__version__),
+            "hardware": describe_hardware(accelerator.device),
             "processes": accelerator.num_processes,
             "strategy": STRATEGIES.get(accelerator.distributed_type, accelerator.distributed_type.value),
             "mixed_precision": accelerator.mixed_precision,

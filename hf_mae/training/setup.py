@@ -3,6 +3,9 @@
 import json
 import logging
 import os
+import platform
+import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
@@ -86,6 +90,21 @@ def make_accelerator(recipe: PretrainRecipe) -> Accelerator:
             "ACCELERATE_USE_CPU=true"
         )
     return accelerator
+
+
+def describe_hardware(device: torch.device) -> str:
+    """What all processes compute on, each of which has to call this: GPUs by number and name, or the CPU's name."""
+    if device.type == "cpu":
+        return ", ".join(sorted(set(gather_object([_cpu_name()]))))  # processes of one machine share it
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return ", ".join(f"{count} x {name}" for name, count in sorted(Counter(gather_object([name])).items()))
+
+
+def _cpu_name() -> str:
+    """The processor's own name where Linux tells it, else its architecture."""
+    file = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*: (.+)$", file.read_text() if file.exists() else "", re.MULTILINE)
+    return named[1].strip() if named else platform.machine()
 
 
 def join_after_restart() -> None:
