@@ -10,6 +10,7 @@ COMMANDS = {
     "evaluate": "evaluate knn | linear-probe: what frozen features are worth; evaluate classification",
     "embed": "write frozen features of any data to a parquet or numpy file",
     "reconstruct": "draw original, masked and reconstructed images of a pretrained model",
+    "report": "write one HTML file of a run, or of several side by side",
     "convert": "weights of the original (.pth), of transformers' vit_mae and of timm to ours, and back",
     "export": "an encoder or a classifier as an ONNX file, or as one of torch.export",
     "push": "publish a model on the Hugging Face Hub, with the code that loads it, and check what comes back",
@@ -23,6 +24,7 @@ EXTRAS = {
         ("accelerate", "datasets", "evaluate", "fsspec", "pyarrow", "sklearn", "timm", "tqdm", "yaml"), "train"
     ),
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export"),
+    "matplotlib": "viz",
 }
 # What to do after an interruption.
 REPEATS = {
@@ -69,6 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
         "evaluate": _evaluate,
         "embed": _embed,
         "reconstruct": _reconstruct,
+        "report": _report,
         "convert": _convert,
         "export": _export,
         "push": _push,
@@ -206,6 +209,18 @@ def _reconstruct(arguments: list[str]) -> int:
     for score in drawn["scores"]:
         print(f"masked {score['mask_ratio']:.0%}: {score['psnr']:.2f} dB, SSIM {score['ssim']:.3f} of the hidden part")
     print(f"picture  {drawn['path']}")
+    return 0
+
+
+def _report(arguments: list[str]) -> int:
+    from .report import ReportRecipe, write_report
+    from .training.recipe import parse_dataclass
+
+    folders_first = bool(arguments) and not arguments[0].startswith("-")
+    recipe = parse_dataclass(ReportRecipe, ["--runs", *arguments] if folders_first else arguments, "hf-mae report")
+    out = recipe.out or f"{recipe.runs[0]}/report.html"
+    write_report(recipe.runs, out)
+    print(f"report   {out}")
     return 0
 
 

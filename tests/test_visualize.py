@@ -374,7 +374,7 @@ def test_the_command_shows_what_the_functions_give(saved, photos, tmp_path):
     assert start("reconstruct", "--model", saved, "--images", photos / "1.png", "--seed", 7, "--out", out) == 0
     reconstructor = Reconstructor(str(saved))
     with Image.open(photos / "1.png") as image:
-        expected = MAEImageProcessor.from_pretrained(saved)(image, return_tensors="pt").pixel_values
+        expected = MAEImageProcessorPil.from_pretrained(saved)(image, return_tensors="pt").pixel_values
         found = reconstructor.pixel_values([image])
     assert torch.allclose(found, expected, atol=1e-6)
     result = reconstruct(reconstructor.model, found, 0.75, seed=7)
