@@ -8,7 +8,14 @@ from torchvision.transforms import RandomResizedCrop
 
 from hf_mae import MAEImageProcessorPil
 from hf_mae.data import augment
-from hf_mae.data.augment import evaluation_resize, evaluation_view, random_resized_crop_box, sample_rng, training_view
+from hf_mae.data.augment import (
+    evaluation_resize,
+    evaluation_view,
+    pixels_needed,
+    random_resized_crop_box,
+    sample_rng,
+    training_view,
+)  # fmt: skip
 
 
 def boxes(count: int, height: int, width: int, size: tuple[int, int], **options) -> np.ndarray:
@@ -109,17 +116,18 @@ def test_the_same_sample_gets_the_same_view_and_every_part_of_its_key_changes_it
 
 
 @pytest.mark.parametrize("size", [(16, 16), (8, 24)])
-def test_a_view_is_the_box_resized_and_half_of_them_are_mirrored(size):
-    image, flipped = Image.fromarray(random_image(40, 50)), 0
+def test_a_view_is_the_box_cut_out_and_resized_and_half_of_them_are_mirrored(size):
+    # Filters of values so far from both ends do not overshoot them.
+    image, flipped = Image.fromarray(random_image(40, 50) // 2 + 64), 0
     for row in range(40):
         box = random_resized_crop_box(sample_rng(0, 0, 0, row), 40, 50, size)
-        expected = np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC, box=box)).transpose(2, 0, 1)
+        expected = np.asarray(image.crop(box).resize(size[::-1], Image.Resampling.BICUBIC)).transpose(2, 0, 1)
         plain = training_view(image, sample_rng(0, 0, 0, row), size, flip=False)
         assert plain.shape == (3, *size)
-        assert np.array_equal(plain, expected)
+        assert np.abs(plain.astype(int) - expected).max() <= 1
         view = training_view(image, sample_rng(0, 0, 0, row), size)
-        assert np.array_equal(view, expected) != np.array_equal(view, expected[:, :, ::-1])
-        flipped += np.array_equal(view, expected[:, :, ::-1])
+        assert np.array_equal(view, plain) != np.array_equal(view, plain[:, :, ::-1])
+        flipped += np.array_equal(view, plain[:, :, ::-1])
         assert view.flags.c_contiguous
     assert 10 <= flipped <= 30  # binomial(40, 1/2): outside with probability 0.1 %
 
@@ -134,6 +142,26 @@ def test_a_view_keeps_channels_and_dtype(channels, dtype):
     assert view.dtype == dtype
     # At its own size an image stays what it is.
     assert np.array_equal(evaluation_view(image, (20, 30), (20, 30)), array.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 13])
+def test_a_view_of_any_type_and_channel_count_is_that_of_the_same_values_in_another(channels):
+    array = random_image(40, 50, channels) // 2 + 64
+    for row in range(10):
+        plain = training_view(array, sample_rng(0, 0, 0, row), (16, 24)).astype(int)
+        for dtype in (np.uint16, np.float32):
+            other = training_view(array.astype(dtype), sample_rng(0, 0, 0, row), (16, 24))
+            assert np.abs(plain - other).max() <= 1.5  # each of the two passes rounds to 8 bits
+
+
+@pytest.mark.parametrize("size", [(32, 32), (16, 48)])
+@pytest.mark.parametrize("shape", [1, 0.6, 2])
+def test_of_an_image_with_the_pixels_needed_no_crop_is_smaller_than_the_output(size, shape):
+    height = math.sqrt(pixels_needed(size, (0.2, 1.0)) / shape)
+    drawn = boxes(2000, math.ceil(height), math.ceil(height * shape), size)
+    assert (drawn[:, 2:].min(axis=0) >= np.array(size[::-1]) - 1).all()  # sides are rounded
+    if shape == 1:
+        assert (drawn[:, 2:].min(axis=0) <= 1.1 * np.array(size[::-1])).all()  # and the smallest are hardly larger
 
 
 # ------------------------------------------------------------------------------------------ the evaluation view

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tifffile
 from bad_images import encoded, npy, tiff
-from PIL import Image
+from PIL import Image, ImageFile
 
 from hf_mae.data.decode import BadImage, decode_image, probe_image
 
@@ -69,6 +69,26 @@ def test_an_animation_gives_its_first_frame():
     for format in ("GIF", "WEBP"):
         data = encoded(frames[0], format, save_all=True, append_images=frames[1:], lossless=True)
         assert decode_image(data, 3).getpixel((4, 4)) == (255, 0, 0)
+
+
+def test_a_jpeg_is_decoded_at_the_smallest_scale_that_keeps_the_pixels_asked_for():
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 11, 3), dtype=np.uint8))
+    photo = photo.resize((400, 304), Image.Resampling.BICUBIC)
+    data = encoded(photo, "JPEG", quality=95)
+    for pixels, size in [
+        (None, (400, 304)), (10**9, (400, 304)), (200 * 152 + 1, (400, 304)), (200 * 152, (200, 152)),
+        (100 * 76, (100, 76)), (1, (50, 38)),
+    ]:  # fmt: skip
+        image = decode_image(data, 3, min_pixels=pixels)
+        assert image.size == size
+        expected = decode_image(data, 3).resize(size, Image.Resampling.BOX)
+        assert np.abs(np.asarray(image).astype(int) - np.asarray(expected)).mean() < 1.5
+    assert decode_image(encoded(photo.convert("L"), "JPEG"), 3, min_pixels=1).size == (50, 38)
+    assert decode_image(encoded(photo), 3, min_pixels=1).size == (400, 304)  # a PNG
+    assert decode_image(encoded(photo.resize((3000, 1)), "JPEG"), 3, min_pixels=1).size == (3000, 1)
+    assert bad_reason(data[: len(data) // 2]) == "OSError"
+    with pytest.raises(BadImage):
+        decode_image(data[: len(data) // 2], 3, min_pixels=1)
 
 
 def test_sixteen_bit_gray_is_scaled_not_clipped():
@@ -199,11 +219,11 @@ def test_the_exception_keeps_its_cause_and_survives_pickling():
 
 
 def test_running_out_of_memory_on_an_image_is_a_bad_image(monkeypatch):
-    def convert(*_):
+    def load(*_):
         raise MemoryError
 
     data = encoded(picture())
-    monkeypatch.setattr(Image.Image, "convert", convert)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
     assert bad_reason(data) == "MemoryError"
 
 

@@ -10,11 +10,13 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from bad_images import encoded
 from memory_source import MemorySource, memory_rows, noise_images
+from PIL import Image
 from torch.utils.data import IterableDataset
 
 from hf_mae.data import stream as stream_module
-from hf_mae.data.augment import evaluation_view, sample_rng, training_view
+from hf_mae.data.augment import evaluation_view, pixels_needed, sample_rng, training_view
 from hf_mae.data.decode import decode_image
 from hf_mae.data.sources import DataError, open_source
 from hf_mae.data.stream import (
@@ -444,6 +446,15 @@ def test_batches_have_the_views_size_and_dtype_and_the_sources_labels():
     assert batch.positions == {0: 5, 1: 5}
     assert batch.noise.min() >= 0
     assert batch.noise.max() < 1
+
+
+def test_large_photographs_are_decoded_at_the_scale_that_the_smallest_crop_needs():
+    data = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 90, 3), dtype=np.uint8)), "JPEG")
+    plan, view = StreamPlan(1, 1, 1), View(size=(8, 8), num_channels=3, dtype="uint8", num_patches=4)
+    batch = next(iter(TrainingStream(Rows(MemorySource([[data]])), plan, view, 0, [0], 0, 1)))
+    small = decode_image(data, 3, "uint8", pixels_needed((8, 8), view.crop_scale))
+    assert small.size == (23, 20)  # 8 * 8 * 4/3 / 0.2 = 427 of them are needed
+    assert np.array_equal(batch.images[0], training_view(small, sample_rng(0, 0, 0, 0), (8, 8)))
 
 
 @pytest.mark.parametrize("classes", [10, 1000])

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
@@ -19,6 +20,7 @@ from ..image_processing_pil_mae import resize_bands
 
 BICUBIC = Image.Resampling.BICUBIC
 LONGEST = 100  # times the shorter side
+RATIO = (3 / 4, 4 / 3)  # width/height of crops, relative to the output's
 
 
 def sample_rng(seed: int, epoch: int, shard: int, row: int) -> np.random.Generator:
@@ -32,7 +34,7 @@ def random_resized_crop_box(
     width: int,
     size: tuple[int, int],
     scale: Sequence[float] = (0.2, 1.0),
-    ratio: Sequence[float] = (3 / 4, 4 / 3),
+    ratio: Sequence[float] = RATIO,
     one_draw: bool = False,
 ) -> tuple[int, int, int, int]:
     """Draw a crop as torchvision's RandomResizedCrop does, for an output of any shape.
@@ -71,6 +73,11 @@ def random_resized_crop_box(
     return left, top, left + w, top + h
 
 
+def pixels_needed(size: tuple[int, int], scale: Sequence[float]) -> int:
+    """Pixels of an image of which every random crop has the output's height and width, so that none is enlarged."""
+    return math.ceil(size[0] * size[1] * RATIO[1] / scale[0])
+
+
 def training_view(
     image: Image.Image | np.ndarray,
     rng: np.random.Generator,
@@ -79,7 +86,10 @@ def training_view(
     flip: bool = True,
     one_draw: bool = False,
 ) -> np.ndarray:
-    """Random resized crop (bicubic) and horizontal flip.
+    """Random resized crop (bicubic, antialiased) and horizontal flip.
+
+    As in torchvision, what lies outside the crop has no part in it. Pixels of 8 bits are resized by torch, whose vector
+    instructions need a quarter of Pillow's time; where a filter overshoots 0 or 255 the two differ, elsewhere by 1.
 
     Args:
         image: as `decode_image` returns it.
@@ -93,10 +103,10 @@ def training_view(
         (C, H, W) in the image's dtype.
     """
     height, width = _height_width(image)
-    view = _resize(image, size, random_resized_crop_box(rng, height, width, size, scale, one_draw=one_draw))
+    view = _crop_and_resize(image, size, random_resized_crop_box(rng, height, width, size, scale, one_draw=one_draw))
     if flip and rng.random() < 0.5:
-        view = view[:, ::-1]
-    return np.ascontiguousarray(view.transpose(2, 0, 1))
+        view = view.flip(-1)
+    return view.numpy()
 
 
 def evaluation_view(
@@ -144,6 +154,18 @@ def evaluation_resize(size: tuple[int, int], crop_pct: float) -> int | tuple[int
 
 def _height_width(image: Image.Image | np.ndarray) -> tuple[int, int]:
     return image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)  # type: ignore[return-value]
+
+
+def _crop_and_resize(
+    image: Image.Image | np.ndarray, size: tuple[int, int], box: tuple[int, int, int, int]
+) -> torch.Tensor:
+    """The box of an image, cut out and then resized to (height, width), as a contiguous (C, H, W)."""
+    left, upper, right, lower = box
+    crop = image[upper:lower, left:right] if isinstance(image, np.ndarray) else np.array(image.crop(box))
+    if crop.dtype != np.uint8:
+        return torch.from_numpy(resize_bands(crop, size, BICUBIC)).permute(2, 0, 1).contiguous()
+    pixels = torch.from_numpy(crop if crop.ndim == 3 else crop[:, :, None]).permute(2, 0, 1)
+    return F.interpolate(pixels[None], size, mode="bicubic", antialias=True)[0].contiguous()
 
 
 def _resize(

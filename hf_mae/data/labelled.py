@@ -121,7 +121,7 @@ class LabelledImages(Dataset):
         message = ""
         for _ in range(TRIES):
             try:
-                return decode_image(row.image, self.view.num_channels, self.view.dtype), index
+                return decode_image(row.image, self.view.num_channels, self.view.dtype, self.view.min_pixels), index
             except BadImage as error:
                 message = f"{row.key}: {error}"
                 self._note(row.key, error)

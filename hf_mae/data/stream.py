@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from .augment import evaluation_view, sample_rng, training_view
+from .augment import evaluation_view, pixels_needed, sample_rng, training_view
 from .decode import BadImage, MissingPackage, decode_image
 from .sources import DataError, Row, Source
 
@@ -251,6 +251,11 @@ class View:
     eval_resize: int | tuple[int, int] = 256
     one_draw: bool = False
 
+    @property
+    def min_pixels(self) -> int:
+        """Pixels that an image has to keep for training crops, see `pixels_needed`."""
+        return pixels_needed(self.size, self.crop_scale)
+
 
 @dataclass
 class Batch:
@@ -351,15 +356,14 @@ class TrainingStream(IterableDataset):
 
     def _chunk(self, stream: LogicalStream, bad: list[tuple[str, str]]) -> list[Sample]:
         samples: list[Sample] = []
-        failed = 0
+        view, failed = self.view, 0
         while len(samples) < self.chunk_size:
             epoch, row = stream.next(self.chunk_size - len(samples))
             try:
-                image = decode_image(row.image, self.view.num_channels, self.view.dtype)
+                image = decode_image(row.image, view.num_channels, view.dtype, view.min_pixels)
                 rng = sample_rng(self.seed, epoch, row.shard, row.row)
-                view = self.view
                 pixels = training_view(image, rng, view.size, view.crop_scale, view.flip, view.one_draw)
-                samples.append((pixels, rng.random(self.view.num_patches, dtype=np.float32), row))
+                samples.append((pixels, rng.random(view.num_patches, dtype=np.float32), row))
                 failed = 0
             except BadImage as error:
                 bad.append((row.key, error.reason))
