@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hf_mae.data import decode as decode_module
 from hf_mae.data.decode import BadImage, decode_image
 from hf_mae.data.sources import DataError, open_source
 from hf_mae.data.stream import EvaluationSet, Rows, StreamPlan, TrainingStream, View, each_batch, make_loader
@@ -292,7 +294,7 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
     return bytes(content)
 
 
-def outcomes_in_another_process(cases: list[Case], outcome_of: Callable[[bytes], str | None]) -> list[str | None]:
+def outcomes_in_another_process(cases: list[Case], outcome_of: Callable[[bytes], Any]) -> list[Any]:
     """`outcome_of` each; a file that ends the process, or takes more than `PATIENCE` seconds, is named."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
 
@@ -333,6 +335,42 @@ def test_mutated_files_end_no_process_and_every_clean_id_is_seen_once_an_epoch(e
     assert trained_on(rows, workers, steps=int(2.2 * outcomes[None]) + 50) == [known_list(known)] * 2
     print(f"{len(cases)} files of {len(files)} formats: {outcomes.most_common()}")
     assert 0.2 * len(cases) < outcomes[None] < 0.8 * len(cases)
+
+
+@pytest.mark.parametrize("each", [25, pytest.param(600, marks=pytest.mark.slow)])
+def test_mutated_jpegs_end_no_process_and_the_extra_decoder_judges_and_shows_them_as_pillow(each, monkeypatch):
+    pytest.importorskip("simplejpeg", reason="without simplejpeg, Pillow decodes everything")
+    picture = Image.fromarray(noise(40, 30)).resize((160, 120), Image.Resampling.BICUBIC)
+    kinds = [
+        {}, {"subsampling": 2, "quality": 60}, {"progressive": True}, {"restart_marker_blocks": 3},
+        {"comment": b"hello"}, {"keep_rgb": True},
+    ]  # fmt: skip
+    files = [encoded(picture, "JPEG", **options) for options in kinds]
+    files += [encoded(picture.convert(mode), "JPEG") for mode in ("L", "CMYK")]
+    rng = random.Random(each)
+    cases = [Case(f"{number} {i}", mutated(data, rng)) for number, data in enumerate(files) for i in range(each)]
+
+    def outcome(data: bytes) -> tuple[str, int, bool]:
+        """The reason it is bad or none, the pixels' hash, and whether they are the extra's."""
+        try:
+            image = decode_image(data, 3, min_pixels=64 if len(data) % 2 else 10**9)
+        except BadImage as error:
+            return error.reason, 0, False
+        return "", hash(np.asarray(image).tobytes()), isinstance(image, np.ndarray)
+
+    def both(data: bytes) -> tuple[tuple[str, int, bool], tuple[str, int, bool]]:
+        with_extra = outcome(data)
+        with monkeypatch.context() as without:
+            without.setattr(decode_module, "simplejpeg", None)
+            return with_extra, outcome(data)
+
+    outcomes = outcomes_in_another_process(cases, both)
+    for case, (fast, slow) in zip(cases, outcomes, strict=True):
+        assert fast[:2] == slow[:2], case.name
+    found = Counter((fast[0], fast[2]) for fast, _ in outcomes)
+    print(f"{len(cases)} files: {found.most_common()}")
+    assert found["", True] > 0.05 * len(cases)
+    assert found["OSError", False] > 0.2 * len(cases)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import tifffile
 from bad_images import encoded, npy, tiff
 from PIL import Image, ImageFile
 
+from hf_mae.data import decode as decode_module
 from hf_mae.data.decode import BadImage, decode_image, probe_image
 
 pytestmark = [
@@ -79,13 +80,13 @@ def test_a_jpeg_is_decoded_at_the_smallest_scale_that_keeps_the_pixels_asked_for
         (None, (400, 304)), (10**9, (400, 304)), (200 * 152 + 1, (400, 304)), (200 * 152, (200, 152)),
         (100 * 76, (100, 76)), (1, (50, 38)),
     ]:  # fmt: skip
-        image = decode_image(data, 3, min_pixels=pixels)
-        assert image.size == size
+        image = np.asarray(decode_image(data, 3, min_pixels=pixels))
+        assert image.shape == (*size[::-1], 3)
         expected = decode_image(data, 3).resize(size, Image.Resampling.BOX)
-        assert np.abs(np.asarray(image).astype(int) - np.asarray(expected)).mean() < 1.5
-    assert decode_image(encoded(photo.convert("L"), "JPEG"), 3, min_pixels=1).size == (50, 38)
+        assert np.abs(image.astype(int) - np.asarray(expected)).mean() < 1.5
+    assert np.shape(decode_image(encoded(photo.convert("L"), "JPEG"), 3, min_pixels=1)) == (38, 50, 3)
     assert decode_image(encoded(photo), 3, min_pixels=1).size == (400, 304)  # a PNG
-    assert decode_image(encoded(photo.resize((3000, 1)), "JPEG"), 3, min_pixels=1).size == (3000, 1)
+    assert np.shape(decode_image(encoded(photo.resize((3000, 1)), "JPEG"), 3, min_pixels=1)) == (1, 3000, 3)
     assert bad_reason(data[: len(data) // 2]) == "OSError"
     with pytest.raises(BadImage):
         decode_image(data[: len(data) // 2], 3, min_pixels=1)
@@ -170,6 +171,61 @@ def test_the_array_returned_is_writable_and_no_view_of_a_mapped_file(tmp_path):
     image = decode_image(np.load(tmp_path / "a.npy", mmap_mode="r"), 5, "float32")
     assert type(image) is np.ndarray
     assert image.flags.writeable
+
+
+# ---------------------------------------------------------------------------------------- the extra decoder
+
+
+@pytest.fixture
+def by_pillow(monkeypatch):
+    """`decode_image` for a training crop, by Pillow alone."""
+    pytest.importorskip("simplejpeg", reason="without simplejpeg, Pillow decodes everything")
+
+    def decode(data, num_channels, min_pixels):
+        with monkeypatch.context() as without:
+            without.setattr(decode_module, "simplejpeg", None)
+            return decode_image(data, num_channels, min_pixels=min_pixels)
+
+    return decode
+
+
+@pytest.mark.parametrize("size", [(401, 303), (64, 48), (7, 9), (1, 1)])
+@pytest.mark.parametrize("options", [{}, {"subsampling": 2}, {"subsampling": 1, "quality": 30}, {"progressive": True}])
+def test_the_extra_decoder_gives_the_bits_of_pillow_at_every_scale(size, options, by_pillow):
+    for mode, channels in (("RGB", 3), ("L", 3), ("L", 1)):
+        data = encoded(picture().resize(size, Image.Resampling.BICUBIC).convert(mode), "JPEG", **options)
+        for part in (1, 2, 3.9, 4, 8, 100):
+            min_pixels = max(64, int(size[0] * size[1] / part**2))
+            image = decode_image(data, channels, min_pixels=min_pixels)
+            assert isinstance(image, np.ndarray)  # the extra's; Pillow's would be an image
+            expected = np.asarray(by_pillow(data, channels, min_pixels))
+            assert np.array_equal(image if channels == 3 else image[:, :, 0], expected)
+
+
+def test_what_the_extra_decoder_is_not_for_is_left_to_pillow(by_pillow):
+    photo = picture(size=(32, 24))
+    for data in (encoded(photo.convert("CMYK"), "JPEG"), encoded(photo, "JPEG", keep_rgb=True), encoded(photo)):
+        image = decode_image(data, 3, min_pixels=64)
+        assert isinstance(image, Image.Image)
+        assert image.tobytes() == by_pillow(data, 3, 64).tobytes()
+    jpeg = encoded(photo, "JPEG")
+    assert decode_image(jpeg, 1, min_pixels=64).mode == "L"
+    assert isinstance(decode_image(jpeg, 3), Image.Image)
+    assert decode_image(jpeg, 3, "uint16", min_pixels=64).dtype == np.uint16
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode_image(encoded(photo, "JPEG", exif=exif), 3, min_pixels=32 * 24).shape == (24, 32, 3)
+
+
+def test_the_extra_decoder_is_not_asked_for_an_image_whose_header_claims_too_much(by_pillow, monkeypatch):
+    data = bytearray(encoded(picture(), "JPEG"))
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = (60_000).to_bytes(2, "big") * 2
+    monkeypatch.setattr(decode_module.simplejpeg, "decode_jpeg", lambda *_, **__: pytest.fail("it was"))
+    for decode in (lambda data, channels, pixels: decode_image(data, channels, min_pixels=pixels), by_pillow):
+        with pytest.raises(BadImage) as caught:
+            decode(bytes(data), 3, 1)
+        assert caught.value.reason == "TooManyPixels"
 
 
 # ---------------------------------------------------------------------------------------- bad images

@@ -453,7 +453,7 @@ def test_large_photographs_are_decoded_at_the_scale_that_the_smallest_crop_needs
     plan, view = StreamPlan(1, 1, 1), View(size=(8, 8), num_channels=3, dtype="uint8", num_patches=4)
     batch = next(iter(TrainingStream(Rows(MemorySource([[data]])), plan, view, 0, [0], 0, 1)))
     small = decode_image(data, 3, "uint8", pixels_needed((8, 8), view.crop_scale))
-    assert small.size == (23, 20)  # 8 * 8 * 4/3 / 0.2 = 427 of them are needed
+    assert np.shape(small) == (20, 23, 3)  # 8 * 8 * 4/3 / 0.2 = 427 of them are needed
     assert np.array_equal(batch.images[0], training_view(small, sample_rng(0, 0, 0, 0), (8, 8)))
 
 

@@ -1,10 +1,9 @@
 """Bytes -> image, and what a broken or hostile file gets: a `BadImage`, never a dead run.
 
 Pillow decodes every common format. Its C libraries fail with an exception where torchvision's decoders end the
-process on one flipped bit, so torchvision is not used. Nor is another JPEG decoder: they all are libjpeg-turbo, which
-spends two thirds of its time on Huffman codes, and simplejpeg and torchcodec are no faster (by Pillow's time of 1.39 ms
-a photograph of 500 x 375 pixels, 1.43 and 1.52). numpy reads `.npy`, and tifffile (an extra) the TIFF files
-that Pillow has no mode for: several bands, or colours of more than 8 bits.
+process on one flipped bit, so torchvision is not used. simplejpeg (an extra) decodes JPEGs for training crops, with the
+same bits and fewer copies; whatever it finds a fault with, Pillow judges. numpy reads `.npy`, and tifffile (an extra)
+the TIFF files that Pillow has no mode for: several bands, or colours of more than 8 bits.
 """
 
 import contextlib
@@ -20,6 +19,11 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ..image_processing_pil_mae import to_opaque
+
+try:
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
 
 # Shape letters in this file
 #   H, W pixels   C channels
@@ -82,7 +86,7 @@ def decode_image(
         num_channels: channels wanted. A one-band array is repeated for 3.
         dtype: `uint8` in [0, 255], `uint16` in [0, 65535], or `float32` with the values of the file.
         min_pixels: a JPEG may be decoded at a half, a quarter or an eighth of its sides, as long as it keeps so many
-            pixels. All of it when omitted.
+            pixels, and may come as an array. All of it when omitted.
 
     Returns:
         A PIL image of mode `L` or `RGB` for uint8 with 1 or 3 channels, else an array (H, W, C) of `dtype`.
@@ -95,11 +99,16 @@ def decode_image(
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not supported: use one of {', '.join(DTYPES)}")
     with _as_bad_image():
+        if min_pixels is not None and dtype == "uint8" and isinstance(data, bytes) and data.startswith(_JPEG_MAGIC):
+            pixels = _decode_fast(data, num_channels, min_pixels)
+            if pixels is not None:
+                return pixels
         image = _read(data, num_channels)
         if isinstance(image, np.ndarray):
             return _from_array(image, num_channels, dtype)
         if min_pixels is not None:
-            _shrink(image, min_pixels)
+            factor = _factor(image.width, image.height, min_pixels)
+            image.draft(None, (image.width // factor, image.height // factor))  # of other formats than JPEG, nothing
         return _from_pil(image, num_channels, dtype)
 
 
@@ -160,24 +169,45 @@ def _read(data: bytes | np.ndarray | BadImage, num_channels: int | None) -> Imag
 
 def _open_with_pillow(data: bytes, formats: tuple[str, ...]) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=formats)
-    limit = Image.MAX_IMAGE_PIXELS  # a user of huge images may have raised it
-    if max(image.size) > MAX_SIDE or (limit is not None and image.width * image.height > limit):
-        raise BadImage(f"{image.width} x {image.height} pixels, at most {limit} are decoded", "TooManyPixels")
-    if data.startswith(_JPEG_MAGIC) and limit is not None:
-        scans = MAX_JPEG_PASSES * limit // (image.width * image.height)
-        # Each takes ten bytes or more, so that the marks of most files need not be counted.
-        if len(data) > 10 * scans and data.count(b"\xff\xda") > scans:
-            raise BadImage(f"more than {scans} scans of {image.width} x {image.height} pixels", "TooManyScans")
+    _check_size(image.width, image.height, data)
     return image
 
 
-def _shrink(image: Image.Image, min_pixels: int) -> None:
-    """Have libjpeg give fewer pixels; nothing happens to other formats."""
-    width, height = image.size
-    for factor in (8, 4, 2):
-        if (width // factor) * (height // factor) >= min_pixels:
-            image.draft(None, (width // factor, height // factor))
-            return
+def _check_size(width: int, height: int, data: bytes) -> None:
+    """Refuse a file before it is decoded, from the size that its header claims."""
+    limit = Image.MAX_IMAGE_PIXELS  # a user of huge images may have raised it
+    if max(width, height) > MAX_SIDE or (limit is not None and width * height > limit):
+        raise BadImage(f"{width} x {height} pixels, at most {limit} are decoded", "TooManyPixels")
+    if data.startswith(_JPEG_MAGIC) and limit is not None:
+        scans = MAX_JPEG_PASSES * limit // (width * height)
+        # Each takes ten bytes or more, so that the marks of most files need not be counted.
+        if len(data) > 10 * scans and data.count(b"\xff\xda") > scans:
+            raise BadImage(f"more than {scans} scans of {width} x {height} pixels", "TooManyScans")
+
+
+def _decode_fast(data: bytes, num_channels: int, min_pixels: int) -> np.ndarray | None:
+    """A JPEG by simplejpeg, (H, W, C) uint8; None where Pillow is to decode it, or to say what is wrong with it."""
+    if simplejpeg is None:
+        return None
+    try:
+        height, width, color, _ = simplejpeg.decode_jpeg_header(data)
+        wanted = {("YCbCr", 3): "RGB", ("Gray", 3): "RGB", ("Gray", 1): "GRAY"}.get((color, num_channels))
+        if wanted is None:
+            return None
+        _check_size(width, height, data)
+        factor = _factor(width, height, min_pixels)
+        least = (height // factor, width // factor) if factor > 1 else (0, 0)
+        # strict: what libjpeg only warns of is an error.
+        return simplejpeg.decode_jpeg(data, wanted, min_height=least[0], min_width=least[1], strict=True)
+    except BadImage:
+        raise
+    except ValueError:
+        return None
+
+
+def _factor(width: int, height: int, min_pixels: int) -> int:
+    """By how much the sides of a JPEG can be divided."""
+    return next((f for f in (8, 4, 2) if (width // f) * (height // f) >= min_pixels), 1)
 
 
 def _check_shape(shape: Sequence[int], num_channels: int | None) -> None:
