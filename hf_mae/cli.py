@@ -15,6 +15,7 @@ COMMANDS = {
     "export": "an encoder or a classifier as an ONNX file, or as one of torch.export",
     "push": "publish a model on the Hugging Face Hub, with the code that loads it, and check what comes back",
     "card": "write a model's card to a file, as push would publish it",
+    "prepare": "re-encode a data set once, at the size that training needs, to sharded parquet",
     "stats": "print a data set's per-channel mean and standard deviation",
 }
 
@@ -76,6 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         "export": _export,
         "push": _push,
         "card": _card,
+        "prepare": _prepare,
         "stats": _stats,
     }
     if name not in runners:
@@ -268,6 +270,19 @@ def _keyed(arguments: list[str], *keys: str) -> list[str]:
     if not keys or not arguments or arguments[0].startswith("-"):
         return arguments
     return [f"--{keys[0]}", arguments[0], *_keyed(arguments[1:], *keys[1:])]
+
+
+def _prepare(arguments: list[str]) -> int:
+    from .data.prepare import PrepareRecipe, prepare
+    from .training.recipe import parse_dataclass
+
+    recipe = parse_dataclass(PrepareRecipe, _keyed(arguments, "source", "dest"), "hf-mae prepare")
+    for name, split in prepare(recipe)["splits"].items():
+        bad = ", ".join(f"{count} {reason}" for reason, count in split["bad"].items())
+        left_out = f"; left out: {bad}" if bad else ""
+        print(f"{name}: {split['rows']:,} images in {len(split['shards'])} shards{left_out}")
+    print(f"data     {recipe.dest}\nuse it   hf-mae pretrain --dataset {recipe.dest}")
+    return 0
 
 
 def _stats(arguments: list[str]) -> int:

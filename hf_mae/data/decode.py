@@ -98,7 +98,7 @@ def decode_image(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not supported: use one of {', '.join(DTYPES)}")
-    with _as_bad_image():
+    with as_bad_image():
         if min_pixels is not None and dtype == "uint8" and isinstance(data, bytes) and data.startswith(_JPEG_MAGIC):
             pixels = _decode_fast(data, num_channels, min_pixels)
             if pixels is not None:
@@ -110,6 +110,27 @@ def decode_image(
             factor = _factor(image.width, image.height, min_pixels)
             image.draft(None, (image.width // factor, image.height // factor))  # of other formats than JPEG, nothing
         return _from_pil(image, num_channels, dtype)
+
+
+def load_image(data: bytes | np.ndarray | BadImage, least: int) -> Image.Image | np.ndarray:
+    """Decode one sample to what it is stored as, a PIL image of any mode or an array of any shape.
+
+    Args:
+        data: as for `decode_image`.
+        least: a JPEG may be decoded at a half, a quarter or an eighth of its sides, as long as the shorter one keeps so
+            many pixels.
+
+    Raises:
+        BadImage: for every fault of the data.
+        MissingPackage: where tifffile is needed and not installed.
+    """
+    with as_bad_image():
+        image = _read(data, None)
+        if isinstance(image, Image.Image):
+            factor = next((f for f in (8, 4, 2) if min(image.size) // f >= least), 1)
+            image.draft(None, (image.width // factor, image.height // factor))
+            image.load()
+        return image
 
 
 def probe_image(data: bytes | np.ndarray | BadImage) -> tuple[int, str]:
@@ -126,7 +147,7 @@ def probe_image(data: bytes | np.ndarray | BadImage) -> tuple[int, str]:
         BadImage: for every fault of the data that its header shows.
         MissingPackage: where tifffile is needed and not installed.
     """
-    with _as_bad_image():
+    with as_bad_image():
         image = _read(data, None)
         if isinstance(image, np.ndarray):
             channels = 1 if image.ndim == 2 else min(image.shape[0], image.shape[-1])
@@ -139,7 +160,7 @@ def probe_image(data: bytes | np.ndarray | BadImage) -> tuple[int, str]:
 
 
 @contextlib.contextmanager
-def _as_bad_image() -> Iterator[None]:
+def as_bad_image() -> Iterator[None]:
     """Turn every exception of a decoder into a BadImage: no decoder documents which ones it raises."""
     try:
         yield
@@ -190,7 +211,8 @@ def _decode_fast(data: bytes, num_channels: int, min_pixels: int) -> np.ndarray 
     if simplejpeg is None:
         return None
     try:
-        height, width, color, _ = simplejpeg.decode_jpeg_header(data)
+        header: Any = simplejpeg.decode_jpeg_header(data)
+        height, width, color, _ = header
         wanted = {("YCbCr", 3): "RGB", ("Gray", 3): "RGB", ("Gray", 1): "GRAY"}.get((color, num_channels))
         if wanted is None:
             return None

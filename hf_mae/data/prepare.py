@@ -1,0 +1,392 @@
+"""`hf-mae prepare`: a data set re-encoded once, at the size that training needs, to sharded parquet as the Hub has it.
+
+Each shard is a pure function of the source, the settings and its range of rows, and says in its own footer which those
+were. So whoever finds one knows whether it is done, and a run that was interrupted ends with the bytes of one that
+was not.
+
+    DST/README.md                          what `datasets` and the Hub read: features, splits
+    DST/data/train-00000-of-00012.parquet  image (bytes, and its key in the source), label
+    DST/manifest.json                      settings; rows, bytes and sha256 of each shard; bad images by reason
+    DST/bad_samples.jsonl                  split, key and reason of each image that was left out
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from ..image_processing_pil_mae import resize_bands
+from .decode import BadImage, as_bad_image, load_image
+from .remote import DataError, one_line
+from .sources import list_splits, open_source
+from .stream import Rows, each_batch, ignore_termination
+
+BICUBIC = Image.Resampling.BICUBIC
+ROW_GROUP = 100  # rows; what is fetched at once where the data is streamed
+TYPE_ROWS = 100  # of which the type of a label column is found
+
+
+def _key(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class PrepareRecipe:
+    """Keys of `hf-mae prepare SRC DST`."""
+
+    source: str = field(metadata={"help": "what --dataset takes: Hub id, folder or URL of images, parquet, tars"})
+    dest: str = field(metadata={"help": "folder to write"})
+    dataset_config: str | None = _key(None, "configuration name of a Hub data set")
+    dataset_revision: str | None = _key(None, "branch, tag or commit of a Hub data set")
+    split: str | None = _key(None, "this split alone; all of them when omitted")
+    image_column: str | None = _key(None, "column of the images; found by type when omitted")
+    label_column: str | None = _key(None, "column of the labels; found by type or name when omitted")
+    short_side: int = _key(256, "pixels of the shorter side; images that are not larger stay what they are")
+    quality: int = _key(90, "of JPEG, 1 to 95")
+    rows_per_shard: int = _key(5000, "images of a file")
+    num_workers: int = _key(2, "processes, a shard each; 0 works in this one")
+    max_bad_fraction: float = _key(0.01, "an error if more of the images than this can't be decoded")
+
+    def check(self) -> None:
+        """Raise a DataError for a value that can't be."""
+        limits = {"short_side": (1, 65_535), "quality": (1, 95), "rows_per_shard": (1, 10**9), "num_workers": (0, 1000)}
+        for key, (low, high) in {**limits, "max_bad_fraction": (0, 1)}.items():
+            if not low <= getattr(self, key) <= high:
+                raise DataError(f"{key} {getattr(self, key)} is out of range; give {low} to {high}")
+
+    def open(self, split: str) -> Rows:
+        """The rows of a split, in the order of the source."""
+        return Rows(
+            open_source(
+                self.source,
+                split=split,
+                config_name=self.dataset_config,
+                revision=self.dataset_revision,
+                image_column=self.image_column,
+                label_column=self.label_column,
+            )
+        )
+
+
+def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
+    """Write a data set to `recipe.dest`, or what is missing of it there.
+
+    Returns:
+        What is in manifest.json.
+
+    Raises:
+        DataError: for what a user can mend, one line with the remedy.
+    """
+    recipe.check()
+    folder = Path(recipe.dest)
+    splits = list_splits(recipe.source, config_name=recipe.dataset_config, revision=recipe.dataset_revision)
+    everything = {split: recipe.open(split) for split in ([recipe.split] if recipe.split else splits)}
+    features = _find_features(list(everything.values()))
+    manifest: dict[str, Any] = {"short_side": recipe.short_side, "quality": recipe.quality, "splits": {}}
+    bad: list[BadSample] = []
+    try:
+        parts = [_Shards(rows, features, folder, recipe) for rows in everything.values()]
+        _make_room(folder / "data", {name for shards in parts for name in shards.names})
+        for shards in parts:
+            name, records = shards.rows.source.split, _write_all(shards, recipe.num_workers)
+            found = [BadSample(name, *sample) for record in records for sample in record.pop("bad")]
+            _check_bad(found, len(shards.rows), recipe)
+            reasons = Counter(sample.reason for sample in found)
+            count = sum(record["rows"] for record in records)
+            manifest["splits"][name] = {"rows": count, "bad": dict(sorted(reasons.items())), "shards": records}
+            bad += found
+        _write(folder / "bad_samples.jsonl", "".join(json.dumps(vars(sample)) + "\n" for sample in bad).encode())
+        _write(folder / "README.md", _card(manifest, features).encode())
+        _write(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+    except OSError as error:
+        raise DataError(
+            f"{folder} can't be written: {one_line(error)}; free the disk, or name another folder"
+        ) from error
+    return manifest
+
+
+@dataclass
+class BadSample:
+    """An image that was left out."""
+
+    split: str
+    key: str
+    reason: str
+
+
+def _make_room(folder: Path, names: set[str]) -> None:
+    """Get the folder of the shards ready for those of one preparation.
+
+    Raises:
+        DataError: if it holds others, which would be read with them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if path.name.startswith(".tmp-"):
+            path.unlink(missing_ok=True)
+        elif path.name not in names:
+            raise DataError(f"{folder} holds {path.name} of something else; name another folder, or remove this one")
+
+
+def _find_features(splits: list[Rows]) -> Any:
+    """The `datasets.Features` that all splits get: image, and label where one has any."""
+    import datasets
+    import pyarrow as pa
+
+    found: dict[str, Any] = {}
+    for rows in splits:
+        if rows.source.label_names is not None:
+            label = datasets.ClassLabel(names=rows.source.label_names)
+        else:
+            try:
+                labels = pa.array([row.label for row in rows.read(rows.index[:TYPE_ROWS])])
+            except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+                raise _mixed_labels(rows, error) from error
+            if labels.null_count == len(labels):
+                continue
+            label = datasets.Features.from_arrow_schema(pa.schema({"label": labels.type}))["label"]
+        if found.setdefault("label", label) != label:
+            raise DataError(f"splits of {rows.source.name} have different labels; prepare each by itself with --split")
+    return datasets.Features({"image": datasets.Image(), **found})
+
+
+def _mixed_labels(rows: Rows, error: Exception) -> DataError:
+    return DataError(f"labels of {rows.name} are of different types ({one_line(error)}); choose a --label_column")
+
+
+def _check_bad(bad: list[BadSample], count: int, recipe: PrepareRecipe) -> None:
+    if len(bad) > recipe.max_bad_fraction * count:
+        raise DataError(
+            f"{len(bad)} of {count} images of {recipe.source} can't be decoded (the first is {bad[0].key}: "
+            f"{bad[0].reason}), more than max_bad_fraction {recipe.max_bad_fraction}; check the data, or raise it"
+        )
+
+
+# ------------------------------------------------------------------------------------------ an image
+
+
+def reencode(data: bytes | np.ndarray | BadImage, short_side: int, quality: int) -> bytes:
+    """Make an image as small as it need be, after a look whether it can be decoded at all.
+
+    Encoded images that are not larger stay the bytes that they are. Of others, 8-bit colour (RGB, CMYK) and gray become
+    JPEG; what JPEG can't hold (transparency, palettes, 16 bits) becomes PNG, without loss but for the smaller size, and
+    what Pillow can't hold an `.npy` file. EXIF data is dropped; its orientation is not applied in training either.
+
+    Args:
+        data: as for `decode_image`.
+        short_side: pixels of the shorter side.
+        quality: of JPEG.
+
+    Raises:
+        BadImage: for every fault of the data.
+        MissingPackage: where tifffile is needed and not installed.
+    """
+    image = load_image(data, 2 * short_side)
+    with as_bad_image():
+        if isinstance(image, np.ndarray):
+            image = _as_picture(_bands_last(image))
+        height, width = _height_width(image)
+        short = min(height, width)
+        if short <= short_side:
+            return data if isinstance(data, bytes) else _encoded(image, None)
+        size = round(height * short_side / short), round(width * short_side / short)
+        if isinstance(image, Image.Image) and image.mode.startswith(("F", "I")):
+            array = np.asarray(image)
+            # 32 bits are what 16-bit files come as where Pillow has no 16-bit mode for them.
+            narrow = image.mode != "F" and 0 <= array.min() <= array.max() < 2**16
+            image = array.astype(np.uint16) if narrow else array
+        if isinstance(image, np.ndarray):
+            return _encoded(_as_picture(_resize_array(image, size)), None)
+        plain = image.mode in ("L", "RGB", "CMYK") and not image.has_transparency_data
+        if not plain and image.mode not in ("LA", "RGBA"):
+            # Pixels of which a mean can be taken.
+            image = image.convert("RGBA" if image.has_transparency_data else "L" if image.mode == "1" else "RGB")
+        return _encoded(image.resize((size[1], size[0]), BICUBIC), quality if plain else None)
+
+
+def _bands_last(array: np.ndarray) -> np.ndarray:
+    """(H, W), (C, H, W) or (H, W, C) -> (H, W) of one band, (H, W, C) of more."""
+    if array.dtype.kind not in "buif":
+        raise BadImage(f"the image holds {array.dtype}, which is no number", "WrongDtype")
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    if array.dtype == np.bool_:
+        array = array.astype(np.uint8) * 255
+    if array.ndim == 3 and array.shape[0] <= array.shape[-1]:  # as `probe_image` has it
+        array = np.moveaxis(array, 0, -1)
+    return array[:, :, 0] if array.ndim == 3 and array.shape[-1] == 1 else array
+
+
+def _as_picture(array: np.ndarray) -> Image.Image | np.ndarray:
+    """What PNG holds, one band or 8-bit colour, as a PIL image."""
+    one_band = array.ndim == 2
+    fits = array.dtype in ((np.uint8, np.uint16) if one_band else (np.uint8,)) and (one_band or array.shape[-1] == 3)
+    return Image.fromarray(np.ascontiguousarray(array)) if fits else array
+
+
+def _height_width(image: Image.Image | np.ndarray) -> tuple[int, int]:
+    return (image.shape[0], image.shape[1]) if isinstance(image, np.ndarray) else (image.height, image.width)
+
+
+def _resize_array(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The same number of axes, and the same dtype but for float64."""
+    bands = array if array.ndim == 3 else array[:, :, None]
+    exact = bands.dtype in (np.uint8, np.uint16)
+    resized = resize_bands(bands if exact else bands.astype(np.float32), size, BICUBIC)
+    if not exact and bands.dtype.kind in "iu":
+        resized = resized.round().clip(bands.min(), bands.max()).astype(bands.dtype)
+    return resized if array.ndim == 3 else resized[:, :, 0]
+
+
+def _encoded(image: Image.Image | np.ndarray, quality: int | None) -> bytes:
+    """As JPEG of a quality; without one, free of loss."""
+    stream = io.BytesIO()
+    if isinstance(image, np.ndarray):
+        np.save(stream, image, allow_pickle=False)
+    elif quality is None:
+        image.save(stream, "PNG")
+    else:
+        image.save(stream, "JPEG", quality=quality)
+    return stream.getvalue()
+
+
+# ------------------------------------------------------------------------------------------ shards
+
+
+class _Shards(Dataset):
+    """The shards of a split; to ask for one writes it, if it is not there, and gives what the manifest says of it."""
+
+    def __init__(self, rows: Rows, features: Any, folder: Path, recipe: PrepareRecipe):
+        self.rows, self.features, self.folder, self.recipe = rows, features, folder, recipe
+        count = -(-len(rows) // recipe.rows_per_shard)
+        self.names = [f"{rows.source.split}-{number:05d}-of-{count:05d}.parquet" for number in range(count)]
+        source = json.dumps(rows.source.fingerprint, sort_keys=True).encode(errors="surrogateescape")
+        self.settings = {
+            "source": hashlib.sha256(source).hexdigest(),
+            **{key: getattr(recipe, key) for key in ("short_side", "quality", "rows_per_shard")},
+        }
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        import pyarrow as pa
+
+        path = self.folder / "data" / self.names[number]
+        try:
+            bad = self._bad_of_finished(path)
+            if bad is None:
+                bad = self._write(path, number)
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise _mixed_labels(self.rows, error) from error
+        return {"file": f"data/{path.name}", **_facts(path), "bad": bad}
+
+    def _bad_of_finished(self, path: Path) -> list[tuple[str, str]] | None:
+        """Key and reason of the bad images of a shard that is there; None if it has to be written."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            said = json.loads(pq.read_schema(path).metadata[b"hf_mae"])
+        except (FileNotFoundError, pa.ArrowInvalid, KeyError, TypeError):
+            return None
+        for key, value in self.settings.items():
+            if said["settings"][key] != value:
+                what = "another source" if key == "source" else f"{key} {said['settings'][key]}, not {value}"
+                raise DataError(f"{path} was prepared with {what}; name another folder, or remove this one")
+        return said["bad"]
+
+    def _write(self, path: Path, number: int) -> list[tuple[str, str]]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        start = number * self.recipe.rows_per_shard
+        index = self.rows.index[start : start + self.recipe.rows_per_shard]
+        schema = self.features.arrow_schema
+        images: list[dict[str, Any]] = []
+        labels, bad = [], []
+        for row in self.rows.read(index):
+            try:
+                content = reencode(row.image, self.recipe.short_side, self.recipe.quality)
+            except BadImage as error:
+                bad.append((row.key, error.reason))
+                continue
+            key = row.key.encode(errors="backslashreplace").decode()  # a file's name need not be text
+            images.append({"bytes": content, "path": key})
+            labels.append(row.label)
+        columns = {"image": images, "label": labels}
+        said = json.dumps({"settings": self.settings, "bad": bad}).encode()
+        table = pa.table([pa.array(columns[column.name], column.type) for column in schema], schema=schema)
+        table = table.replace_schema_metadata({**(schema.metadata or {}), b"hf_mae": said})
+        stream = io.BytesIO()
+        # The images are compressed as they are.
+        pq.write_table(table, stream, row_group_size=ROW_GROUP, compression="none", write_page_checksum=True)
+        _write(path, stream.getbuffer())
+        return bad
+
+
+def _write_all(shards: _Shards, num_workers: int) -> list[dict[str, Any]]:
+    """What the manifest says of each shard, and of its bad images."""
+    loader = DataLoader(
+        shards,
+        batch_size=None,
+        num_workers=num_workers,
+        worker_init_fn=ignore_termination if num_workers else None,
+        prefetch_factor=1 if num_workers else None,
+    )
+    records: Any = each_batch(loader)
+    return list(tqdm(records, shards.rows.name, total=len(shards), unit="shard", disable=None))
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    import pyarrow.parquet as pq
+
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"rows": pq.read_metadata(path).num_rows, "bytes": path.stat().st_size, "sha256": digest}
+
+
+def _write(path: Path, content: bytes | memoryview) -> None:
+    """A file that is whole or not there."""
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _card(manifest: dict[str, Any], features: Any) -> str:
+    """README.md: the table that `datasets` and the Hub read, and some words for people."""
+    import datasets
+    from datasets.info import DatasetInfosDict
+    from huggingface_hub import DatasetCardData
+
+    splits = datasets.SplitDict()
+    for name, split in manifest["splits"].items():
+        size = sum(shard["bytes"] for shard in split["shards"])
+        splits[name] = datasets.SplitInfo(name, num_bytes=size, num_examples=split["rows"])
+    size = sum(split.num_bytes for split in splits.values())
+    info = datasets.DatasetInfo(features=features, splits=splits, dataset_size=size, download_size=size)
+    files = [{"split": name, "path": f"data/{name}-*"} for name in manifest["splits"]]
+    data = DatasetCardData(configs=[{"config_name": "default", "data_files": files}])
+    DatasetInfosDict({"default": info}).to_dataset_card_data(data)
+    table = "".join(
+        f"| {name} | {split['rows']:,} | {len(split['shards'])} | {sum(split['bad'].values())} |\n"
+        for name, split in manifest["splits"].items()
+    )
+    return (
+        f"---\n{data.to_yaml()}\n---\n\n# Images of {manifest['short_side']} pixels\n\nRe-encoded by `hf-mae prepare "
+        f"--short_side {manifest['short_side']} --quality {manifest['quality']}`: the shorter side is at most "
+        f"{manifest['short_side']} pixels; smaller images are the source's bytes. The licence is the source's.\n\n"
+        f"| split | images | shards | left out, as they can't be decoded |\n|---|---|---|---|\n{table}\n"
+        "`manifest.json` has the rows, bytes and sha256 of each shard, `bad_samples.jsonl` what was left out and why.\n"
+    )
