@@ -265,7 +265,10 @@ def test_the_commands_of_the_readme_run(folder, tmp_path, monkeypatch):
     (tmp_path / "path" / "to").mkdir(parents=True)
     folder.rename(tmp_path / "path" / "to" / "images")
     monkeypatch.chdir(tmp_path)
-    extra = {"prepare": ["--max_bad_fraction", 1], "pretrain": ["--total_batch_size", 8, "--dry_run", "true"]}
+    extra = {
+        "prepare": ["--max_bad_fraction", 1],
+        "pretrain": ["--total_batch_size", 8, "--per_device_batch_size", 8, "--dry_run", "true"],
+    }
     for line in block.splitlines():
         _, command, *words = shlex.split(line)
         assert start(command, *words, *extra.pop(command)) == 0
