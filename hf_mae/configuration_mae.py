@@ -48,7 +48,13 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
         decoder_num_hidden_layers: decoder blocks (Table 1a).
         decoder_num_attention_heads: decoder heads.
         decoder_intermediate_size: width of the decoder's MLPs.
+        decoder_type: "self": self-attention over visible and mask tokens, as in the paper; "cross": each mask token
+            attends to the visible ones alone (CrossMAE, arXiv:2401.14391), which predicts removed patches only.
+        decoder_fusion: with "cross", let each decoder block read its own learned sum of what the encoder's embedding
+            and blocks give, instead of the last one's output ("inter-block attention" in CrossMAE).
         mask_ratio: fraction of patches removed in pretraining, in [0, 1) (Fig. 5).
+        prediction_ratio: with "cross", fraction of all patches that is predicted in training, in (0, `mask_ratio`]
+            (0.25 in CrossMAE's recipe); all removed ones when None, and always in evaluation.
         mask_strategy: "random" patches, or "block": random rectangles (Table 1f).
         mask_cell: side, in patches, of the square cells that are kept or removed as one; must divide
             the patch grid. 1 is the paper's; 2 and 4 make the task harder at high resolution.
@@ -90,7 +96,10 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
     decoder_num_hidden_layers: int = 8
     decoder_num_attention_heads: int = 16
     decoder_intermediate_size: int = 2048
+    decoder_type: Literal["self", "cross"] = "self"
+    decoder_fusion: bool = False
     mask_ratio: float | int = 0.75
+    prediction_ratio: float | int | None = None
     mask_strategy: Literal["random", "block"] = "random"
     mask_cell: int = 1
     norm_pix_loss: bool = False
@@ -161,6 +170,14 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
         if self.num_channels < 1:
             raise ValueError(f"num_channels {self.num_channels} is not positive; give 1 or more")
         self.num_kept_patches(self.mask_ratio)
+        if self.decoder_type == "self" and (self.decoder_fusion or self.prediction_ratio is not None):
+            given = "decoder_fusion" if self.decoder_fusion else f"prediction_ratio {self.prediction_ratio}"
+            raise ValueError(f"{given} needs decoder_type cross, not self; leave it out, or change decoder_type")
+        if self.prediction_ratio is not None and not 0 < self.prediction_ratio <= self.mask_ratio:
+            raise ValueError(
+                f"prediction_ratio {self.prediction_ratio} lies outside (0, mask_ratio {self.mask_ratio}]: only "
+                "removed patches are predicted; use e.g. 0.25"
+            )
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate {self.drop_path_rate} lies outside [0, 1); give e.g. 0.1")
 

@@ -5,7 +5,8 @@ patchify -> mask -> embed what is kept -> encoder -> decoder -> loss; then the m
 
 # Shape letters in this file
 #   B images   C channels   H, W pixels   P, Q patch height and width in pixels   V = P*Q*C numbers in a patch
-#   h, w patch grid   N = h*w patches per image   K kept patches   D encoder width   E decoder width
+#   h, w patch grid   N = h*w patches per image   K kept patches   M predicted patches
+#   D encoder width   E decoder width
 
 import copy
 import math
@@ -48,6 +49,8 @@ class MAEModelOutput(ModelOutput):
         ids_restore: (B, N) index that puts a shuffled sequence back in image order; None without masking.
         hidden_states: inputs of all layers and the last one's output, on request.
         attentions: (B, heads, 1 + K, 1 + K) of all layers, on request, with the eager attention.
+        features: with `config.decoder_fusion` and a mask, what the decoder reads: (B, 1 + K, D) inputs of all layers,
+            then `last_hidden_state`.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -56,6 +59,7 @@ class MAEModelOutput(ModelOutput):
     ids_restore: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+    features: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
@@ -63,8 +67,11 @@ class MAEForPreTrainingOutput(ModelOutput):
     """Output of `MAEForPreTraining`.
 
     Args:
-        loss: mean squared error on the removed patches (Sec. 3, "Reconstruction target").
-        logits: (B, N, V) predicted patches, in image order, also where a patch was visible.
+        loss: mean squared error on the removed patches (Sec. 3, "Reconstruction target"), or on the part of them that
+            `config.prediction_ratio` says.
+        logits: (B, N, V) predicted patches, in image order. The "self" decoder predicts visible ones too; with the
+            "cross" decoder, zeros stand where nothing was predicted: in visible patches, and in training where
+            `config.prediction_ratio` leaves a removed patch out.
         mask: (B, N) 1 = removed, 0 = kept.
         ids_restore: (B, N) index that puts a shuffled sequence back in image order.
         hidden_states: the encoder's, on request.
@@ -82,19 +89,24 @@ class MAEForPreTrainingOutput(ModelOutput):
 # ---------------------------------------------------------------------------------------------- patches
 
 
-def patchify(pixel_values: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
+def patchify(pixel_values: torch.Tensor, patch_size: tuple[int, int], ids: torch.Tensor | None = None) -> torch.Tensor:
     """Cut images into patches.
 
     Args:
         pixel_values: (B, C, H, W).
         patch_size: (height, width) in pixels; must divide H and W.
+        ids: (B, M) the patches wanted, the only ones to be copied; all of them, in order, when omitted.
 
     Returns:
-        (B, N, P*Q*C) patches from left to right, top to bottom; within one: row, column, channel.
+        (B, N or M, P*Q*C) patches from left to right, top to bottom; within one: row, column, channel.
     """
     (B, C, H, W), (P, Q) = pixel_values.shape, patch_size
-    patches = pixel_values.reshape(B, C, H // P, P, W // Q, Q)
-    return patches.permute(0, 2, 4, 3, 5, 1).reshape(B, (H // P) * (W // Q), P * Q * C)
+    h, w = H // P, W // Q
+    patches = pixel_values.reshape(B, C, h, P, w, Q).permute(0, 2, 4, 3, 5, 1)
+    if ids is None:
+        return patches.reshape(B, h * w, P * Q * C)
+    images = torch.arange(B, device=ids.device).unsqueeze(1)
+    return patches[images, ids // w, ids % w].flatten(2)
 
 
 def unpatchify(patches: torch.Tensor, patch_size: tuple[int, int], grid_size: tuple[int, int]) -> torch.Tensor:
@@ -269,10 +281,9 @@ class MAEEmbeddings(nn.Module):
         dtype = self.cls_token.dtype
         positions = self.position_embeddings((H // P, W // Q)).to(dtype)
         class_position, patch_positions = positions[:1], positions[1:]
-        patches = patchify(pixel_values.to(dtype), (P, Q))
         if ids_keep is not None:
-            patches, patch_positions = take(patches, ids_keep), patch_positions[ids_keep]
-        tokens = self.patch_embed(patches) + patch_positions
+            patch_positions = patch_positions[ids_keep]
+        tokens = self.patch_embed(patchify(pixel_values.to(dtype), (P, Q), ids_keep)) + patch_positions
         class_token = (self.cls_token + class_position).expand(tokens.shape[0], -1, -1)
         return torch.cat([class_token, tokens], dim=1)
 
@@ -299,23 +310,31 @@ def eager_attention_forward(
 
 
 class MAEAttention(nn.Module):
-    """Multi-head self-attention with a fused query, key and value projection."""
+    """Multi-head attention: to the tokens themselves or, with `memory_width`, to a memory (B, tokens, memory_width)."""
 
     is_causal = False
 
-    def __init__(self, config: MAEConfig, width: int, num_heads: int):
+    def __init__(self, config: MAEConfig, width: int, num_heads: int, memory_width: int | None = None):
         super().__init__()
         self.config = config
         self.head_dim = width // num_heads
         self.scaling = self.head_dim**-0.5
-        # Fused, so that Xavier's fan-out is 3 D, as in the original.
-        self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
+        if memory_width is None:
+            # Fused, so that Xavier's fan-out is 3 D, as in the original.
+            self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
+        else:
+            self.q = nn.Linear(width, width, bias=config.qkv_bias)
+            self.kv = nn.Linear(memory_width, 2 * width, bias=config.qkv_bias)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(
+        self, hidden_states: torch.Tensor, memory: torch.Tensor | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         B, length, width = hidden_states.shape
-        qkv = self.qkv(hidden_states).view(B, length, 3, width // self.head_dim, self.head_dim)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, length, head_dim)
+        projections = [self.qkv(hidden_states)] if memory is None else [self.q(hidden_states), self.kv(memory)]
+        heads = (-1, width // self.head_dim, self.head_dim)
+        parts = [part for some in projections for part in some.unflatten(-1, heads).unbind(2)]
+        query, key, value = (part.transpose(1, 2) for part in parts)  # each (B, heads, length, head_dim)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation or "eager", eager_attention_forward
         )
@@ -354,18 +373,26 @@ class MAEDropPath(nn.Module):
 
 
 class MAELayer(GradientCheckpointingLayer):
-    """Pre-norm transformer block of the encoder or, with its sizes, of the decoder."""
+    """Pre-norm transformer block of the encoder or, with its sizes, of a decoder."""
 
-    def __init__(self, config: MAEConfig, width: int, num_heads: int, mlp_width: int, drop_path_rate: float = 0.0):
+    def __init__(
+        self,
+        config: MAEConfig,
+        width: int,
+        num_heads: int,
+        mlp_width: int,
+        drop_path_rate: float = 0.0,
+        memory_width: int | None = None,
+    ):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.attention = MAEAttention(config, width, num_heads)
+        self.attention = MAEAttention(config, width, num_heads, memory_width)
         self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.mlp = MAEMLP(config, width, mlp_width)
         self.drop_path = MAEDropPath(drop_path_rate)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        hidden_states = hidden_states + self.drop_path(self.attention(self.norm1(hidden_states), **kwargs)[0])
+    def forward(self, hidden_states: torch.Tensor, memory: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
+        hidden_states = hidden_states + self.drop_path(self.attention(self.norm1(hidden_states), memory, **kwargs)[0])
         return hidden_states + self.drop_path(self.mlp(self.norm2(hidden_states)))
 
 
@@ -387,25 +414,26 @@ def encoder_layers(config: MAEConfig) -> nn.ModuleList:
 class MAEDecoder(nn.Module):
     """Tokens of the visible patches -> pixels of all patches (Sec. 3, "MAE decoder")."""
 
-    def __init__(self, config: MAEConfig):
+    def __init__(self, config: MAEConfig, memory_width: int | None = None):
         super().__init__()
         E = config.decoder_hidden_size
         P, Q = config.patch_height_width
-        self.decoder_embed = nn.Linear(config.hidden_size, E)
+        if memory_width is None:
+            self.decoder_embed = nn.Linear(config.hidden_size, E)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, E))
         self.decoder_pos_embed = MAEPositions(config, E)
+        heads, mlp_width = config.decoder_num_attention_heads, config.decoder_intermediate_size
         self.decoder_layers = nn.ModuleList(
-            MAELayer(config, E, config.decoder_num_attention_heads, config.decoder_intermediate_size)
+            MAELayer(config, E, heads, mlp_width, memory_width=memory_width)
             for _ in range(config.decoder_num_hidden_layers)
         )
         self.decoder_norm = nn.LayerNorm(E, eps=config.layer_norm_eps)
         self.decoder_pred = nn.Linear(E, P * Q * config.num_channels)
 
-    def forward(
-        self, hidden_states: torch.Tensor, ids_restore: torch.Tensor, grid_size: tuple[int, int]
-    ) -> torch.Tensor:
-        """(B, 1 + K, D) in shuffled order -> (B, N, V) in image order."""
-        tokens = self.decoder_embed(hidden_states)
+    def forward(self, encoded: MAEModelOutput, ids: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+        """Visible tokens (B, 1 + K, D) in shuffled order -> (B, N, V) in image order, whichever `ids` are wanted."""
+        ids_restore = encoded.ids_restore
+        tokens = self.decoder_embed(encoded.last_hidden_state)
         class_token, visible = tokens[:, :1], tokens[:, 1:]
         removed = ids_restore.shape[1] - visible.shape[1]
         mask_tokens = self.mask_token.to(tokens.dtype).expand(tokens.shape[0], removed, -1)
@@ -415,6 +443,47 @@ class MAEDecoder(nn.Module):
         for layer in self.decoder_layers:
             hidden_states = layer(hidden_states)
         return self.decoder_pred(self.decoder_norm(hidden_states))[:, 1:]
+
+
+class MAECrossDecoder(MAEDecoder):
+    """Each wanted patch by itself, by cross-attention to the visible tokens (CrossMAE, arXiv:2401.14391).
+
+    A query is a mask token with its position. Queries don't see each other: which others are asked for changes nothing.
+    """
+
+    def __init__(self, config: MAEConfig):
+        super().__init__(config, memory_width=config.hidden_size)
+        self.fusion = MAEFeatureFusion(config) if config.decoder_fusion else None
+
+    def forward(self, encoded: MAEModelOutput, ids: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+        """Visible tokens (B, 1 + K, D) and wanted patches (B, M) -> (B, N, V) in image order, zero where unwanted."""
+        shape = (*encoded.ids_restore.shape, self.decoder_pred.out_features)
+        if ids.shape[1] == 0:
+            return self.mask_token.new_zeros(shape)  # attention takes no empty queries
+        positions = self.decoder_pos_embed(grid_size)[1:].to(self.mask_token.dtype)
+        hidden_states = self.mask_token + positions[ids]
+        if self.fusion is None:
+            memories = [encoded.last_hidden_state] * len(self.decoder_layers)
+        else:
+            memories = self.fusion(encoded.features)
+        for layer, memory in zip(self.decoder_layers, memories, strict=True):
+            hidden_states = layer(hidden_states, memory)
+        predicted = self.decoder_pred(self.decoder_norm(hidden_states))
+        return predicted.new_zeros(shape).scatter(1, ids.unsqueeze(-1).expand_as(predicted), predicted)
+
+
+class MAEFeatureFusion(nn.Module):
+    """For each decoder block its own weighted sum of the encoder's features (CrossMAE, "Inter-block attention")."""
+
+    def __init__(self, config: MAEConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(config.decoder_num_hidden_layers, config.num_hidden_layers + 1))
+        self.norms = nn.ModuleList(nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) for _ in self.weight)
+
+    def forward(self, features: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+        """(B, 1 + K, D) of the embedding and of each encoder block -> one for each decoder block."""
+        fused = self.weight @ torch.stack(features).flatten(1)
+        return [norm(memory.view_as(features[0])) for norm, memory in zip(self.norms, fused, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------- models
@@ -476,6 +545,8 @@ class MAEPreTrainedModel(PreTrainedModel):
             init.normal_(module.cls_token, std=self.config.initializer_range)
         elif isinstance(module, MAEDecoder):
             init.normal_(module.mask_token, std=self.config.initializer_range)
+        elif isinstance(module, MAEFeatureFusion):
+            init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
         elif isinstance(module, MAEPositions):
             # Again here: after loading on the meta device, what the constructor wrote is gone.
             init.copy_(module.table, sincos_table(module.grid_size, module.table.shape[1]).to(module.table.dtype))
@@ -669,11 +740,21 @@ class MAEModel(MAEPreTrainedModel):
             pixel_values, grid_size, mask_ratio, noise, _one_mask(mask, bool_masked_pos), generator
         )
         hidden_states = self.embeddings(pixel_values, ids_keep)
+        features: list[torch.Tensor] = []
+        fused = self.config.decoder_fusion and ids_keep is not None
         for layer in self.layers:
+            if fused:
+                features.append(hidden_states)
             hidden_states = layer(hidden_states)
         hidden_states = self.norm(hidden_states)
         pooled = hidden_states[:, 0] if self.config.pooling == "cls" else hidden_states[:, 1:].mean(dim=1)
-        return MAEModelOutput(last_hidden_state=hidden_states, pooler_output=pooled, mask=mask, ids_restore=ids_restore)
+        return MAEModelOutput(
+            last_hidden_state=hidden_states,
+            pooler_output=pooled,
+            mask=mask,
+            ids_restore=ids_restore,
+            features=(*features, hidden_states) if fused else None,
+        )
 
     def choose_patches(
         self,
@@ -737,7 +818,7 @@ def _kept_by(mask: torch.Tensor) -> int:
 
 
 class MAEForPreTraining(MAEPreTrainedModel):
-    """Encoder and decoder: predicts the pixels of removed patches."""
+    """Encoder and decoder (`config.decoder_type`): predicts the pixels of removed patches."""
 
     # The loss is a mean over the batch, whatever a Trainer passes: accumulated steps weigh alike.
     accepts_loss_kwargs = False
@@ -745,7 +826,7 @@ class MAEForPreTraining(MAEPreTrainedModel):
     def __init__(self, config: MAEConfig):
         super().__init__(config)
         self.mae = MAEModel(config)
-        self.decoder = MAEDecoder(config)
+        self.decoder = MAECrossDecoder(config) if config.decoder_type == "cross" else MAEDecoder(config)
         self.post_init()
 
     @can_return_tuple
@@ -761,14 +842,14 @@ class MAEForPreTraining(MAEPreTrainedModel):
         return_loss: bool = True,
         **kwargs: Unpack[MAEKwargs],
     ) -> MAEForPreTrainingOutput:
-        """Remove patches, encode the rest, predict all pixels.
+        """Remove patches, encode the rest, predict pixels.
 
         Args:
             pixel_values: (B, C, H, W) normalised pixels.
             mask_ratio: fraction of patches to remove; `config.mask_ratio` when omitted.
             noise: (B, N) sort keys; drawn from U[0, 1) when omitted: anew in training, and in evaluation the same
                 ones for each batch, by `config.eval_mask_seed`.
-            mask: (B, N) the caller's own choice, 1 = removed, 0 = kept.
+            mask: (B, N) the caller's own choice, 1 = removed, 0 = kept; all that it removes is predicted.
             generator: draws the noise.
             bool_masked_pos: another name for `mask`.
             interpolate_pos_encoding: accept images of another size than `config.image_size`.
@@ -794,8 +875,9 @@ class MAEForPreTraining(MAEPreTrainedModel):
             **kwargs,
         )
         grid_size = self._check_pixels(pixel_values, interpolate_pos_encoding)
-        logits = self.decoder(encoded.last_hidden_state, encoded.ids_restore, grid_size)
-        loss = self.reconstruction_loss(pixel_values, logits, encoded) if return_loss else None
+        ids = self.predicted_patches(encoded, grid_size, partly=self.training and mask is None)
+        logits = self.decoder(encoded, ids, grid_size)
+        loss = self.reconstruction_loss(pixel_values, logits, ids) if return_loss else None
         return MAEForPreTrainingOutput(
             loss=loss,
             logits=logits,
@@ -811,25 +893,35 @@ class MAEForPreTraining(MAEPreTrainedModel):
         N = (H // P) * (W // Q)
         return hashed_noise(self.config.eval_mask_seed, B * N, pixel_values.device).view(B, N)
 
-    def patch_target(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """What `logits` should be: (B, N, V) float32 patches, normalised each by itself with `norm_pix_loss`."""
-        target = patchify(pixel_values.float(), self.config.patch_height_width)
+    def patch_target(self, pixel_values: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
+        """What `logits` should be, (B, N, V) float32, or of the patches `ids` (B, M) alone, (B, M, V).
+
+        With `norm_pix_loss` each patch is normalised by itself.
+        """
+        target = patchify(pixel_values.float(), self.config.patch_height_width, ids)
         return normalize_patches(target) if self.config.norm_pix_loss else target
 
-    def reconstruction_loss(
-        self, pixel_values: torch.Tensor, logits: torch.Tensor, encoded: MAEModelOutput
+    def predicted_patches(
+        self, encoded: MAEModelOutput, grid_size: tuple[int, int], partly: bool = False
     ) -> torch.Tensor:
-        """Mean squared error over the pixels of removed patches, in float32 (Sec. 3).
+        """(B, M) which patches the loss is about: all that were removed.
 
-        Visible patches are left out before anything is computed: they cost nothing and get no gradient.
+        With `partly`, as many of them as `config.prediction_ratio` says: those that would have been kept next, so that
+        the noise that draws a mask draws them too.
         """
-        removed = encoded.ids_restore.argsort(dim=1)[:, encoded.last_hidden_state.shape[1] - 1 :]  # (B, N - K)
-        if removed.shape[1] == 0:
+        kept, end = encoded.last_hidden_state.shape[1] - 1, encoded.ids_restore.shape[1]
+        if partly and self.config.prediction_ratio is not None:
+            end = min(end, kept + end - self.config.num_kept_patches(self.config.prediction_ratio, grid_size))
+        return encoded.ids_restore.argsort(dim=1)[:, kept:end]
+
+    def reconstruction_loss(self, pixel_values: torch.Tensor, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Mean squared error over the pixels of the patches `ids` (B, M), in float32 (Sec. 3).
+
+        Other patches are left out before anything is computed: they cost nothing and get no gradient.
+        """
+        if ids.shape[1] == 0:
             raise ValueError("mask_ratio 0 removes no patch, so there is nothing to predict; use e.g. 0.75")
-        target = take(patchify(pixel_values.float(), self.config.patch_height_width), removed)
-        if self.config.norm_pix_loss:
-            target = normalize_patches(target)
-        return F.mse_loss(take(logits, removed).float(), target)
+        return F.mse_loss(take(logits, ids).float(), self.patch_target(pixel_values, ids))
 
 
 def normalize_patches(patches: torch.Tensor) -> torch.Tensor:
