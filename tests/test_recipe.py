@@ -78,6 +78,7 @@ def test_every_key_of_the_configuration_reaches_the_model_configuration():
     default = MAEConfig()
     other = {
         "hidden_act": "relu", "mask_strategy": "block", "pooling": "cls", "position_resize": "sincos",
+        "decoder_type": "cross",
         "image_size": "64x32", "num_attention_heads": 6, "decoder_num_attention_heads": 8, "mask_cell": 2,
     }  # fmt: skip
     for key in CONFIG_KEYS:
@@ -89,7 +90,8 @@ def test_every_key_of_the_configuration_reaches_the_model_configuration():
         else:
             value = value * 2 if isinstance(value, int) and value else value / 2 if value else 0.25
             value = 1 if key == "eval_mask_seed" else value
-        config = model_config_of(load_pretrain_recipe([f"--{key}", str(value)]), num_channels=3)
+        cross = ["--decoder_type", "cross"] if key in ("decoder_fusion", "prediction_ratio") else []
+        config = model_config_of(load_pretrain_recipe([f"--{key}", str(value), *cross]), num_channels=3)
         expected = [64, 32] if key == "image_size" else value
         assert getattr(config, key) == expected != getattr(default, key), key
 
@@ -150,7 +152,7 @@ def test_impossible_values_in_a_file_are_named_in_one_line(text, message, recipe
 
 
 def test_an_unknown_recipe_names_the_nearest_and_all():
-    known = "cifar10_vit_tiny, quickstart, vit_base_in1k, vit_huge_in1k, vit_large_in1k"
+    known = ", ".join(recipe_names())
     with pytest.raises(
         RecipeError,
         match=rf"unknown recipe 'quikstart'; did you mean 'quickstart'\?; there are {known}, or a .yaml file",
@@ -317,6 +319,17 @@ def test_the_papers_recipes_are_table_8(name, sizes, millions):
     assert sum(tensor.numel() for tensor in state.values()) / 1e6 == pytest.approx(millions, abs=0.06)
 
 
+@pytest.mark.parametrize("name", ["cifar10_vit_tiny", "vit_base_in1k", "vit_large_in1k"])
+def test_the_fast_recipes_differ_by_the_decoder_and_by_the_learning_rate_that_goes_with_it(name):
+    usual, fast = read_recipe(name), read_recipe(f"{name}_fast")
+    differing = {key: fast[key] for key in fast if fast[key] != usual.get(key)}
+    blr, depth = differing.pop("blr"), differing.pop("decoder_num_hidden_layers", None)
+    assert differing == {"decoder_type": "cross", "decoder_fusion": True, "prediction_ratio": 0.25}
+    assert blr == pytest.approx(usual["blr"] * 0.25 / 0.75, rel=0.02)
+    assert depth == (None if name == "cifar10_vit_tiny" else 12)
+    assert usual.keys() <= fast.keys()
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_shipped_recipe_loads_and_builds_its_model(name):
     recipe = load_pretrain_recipe(["--recipe", name])
@@ -330,7 +343,8 @@ def test_every_shipped_recipe_loads_and_builds_its_model(name):
 
 
 def test_all_recipes_are_shipped():
-    assert recipe_names() == ["cifar10_vit_tiny", "quickstart", "vit_base_in1k", "vit_huge_in1k", "vit_large_in1k"]
+    in1k = ["vit_base_in1k", "vit_base_in1k_fast", "vit_huge_in1k", "vit_large_in1k", "vit_large_in1k_fast"]
+    assert recipe_names() == ["cifar10_vit_tiny", "cifar10_vit_tiny_fast", "quickstart", *in1k]
 
 
 # ------------------------------------------------------------------------------------------ the command line

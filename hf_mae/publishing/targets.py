@@ -37,6 +37,7 @@ def write_vit_mae(model: Any, processor: MAEImageProcessor, folder: Path) -> Run
     if isinstance(model, MAEForImageClassification):
         raise ConvertError("ViTMAE has no classifier; use --to timm, or --to vit where the class token is pooled")
     _refuse_oblong(model, "ViTMAE")
+    _refuse_cross_attention(model, "ViTMAE")
     if model.config.mask_strategy != "random" or model.config.mask_cell != 1:
         raise ConvertError(
             f"ViTMAE masks patch by patch at random: it can't express mask_strategy {model.config.mask_strategy} with "
@@ -102,6 +103,7 @@ def write_timm(model: Any, processor: MAEImageProcessor, folder: Path) -> Run:
 def write_original(model: Any, processor: MAEImageProcessor, folder: Path) -> Run:
     """The original's names and shapes in a safetensors file, for `load_state_dict`; a `.pth` would be a pickle."""
     _refuse_other_activations(model, "the original")
+    _refuse_cross_attention(model, "the original")
     weights, config = to_layout(model.state_dict(), "original"), model.config
     said = {"num_attention_heads": str(config.num_attention_heads)}
     if isinstance(model, MAEForPreTraining):
@@ -184,6 +186,11 @@ def _refuse_oblong(model: Any, name: str) -> None:
         if height != width:
             raise ConvertError(f"{name} takes squares only, not {key}_size {height}x{width}; use --to vit or --to timm")
         setattr(model.config, f"{key}_size", height)
+
+
+def _refuse_cross_attention(model: Any, name: str) -> None:
+    if isinstance(model, MAEForPreTraining) and model.config.decoder_type == "cross":
+        raise ConvertError(f"{name} can't express decoder_type cross; use --to vit or --to timm for the encoder alone")
 
 
 def _refuse_other_activations(model: Any, name: str) -> None:
