@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import evaluations, run, weights_hash
 from tiny import draw_noise, pixels, tiny, tiny_config
 from torch import nn
 from transformers import AutoModel, AutoModelForPreTraining
@@ -285,6 +286,15 @@ def test_pictures_show_all_removed_patches():
     assert torch.equal(reconstruction[~where], images[~where])
     assert (reconstruction[where] != 0).all()
     assert not masked[where].any()
+
+
+def test_a_run_of_the_command_trains_it_and_goes_on_exactly(tmp_path):
+    options = {**FUSED, "mask_ratio": 0.75, "save_steps": 6, "num_workers": 1}
+    whole = run(tmp_path / "whole", **options)
+    assert evaluations(whole)[12] < 0.9 * evaluations(whole)[0]
+    again = run(tmp_path / "again", resume=whole / "checkpoint-6", **options)
+    assert weights_hash(again) == weights_hash(whole)
+    assert AutoModelForPreTraining.from_pretrained(whole).config.prediction_ratio == 0.25
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from contextlib import closing
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -87,7 +88,7 @@ def obvious_batches(rows: Rows, plan: StreamPlan, view: View, seed: int, steps: 
                 rng = sample_rng(seed, epoch, row.shard, row.row)
                 image = decode_image(row.image, view.num_channels, view.dtype)
                 images.append(training_view(image, rng, view.size, view.crop_scale, view.flip))
-                noise.append(rng.random(view.num_patches, dtype=np.float32))
+                noise += list(rng.random((view.masks, view.num_patches), dtype=np.float32))
                 keys.append(row.key)
         yield keys, np.stack(images), np.stack(noise)
 
@@ -357,6 +358,25 @@ def test_global_batches_are_those_written_down_on_every_grid(worker, block):
         batches = list(run(dataset, plan, ranks, workers, accumulate, 0, 8, [0] * 64, worker))
         wrong = [step for step in range(8) if not equal(batches[step], expected[step])]
         assert not wrong, (ranks, workers, accumulate, wrong)
+
+
+def test_more_masks_an_image_are_drawn_after_the_first_and_change_nothing_else(worker):
+    rows, plan, view = memory_rows([31, 3, 42, 24]), StreamPlan(16, chunks=16, groups=4), replace(VIEW, masks=3)
+    expected = list(obvious_batches(rows, plan, view, seed=3, steps=4))
+    with_one = list(obvious_batches(rows, plan, VIEW, seed=3, steps=4))
+    for ranks, workers, accumulate in GRIDS[::5]:
+
+        def dataset(rank, items, ranks=ranks):
+            return TrainingStream(rows, plan, view, 3, [0] * 64, 0, 4, rank, ranks, items)
+
+        batches = list(run(dataset, plan, ranks, workers, accumulate, 0, 4, [0] * 64, worker))
+        assert all(equal(one, other) for one, other in zip(batches, expected, strict=True))
+    for (keys, images, noise), (keys_of_one, images_of_one, first_noise) in zip(expected, with_one, strict=True):
+        assert keys == keys_of_one
+        assert np.array_equal(images, images_of_one)
+        assert noise.shape == (48, 4)
+        assert np.array_equal(noise[::3], first_noise)
+        assert len(np.unique(noise, axis=0)) == 48
 
 
 @pytest.mark.parametrize("block", [None, 9])

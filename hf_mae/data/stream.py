@@ -168,7 +168,7 @@ class StreamPlan:
     """How a step's batch is put together; fixed for a run, so that it can move to other ranks and workers.
 
     Args:
-        total_batch_size: images of a step, over all ranks.
+        total_batch_size: images that a step decodes, over all ranks.
         chunks: c, chunks in a batch, each from another stream.
         groups: n, steps until a stream has its turn again.
     """
@@ -238,6 +238,7 @@ class View:
         num_patches: N, for the mask noise.
         crop_scale: smallest and largest fraction of the area that a training crop keeps.
         flip: mirror half of the training crops.
+        masks: of each training image.
         eval_resize: for the evaluation view, see `evaluation_view`.
         one_draw: how a training crop is drawn, see `random_resized_crop_box`.
     """
@@ -248,6 +249,7 @@ class View:
     num_patches: int
     crop_scale: tuple[float, float] = (0.2, 1.0)
     flip: bool = True
+    masks: int = 1
     eval_resize: int | tuple[int, int] = 256
     one_draw: bool = False
 
@@ -263,7 +265,7 @@ class Batch:
 
     Args:
         images: (b, C, H, W) in the source's dtype.
-        noise: (b, N) float32 mask noise from U[0, 1).
+        noise: (b * masks, N) float32 mask noise from U[0, 1), the masks of an image side by side.
         keys: (b,) places of the samples, for people.
         labels: (b,) whatever the source has.
         positions: of the streams that gave rows to this batch: stream number -> rows read.
@@ -287,9 +289,9 @@ Sample = tuple[np.ndarray, np.ndarray, Row]
 
 def _collate(view: View, samples: Sequence[Sample], positions: dict[int, int], bad: list[tuple[str, str]]) -> Batch:
     images = np.empty((len(samples), view.num_channels, *view.size), view.dtype)
-    noise = np.empty((len(samples), view.num_patches), np.float32)
-    for at, (pixels, mask_noise, _) in enumerate(samples):
-        images[at], noise[at] = pixels, mask_noise
+    for at, (pixels, _, _) in enumerate(samples):
+        images[at] = pixels
+    noise = np.array([mask_noise for _, mask_noise, _ in samples], np.float32).reshape(-1, view.num_patches)
     return Batch(
         images=torch.from_numpy(images),
         noise=torch.from_numpy(noise),
@@ -363,7 +365,7 @@ class TrainingStream(IterableDataset):
                 image = decode_image(row.image, view.num_channels, view.dtype, view.min_pixels)
                 rng = sample_rng(self.seed, epoch, row.shard, row.row)
                 pixels = training_view(image, rng, view.size, view.crop_scale, view.flip, view.one_draw)
-                samples.append((pixels, rng.random(view.num_patches, dtype=np.float32), row))
+                samples.append((pixels, rng.random((view.masks, view.num_patches), dtype=np.float32), row))
                 failed = 0
             except BadImage as error:
                 bad.append((row.key, error.reason))

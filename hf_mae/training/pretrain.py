@@ -169,11 +169,12 @@ class PretrainRun:
         }
         if accelerator.is_main_process:
             h, w = self.config.grid_size
+            masks = f", each with {recipe.masks_per_image} masks" if recipe.masks_per_image > 1 else ""
             print(
                 f"{recipe.recipe or 'pretrain'}: {derived['training_images']:,} images of {recipe.dataset}, "
                 f"{self.data.num_channels} x {self.view.size[0]} x {self.view.size[1]} {self.data.dtype}, "
                 f"{h} x {w} patches, {derived['parameters'] / 1e6:.1f} M parameters\n"
-                f"{self.total_steps:,} steps of {recipe.total_batch_size} images = {accelerator.num_processes} "
+                f"{self.total_steps:,} steps of {recipe.images_per_step} images{masks} = {accelerator.num_processes} "
                 f"{'process' if accelerator.num_processes == 1 else 'processes'} x {self.grad_accum_steps} x "
                 f"{self.micro_batch} ({derived['strategy']}, {accelerator.device}, precision "
                 f"{accelerator.mixed_precision}), lr {recipe.lr:.3g}; evaluation on {self.data.evaluated_on}\n"
@@ -246,7 +247,7 @@ class PretrainRun:
             "steps": self.step,
             "first_eval_loss": log.evaluations[0]["eval_loss"] if log.evaluations else None,
             "last_eval_loss": log.evaluations[-1]["eval_loss"] if log.evaluations else None,
-            "images_per_second": steps_timed * recipe.total_batch_size / seconds_spent if steps_timed else None,
+            "images_per_second": steps_timed * recipe.images_per_step / seconds_spent if steps_timed else None,
             "quality": log.quality,
             "bad_samples": self.bad.total if self.bad else 0,
             "skipped_steps": self.guard.skipped_steps,
@@ -264,8 +265,8 @@ class PretrainRun:
 
     @property
     def images_seen(self) -> int:
-        """Training images so far, those of skipped steps among them."""
-        return self.step * self.recipe.total_batch_size
+        """Training images so far, those of skipped steps among them; each once, with however many masks."""
+        return self.step * self.recipe.images_per_step
 
     @property
     def epoch(self) -> float:
@@ -295,7 +296,7 @@ class PretrainRun:
         mean_losses = self._reduce(torch.stack(losses), "mean")
         loss = mean_losses[mean_losses.isfinite()].mean().item()
         seconds, waited = watch.read()
-        speed = len(losses) * self.recipe.total_batch_size / seconds
+        speed = len(losses) * self.recipe.images_per_step / seconds
         log.event(
             self.step, images_seen=self.images_seen, epoch=self.epoch, loss=loss, lr=lr, grad_norm=grad_norm.item(),
             images_per_second=speed, data_wait=waited,
@@ -327,7 +328,10 @@ class PretrainRun:
             keys += batch.keys
             last = micro_step == self.grad_accum_steps - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                part = self.model(self.normalize(batch.images), noise=batch.noise).loss / self.grad_accum_steps
+                pixel_values = self.normalize(batch.images)
+                if self.recipe.masks_per_image > 1:
+                    pixel_values = pixel_values.repeat_interleave(self.recipe.masks_per_image, dim=0)
+                part = self.model(pixel_values, noise=batch.noise).loss / self.grad_accum_steps
                 self.accelerator.backward(part)
             loss += part.detach()
         grad_norm = self._clip()
@@ -363,11 +367,14 @@ class PretrainRun:
             for item in items:
                 self.moved.update(item.positions)
                 self.newly_bad += item.bad
-                for start in range(0, len(item.keys), self.micro_batch):
-                    part = slice(start, start + self.micro_batch)
+                masks = self.recipe.masks_per_image
+                images = self.micro_batch // masks
+                for start in range(0, len(item.keys), images):
+                    part = slice(start, start + images)
+                    noise = item.noise[masks * part.start : masks * part.stop]
                     yield Batch(
                         images=item.images[part].to(self.accelerator.device, non_blocking=True),
-                        noise=item.noise[part].to(self.accelerator.device, non_blocking=True),
+                        noise=noise.to(self.accelerator.device, non_blocking=True),
                         keys=item.keys[part],
                         labels=item.labels[part],
                     )

@@ -82,6 +82,11 @@ class RunRecipe:
         """The highest learning rate, by the linear scaling rule."""
         return self.blr * self.total_batch_size / 256
 
+    @property
+    def images_per_step(self) -> int:
+        """Images that an optimizer step decodes, over all processes."""
+        return self.total_batch_size
+
     def steps(self, num_samples: int) -> tuple[int, int]:
         """Optimizer steps of the run and of its warm-up.
 
@@ -91,7 +96,7 @@ class RunRecipe:
         Raises:
             RecipeError: if neither steps nor epochs are given.
         """
-        per_epoch = num_samples / self.total_batch_size
+        per_epoch = num_samples / self.images_per_step
         if self.total_steps is None and self.epochs is None:
             raise RecipeError("neither total_steps nor epochs is given; pass e.g. --epochs 800")
         total = self.total_steps or max(1, round((self.epochs or 0) * per_epoch))
@@ -157,6 +162,9 @@ class RunRecipe:
 class PretrainRecipe(RunRecipe):
     """All keys of `hf-mae pretrain` but those of `MAEConfig`, which stand in `model_config`."""
 
+    masks_per_image: int = _key(
+        1, "masks with which each decoded image is seen in a step; total_batch_size counts them all"
+    )
     streaming: bool | None = _key(None, "read in place, block by block; the default for what is not local")
     allow_data_change: bool = _key(False, "go on although the data is not what the checkpoint was trained on")
     max_bad_fraction: float = _key(0.01, "stop when more of the images than this can't be decoded")
@@ -172,6 +180,13 @@ class PretrainRecipe(RunRecipe):
     model_size: Literal["tiny", "small", "base", "large", "huge"] = _key("base", "row of the table of sizes")
     model_config: dict[str, Any] = field(default_factory=dict, metadata={"help": "keys of MAEConfig"})
 
+    @property
+    def images_per_step(self) -> int:
+        return self.total_batch_size // self.masks_per_image
+
+    def micro_batch(self, ranks: int) -> tuple[int, int]:
+        return micro_batch(self.total_batch_size, self.per_device_batch_size, ranks, masks=self.masks_per_image)
+
     def to_dict(self) -> dict[str, Any]:
         flat = super().to_dict()
         model_config = flat.pop("model_config")
@@ -180,6 +195,12 @@ class PretrainRecipe(RunRecipe):
     def check(self) -> None:
         super().check()
         check_crop_pct(self.eval_crop_pct)
+        check_range(self, "masks_per_image", 1)
+        if self.total_batch_size % self.masks_per_image:
+            raise RecipeError(
+                f"total_batch_size {self.total_batch_size} is not a multiple of masks_per_image "
+                f"{self.masks_per_image}; it counts each image as often as it is masked"
+            )
         check_range(self, "max_bad_fraction", 0, 1)
         check_range(self, "quality_steps", 0)
         check_range(self, "quality_samples", 2)
@@ -226,7 +247,7 @@ def pretrain_parser() -> ArgumentParser:
 
 
 def micro_batch(
-    total_batch_size: int, per_device_batch_size: int | None, ranks: int, most: int = 64
+    total_batch_size: int, per_device_batch_size: int | None, ranks: int, most: int = 64, masks: int = 1
 ) -> tuple[int, int]:
     """Images at once on a device, and how many such micro-batches make a step of one process.
 
@@ -235,25 +256,26 @@ def micro_batch(
         per_device_batch_size: images at once; the largest that fits, up to `most`, when None.
         ranks: processes.
         most: see above.
+        masks: images that belong together, since they are one with so many masks.
 
     Raises:
         RecipeError: if they don't make up the total; it names the sizes that do.
     """
-    share, remainder = divmod(total_batch_size, ranks)
+    share, remainder = divmod(total_batch_size // masks, ranks)
     if remainder:
-        fitting = [n for n in range(1, ranks + 1) if total_batch_size % n == 0]
+        fitting = [n for n in range(1, ranks + 1) if total_batch_size // masks % n == 0]
         raise RecipeError(
             f"total_batch_size {total_batch_size} can't be dealt to {ranks} processes; use {fitting} "
-            f"processes, or a multiple of {ranks} images"
+            f"processes, or a multiple of {ranks * masks} images"
         )
-    fitting = [n for n in range(1, share + 1) if share % n == 0]
-    size = per_device_batch_size or max(n for n in fitting if n <= most)
+    fitting = [masks * n for n in range(1, share + 1) if share % n == 0]
+    size = per_device_batch_size or max(n for n in fitting if n <= max(most, masks))
     if size not in fitting:
         raise RecipeError(
             f"total_batch_size {total_batch_size} is not a multiple of per_device_batch_size {size} x {ranks} "
             f"processes; sizes that fit: {', '.join(map(str, fitting[-12:]))}"
         )
-    return size, share // size
+    return size, share * masks // size
 
 
 def load_pretrain_recipe(arguments: list[str]) -> PretrainRecipe:

@@ -6,7 +6,7 @@ import os
 import platform
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +207,8 @@ def check_same_recipe(old: dict[str, Any], recipe: RunRecipe, where: Path, free:
         CheckpointError: naming the first key that differs.
     """
     new = json.loads(json.dumps(recipe.to_dict()))
+    # A run of an older version knows nothing of keys that came later.
+    old = {key.name: key.default for key in fields(recipe) if key.default is not MISSING} | old
     for key in sorted((old.keys() | new.keys()) - free):
         if old.get(key) != new.get(key):
             raise CheckpointError(
@@ -333,6 +335,7 @@ def make_view(recipe: PretrainRecipe, data: PretrainData, config: MAEConfig) -> 
         num_patches=config.num_patches,
         crop_scale=(recipe.crop_scale[0], recipe.crop_scale[-1]),
         flip=recipe.flip,
+        masks=recipe.masks_per_image,
         eval_resize=evaluation_resize(size, recipe.eval_crop_pct),
     )
 
@@ -353,7 +356,7 @@ def plan_stream(
     """
     if state is None:
         access = data.rows.source.random_access
-        plan = StreamPlan.choose(recipe.total_batch_size, ranks, recipe.num_workers, len(data.rows), access)
+        plan = StreamPlan.choose(recipe.images_per_step, ranks, recipe.num_workers, len(data.rows), access)
         return plan, [0] * plan.num_streams
     if state["fingerprint"] != data.fingerprint:
         changed = f"{recipe.dataset} is not the data that this run was trained on (its files or rows changed)"
