@@ -316,6 +316,7 @@ class TrainingStream(IterableDataset):
         rank: of this process, from 0.
         ranks: processes.
         items_per_step: items that a rank's part of a step is cut into.
+        later_views: (step, view) that takes the place of the one before from this step on, steps rising.
     """
 
     def __init__(
@@ -330,8 +331,10 @@ class TrainingStream(IterableDataset):
         rank: int = 0,
         ranks: int = 1,
         items_per_step: int = 1,
+        later_views: Sequence[tuple[int, View]] = (),
     ):
-        self.rows, self.plan, self.view, self.seed = rows, plan, view, seed
+        self.rows, self.plan, self.seed = rows, plan, seed
+        self.views = [(0, view), *later_views]
         self.positions, self.steps = list(positions), range(first_step, last_step)
         self.items_per_step = items_per_step
         self.chunks_per_item = plan.chunks // ranks // items_per_step
@@ -347,18 +350,19 @@ class TrainingStream(IterableDataset):
         for item in range(number, items, workers):
             step, part = self.steps[item // self.items_per_step], item % self.items_per_step
             first = step % self.plan.groups * self.plan.chunks + self.first_chunk + part * self.chunks_per_item
+            view = [view for start, view in self.views if start <= step][-1]
             samples: list[Sample] = []
             bad: list[tuple[str, str]] = []
             for stream in range(first, first + self.chunks_per_item):
                 if stream not in streams:
                     streams[stream] = LogicalStream(order, stream, self.plan.num_streams, self.positions[stream])
-                samples += self._chunk(streams[stream], bad)
+                samples += self._chunk(streams[stream], view, bad)
             taken = range(first, first + self.chunks_per_item)
-            yield _collate(self.view, samples, {stream: streams[stream].position for stream in taken}, bad)
+            yield _collate(view, samples, {stream: streams[stream].position for stream in taken}, bad)
 
-    def _chunk(self, stream: LogicalStream, bad: list[tuple[str, str]]) -> list[Sample]:
+    def _chunk(self, stream: LogicalStream, view: View, bad: list[tuple[str, str]]) -> list[Sample]:
         samples: list[Sample] = []
-        view, failed = self.view, 0
+        failed = 0
         while len(samples) < self.chunk_size:
             epoch, row = stream.next(self.chunk_size - len(samples))
             try:

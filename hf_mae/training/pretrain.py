@@ -43,13 +43,14 @@ from .held_out import HeldOut
 from .log import BadSamples, RunLog, Stopwatch
 from .optimizer import adamw
 from .recipe import PretrainRecipe
-from .schedule import lr_at
+from .schedule import lr_at, stages, value_at
 from .setup import (
     build_model,
     build_processor,
     describe_hardware,
     find_stored,
     make_accelerator,
+    make_training_views,
     make_view,
     open_data,
     plan_stream,
@@ -111,6 +112,8 @@ class PretrainRun:
         self.config = model.config
         self.processor = build_processor(recipe, self.stored, self.data, self.config)
         self.view = make_view(recipe, self.data, self.config)
+        self.views = make_training_views(recipe, self.data, self.config, self.total_steps)
+        self.mask_ratios = stages(recipe.mask_ratios, self.total_steps)
         self.normalize = make_normalizer(self.processor, self.data.dtype, self.accelerator.device)
         optimizer = adamw(model, (recipe.adam_beta1, recipe.adam_beta2), recipe.weight_decay)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -319,6 +322,9 @@ class PretrainRun:
         if self.config.drop_path_rate:
             # These random numbers too are a function of seed, step and rank, so that a resumed run draws the same.
             torch.manual_seed(hash((self.recipe.seed, step, self.accelerator.process_index)))
+        asked: dict[str, Any] = {"interpolate_pos_encoding": True} if self.recipe.image_sizes else {}
+        if self.mask_ratios:
+            asked["mask_ratio"] = value_at(self.mask_ratios, step - 1)
         loss = torch.zeros((), device=self.accelerator.device)
         keys: list[str] = []
         for micro_step in range(self.grad_accum_steps):
@@ -331,7 +337,7 @@ class PretrainRun:
                 pixel_values = self.normalize(batch.images)
                 if self.recipe.masks_per_image > 1:
                     pixel_values = pixel_values.repeat_interleave(self.recipe.masks_per_image, dim=0)
-                part = self.model(pixel_values, noise=batch.noise).loss / self.grad_accum_steps
+                part = self.model(pixel_values, noise=batch.noise, **asked).loss / self.grad_accum_steps
                 self.accelerator.backward(part)
             loss += part.detach()
         grad_norm = self._clip()
@@ -360,7 +366,7 @@ class PretrainRun:
         """Micro-batches on the device, from the step after `first_step`; keeps count of the streams' positions."""
         stream = TrainingStream(
             self.data.rows, self.plan, self.view, self.recipe.seed, self.positions, first_step, self.total_steps,
-            self.accelerator.process_index, self.accelerator.num_processes, self.items_per_step,
+            self.accelerator.process_index, self.accelerator.num_processes, self.items_per_step, self.views,
         )  # fmt: skip
         loader = make_loader(stream, self.recipe.num_workers, self.accelerator.device.type == "cuda")
         with closing(each_batch(loader)) as items:

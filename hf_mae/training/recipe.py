@@ -3,7 +3,7 @@
 import difflib
 import math
 from argparse import ArgumentError, ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
@@ -13,6 +13,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from ..configuration_mae import SIZES, MAEConfig
+from .schedule import read_points
 
 T = TypeVar("T")
 
@@ -165,6 +166,12 @@ class PretrainRecipe(RunRecipe):
     masks_per_image: int = _key(
         1, "masks with which each decoded image is seen in a step; total_batch_size counts them all"
     )
+    image_size_schedule: list[str] | None = _key(
+        None, "FRACTION:SIZE ..., e.g. 0:128 0.5:160 0.8:224: train on images of this size from that part of the run on"
+    )
+    mask_ratio_schedule: list[str] | None = _key(
+        None, "FRACTION:RATIO ..., e.g. 0:0.6 0.5:0.75: train with this mask_ratio from that part of the run on"
+    )
     streaming: bool | None = _key(None, "read in place, block by block; the default for what is not local")
     allow_data_change: bool = _key(False, "go on although the data is not what the checkpoint was trained on")
     max_bad_fraction: float = _key(0.01, "stop when more of the images than this can't be decoded")
@@ -184,6 +191,16 @@ class PretrainRecipe(RunRecipe):
     def images_per_step(self) -> int:
         return self.total_batch_size // self.masks_per_image
 
+    @property
+    def image_sizes(self) -> list[tuple[float, Any]]:
+        """(part of the run, image size) as `image_size_schedule` says; empty without one."""
+        return _points("image_size_schedule", self.image_size_schedule, size_value)
+
+    @property
+    def mask_ratios(self) -> list[tuple[float, float]]:
+        """(part of the run, mask ratio) as `mask_ratio_schedule` says; empty without one."""
+        return _points("mask_ratio_schedule", self.mask_ratio_schedule, float)
+
     def micro_batch(self, ranks: int) -> tuple[int, int]:
         return micro_batch(self.total_batch_size, self.per_device_batch_size, ranks, masks=self.masks_per_image)
 
@@ -195,6 +212,7 @@ class PretrainRecipe(RunRecipe):
     def check(self) -> None:
         super().check()
         check_crop_pct(self.eval_crop_pct)
+        _ = self.image_sizes, self.mask_ratios  # raise if they can't be read
         check_range(self, "masks_per_image", 1)
         if self.total_batch_size % self.masks_per_image:
             raise RecipeError(
@@ -204,6 +222,13 @@ class PretrainRecipe(RunRecipe):
         check_range(self, "max_bad_fraction", 0, 1)
         check_range(self, "quality_steps", 0)
         check_range(self, "quality_samples", 2)
+
+
+def _points(key: str, words: list[str] | None, read: Callable[[str], T]) -> list[tuple[float, T]]:
+    try:
+        return read_points(words, read) if words is not None else []
+    except ValueError as error:
+        raise RecipeError(f"{key} {error}") from error
 
 
 def check_range(recipe: RunRecipe, key: str, low: float, high: float | None = None) -> None:
@@ -327,6 +352,8 @@ def _typed(parser: ArgumentParser, key: str, value: Any, name: str | None) -> An
     """A value of a recipe file as the command line takes it: of the key's type, and one of its choices."""
     action = next(action for action in parser._actions if action.dest == key)
     # YAML reads a bare `no` as false, which is a word for mixed_precision.
+    if isinstance(value, dict) and key.endswith("_schedule"):
+        value = [f"{at}:{what}" for at, what in value.items()]
     words = ["no" if word is False else str(word) for word in (value if isinstance(value, list) else [value])]
     try:
         if isinstance(value, dict) or (len(words) != 1 and action.nargs != "+"):
@@ -410,6 +437,14 @@ def model_config_of(recipe: PretrainRecipe, num_channels: int) -> MAEConfig:
 def _nearest(word: str, words: list[str]) -> str:
     match = difflib.get_close_matches(word, words, n=1)
     return f"; did you mean '{match[0]}'?" if match else ""
+
+
+def size_value(text: str) -> int | list[int]:
+    """An image size as it is typed: 224, 208x320 or 208,320."""
+    size = config_value(text)
+    if not isinstance(size, int | list):
+        raise ValueError(f"{text} is no size")
+    return size
 
 
 def config_value(text: str) -> Any:

@@ -1,5 +1,6 @@
 """What a pretraining run is made of: processes, data, model, image processor, streams; new or from a checkpoint."""
 
+import copy
 import json
 import logging
 import os
@@ -29,6 +30,7 @@ from ..modeling_mae import MAEForPreTraining
 from .checkpoint import CheckpointError, find_checkpoint, list_checkpoints
 from .log import read_events
 from .recipe import PretrainRecipe, RecipeError, RunRecipe, model_config_of
+from .schedule import stages
 
 logger = logging.getLogger(__name__)
 
@@ -338,6 +340,33 @@ def make_view(recipe: PretrainRecipe, data: PretrainData, config: MAEConfig) -> 
         masks=recipe.masks_per_image,
         eval_resize=evaluation_resize(size, recipe.eval_crop_pct),
     )
+
+
+def make_training_views(
+    recipe: PretrainRecipe, data: PretrainData, config: MAEConfig, total_steps: int
+) -> list[tuple[int, View]]:
+    """(first step from 0, what becomes of training images from there on), by `image_size_schedule`.
+
+    Raises:
+        RecipeError: if a size or mask ratio doesn't fit the model, or the last size is not the model's own.
+    """
+    points = recipe.image_sizes or [(0.0, config.image_size)]
+    views = []
+    for at, size in points:
+        sized = copy.deepcopy(config)
+        sized.image_size = size
+        try:
+            sized._check()
+            for _, ratio in recipe.mask_ratios:
+                sized.num_kept_patches(ratio)
+        except ValueError as error:
+            raise RecipeError(f"image_size {size} from {at:g} of the run on: {error}") from error
+        views.append((at, make_view(recipe, data, sized)))
+    if views[-1][1].size != config.image_height_width:
+        raise RecipeError(
+            f"image_size_schedule ends with {points[-1][1]}, image_size {config.image_size}; end with the model's own"
+        )
+    return stages(views, total_steps)
 
 
 def plan_stream(
