@@ -433,6 +433,7 @@ class MAEDecoder(nn.Module):
     def forward(self, encoded: MAEModelOutput, ids: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
         """Visible tokens (B, 1 + K, D) in shuffled order -> (B, N, V) in image order, whichever `ids` are wanted."""
         ids_restore = encoded.ids_restore
+        assert ids_restore is not None
         tokens = self.decoder_embed(encoded.last_hidden_state)
         class_token, visible = tokens[:, :1], tokens[:, 1:]
         removed = ids_restore.shape[1] - visible.shape[1]
