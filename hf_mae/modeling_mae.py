@@ -446,6 +446,20 @@ class MAEDecoder(nn.Module):
         return self.decoder_pred(self.decoder_norm(hidden_states))[:, 1:]
 
 
+class MAEFeatureFusion(nn.Module):
+    """For each decoder block its own weighted sum of the encoder's features (CrossMAE, "Inter-block attention")."""
+
+    def __init__(self, config: MAEConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(config.decoder_num_hidden_layers, config.num_hidden_layers + 1))
+        self.norms = nn.ModuleList(nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) for _ in self.weight)
+
+    def forward(self, features: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+        """(B, 1 + K, D) of the embedding and of each encoder block -> one for each decoder block."""
+        fused = self.weight @ torch.stack(features).flatten(1)
+        return [norm(memory.view_as(features[0])) for norm, memory in zip(self.norms, fused, strict=True)]
+
+
 class MAECrossDecoder(MAEDecoder):
     """Each wanted patch by itself, by cross-attention to the visible tokens (CrossMAE, arXiv:2401.14391).
 
@@ -471,20 +485,6 @@ class MAECrossDecoder(MAEDecoder):
             hidden_states = layer(hidden_states, memory)
         predicted = self.decoder_pred(self.decoder_norm(hidden_states))
         return predicted.new_zeros(shape).scatter(1, ids.unsqueeze(-1).expand_as(predicted), predicted)
-
-
-class MAEFeatureFusion(nn.Module):
-    """For each decoder block its own weighted sum of the encoder's features (CrossMAE, "Inter-block attention")."""
-
-    def __init__(self, config: MAEConfig):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(config.decoder_num_hidden_layers, config.num_hidden_layers + 1))
-        self.norms = nn.ModuleList(nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) for _ in self.weight)
-
-    def forward(self, features: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-        """(B, 1 + K, D) of the embedding and of each encoder block -> one for each decoder block."""
-        fused = self.weight @ torch.stack(features).flatten(1)
-        return [norm(memory.view_as(features[0])) for norm, memory in zip(self.norms, fused, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------- models
