@@ -534,7 +534,8 @@ class MAEPreTrainedModel(PreTrainedModel):
             # Stride and kernel are equal, so that each pixel is one linear layer's output: Xavier as for that one.
             bound = (6 / (module.in_channels + module.out_channels)) ** 0.5
             init.uniform_(module.weight, -bound, bound)
-            init.zeros_(module.bias)
+            if module.bias is not None:
+                init.zeros_(module.bias)
         elif isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight)
             if module.bias is not None:

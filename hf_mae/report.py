@@ -14,7 +14,7 @@ import yaml
 
 from .data.sources import DataError
 from .evaluation.results import read_results
-from .training.log import read_events
+from .training.log import picture_step, read_events
 
 # Key of metrics.jsonl -> title of its curve and a factor.
 CURVES = {
@@ -95,7 +95,7 @@ class Run:
             raise DataError(f"{folder} has no metrics.jsonl; name the folder of a run of hf-mae pretrain or finetune")
         config, bad = folder / "run_config.yaml", folder / "bad_samples.jsonl"
         settings = yaml.safe_load(config.read_text()) if config.is_file() else {}
-        pictures = sorted((int(path.stem.split("-")[1]), path) for path in folder.glob("reconstructions/step-*.png"))
+        pictures = sorted((picture_step(path), path) for path in folder.glob("reconstructions/step-*.png"))
         return cls(
             name=folder.resolve().name,
             recipe=settings.get("recipe", {}),

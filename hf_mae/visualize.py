@@ -17,6 +17,7 @@ from .modeling_mae import MAEForPreTraining, patchify, unpatchify
 
 Statistics = Literal["visible", "true", "raw"]
 GRAY = 0.5
+Column = tuple[str, list[Image.Image], list[str] | None]  # title, pictures, a caption of each
 MARGIN, HEADER, CAPTION = 6, 22, 16
 # What a picture says of each way back.
 FOOTERS: dict[str | None, str] = {
@@ -237,7 +238,7 @@ def reconstruction_grid(
         kept = [[float(values[band]) for band in chosen] for values in (image_mean, image_std)]
         return to_unit_range(images[:, chosen], original[:, chosen], *kept)
 
-    columns = [("original", _to_pictures(shown(original), cell), None)]
+    columns: list[Column] = [("original", _to_pictures(shown(original), cell), None)]
     for result in reconstructions:
         star = "*" if result.statistics == "true" else ""
         pasted = shown(result.pasted)
@@ -282,10 +283,8 @@ def _to_pictures(images: torch.Tensor, cell: int) -> list[Image.Image]:
     return [picture.resize(size, how) for picture in pictures]
 
 
-def _arrange(
-    columns: list[tuple[str, list[Image.Image], list[str] | None]], captions: bool, footer: str | None, pairs: int
-) -> Image.Image:
-    """Columns of (title, pictures, a caption each) in one picture."""
+def _arrange(columns: Sequence[Column], captions: bool, footer: str | None, pairs: int) -> Image.Image:
+    """Columns in one picture."""
     width, height = columns[0][1][0].size
     across, down = width + MARGIN, height + MARGIN + (CAPTION if captions else 0)
     step, count = len(columns) * across + 2 * MARGIN, len(columns[0][1])
@@ -300,6 +299,14 @@ def _arrange(
             if captions and texts:
                 draw.text((left, top + height + 1), texts[index], fill="black", font_size=11)
     return _with_footer(grid, footer) if footer else grid
+
+
+def with_title(picture: Image.Image, text: str) -> Image.Image:
+    """The picture below a line of text."""
+    taller = Image.new("RGB", (picture.width, picture.height + HEADER), "white")
+    taller.paste(picture, (0, HEADER))
+    ImageDraw.Draw(taller).text((MARGIN, 5), text, fill="black", font_size=12)
+    return taller
 
 
 def _with_footer(grid: Image.Image, text: str) -> Image.Image:

@@ -67,7 +67,9 @@ class TwoViews(Dataset):
 
     def __getitem__(self, index: int) -> list[torch.Tensor]:
         (row,) = self.rows.read(self.rows.index[index : index + 1])
-        return self.transform(decode_image(row.image, 3))
+        image: Any = decode_image(row.image, 3)
+        views: Any = self.transform(image)
+        return views
 
 
 class SimCLR(nn.Module):

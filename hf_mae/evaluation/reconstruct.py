@@ -91,10 +91,11 @@ class Reconstructor:
 
     def _resize_for(self, size: tuple[int, int]) -> int | tuple[int, int]:
         """The resize before another crop: what is cut off is the same share as at the processor's own size."""
-        crop, shorter = self.processor.crop_size, self.processor.size.shortest_edge
-        if shorter is None:
+        crop: Any = self.processor.crop_size
+        resize: Any = self.processor.size
+        if resize.shortest_edge is None:
             return size
-        return round(min(size) * shorter / min(crop.height, crop.width))
+        return round(min(size) * resize.shortest_edge / min(crop.height, crop.width))
 
     def pixel_values(self, images: Sequence[bytes | np.ndarray | Image.Image]) -> torch.Tensor:
         """(B, C, H, W) of files' bytes, arrays (H, W, C) or Pillow images.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import closing
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -15,6 +16,8 @@ from ..data.stream import EvaluationSet, Rows, View, each_batch, make_loader
 from ..image_processing_mae import MAEImageProcessor
 from ..modeling_mae import MAEForPreTraining
 from ..visualize import reconstruct, reconstruction_grid
+
+PICTURES = 12
 
 
 class HeldOut:
@@ -82,10 +85,17 @@ class HeldOut:
             raise DataError("none of the evaluation images can be decoded; check the data")
         return loss_sum / seen, gather_object(bad)
 
-    def picture(self, model: MAEForPreTraining, processor: MAEImageProcessor, images: int = 12) -> Image.Image:
-        """Original, masked and reconstructed images: the first that there are."""
-        batch = next(batch for batch in self.batches(0, 1) if batch.keys)
+    def picture(self, model: MAEForPreTraining, processor: MAEImageProcessor) -> Image.Image:
+        """Original, masked and reconstructed images, the same ones each time; every process takes part."""
         device = self.accelerator.device
-        pixel_values, noise = self.normalize(batch.images[:images].to(device)), batch.noise[:images].to(device)
-        result = reconstruct(model, pixel_values, noise=noise)
+        images, noise = self._shown
+        model.eval()
+        result = reconstruct(model, self.normalize(images.to(device)), noise=noise.to(device))
+        model.train()
         return reconstruction_grid([result], processor.image_mean, processor.image_std, pairs=2)
+
+    @cached_property
+    def _shown(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first images that there are, and the noise of their masks."""
+        batch = next(batch for batch in EvaluationSet(self.rows, self.view, PICTURES, self.mask_seed) if batch.keys)
+        return batch.images, batch.noise

@@ -10,9 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
+from PIL import Image
 from tqdm.auto import tqdm
 
+from ..visualize import with_title
 from .checkpoint import write_text
 
 logger = logging.getLogger(__name__)
@@ -26,15 +29,20 @@ class RunLog:
     Args:
         accelerator: of the run; its trackers get every number.
         output_dir: folder of the run.
-        first_step: steps already taken; lines of later steps, written by a run that was cut off, are removed.
+        first_step: steps already taken; lines and pictures of later steps, by a run that was cut off, are removed.
         total_steps: of the run.
     """
 
     def __init__(self, accelerator: Accelerator, output_dir: Path, first_step: int, total_steps: int):
         self.accelerator = accelerator
         self.metrics_file, self.bad_file = output_dir / "metrics.jsonl", output_dir / "bad_samples.jsonl"
+        self.pictures = output_dir / "reconstructions"
         self.evaluations: list[dict[str, Any]] = []
         self.quality: dict[str, Any] = {}
+        if accelerator.is_main_process:
+            for path in self.pictures.glob("step-*.png"):
+                if picture_step(path) > first_step or first_step == 0:
+                    path.unlink()
         if accelerator.is_main_process and self.metrics_file.exists():
             # A run that starts anew evaluates before its first step anew.
             events = [event for event in read_events(self.metrics_file) if event["step"] <= first_step > 0]
@@ -66,6 +74,35 @@ class RunLog:
         if "rankme" in event:
             self.quality = event
 
+    def picture(self, step: int, picture: Image.Image) -> None:
+        """Write reconstructions/step-STEP.png, and show it to the trackers that take pictures."""
+        if not self.accelerator.is_main_process:
+            return
+        path = self.pictures / f"step-{step}.png"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            picture.save(path)
+        except OSError as error:
+            self.say(f"WARNING: {path} is lost: {error.strerror}")
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"reconstructions": np.asarray(picture)[None]}, step=step, **options)
+
+    def animation(self) -> str | None:
+        """Write reconstructions/all.webp, the pictures one after the other; the path of the last of them.
+
+        None on all but the main process.
+        """
+        paths = sorted(self.pictures.glob("step-*.png"), key=picture_step)
+        if not self.accelerator.is_main_process or not paths:
+            return None
+        frames = [with_title(Image.open(path), f"after step {picture_step(path):,}") for path in paths]
+        # The first and the last are looked at for longer.
+        times = [1500, *[500] * (len(frames) - 2), 3000][: len(frames)]
+        frames[0].save(self.pictures / "all.webp", save_all=True, append_images=frames[1:], duration=times, loop=0)
+        return str(paths[-1])
+
     def progress(self, step: int, **shown: Any) -> None:
         """Move the bar, which shows the time left, and write `shown` behind it."""
         self.bar.n = step
@@ -92,6 +129,11 @@ def read_events(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             logger.warning("%s: a line that was cut off is left out: %.40s", path, line)
     return events
+
+
+def picture_step(path: Path) -> int:
+    """The step of a step-STEP.png."""
+    return int(path.stem.removeprefix("step-"))
 
 
 def _is_nan(value: Any) -> bool:

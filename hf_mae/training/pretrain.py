@@ -255,7 +255,7 @@ class PretrainRun:
             "bad_samples": self.bad.total if self.bad else 0,
             "skipped_steps": self.guard.skipped_steps,
             "model": self._save_final() if finished else None,
-            "picture": self._save_picture() if finished else None,
+            "picture": log.animation() if finished else None,
         }
         self.accelerator.wait_for_everyone()
         self.accelerator.state.destroy_process_group()
@@ -313,6 +313,8 @@ class PretrainRun:
         if bad and self.step in (0, self.total_steps):
             named = ", ".join(f"{key} ({reason})" for key, reason in bad[:3])
             log.say(f"{len(bad)} evaluation images are left out, they can't be decoded: {named}")
+        picture = self.held_out.picture(self.accelerator.unwrap_model(self.model), self.processor)
+        log.picture(self.step, picture)
 
     def _step(self, step: int, batches: Generator[Batch], watch: Stopwatch) -> tuple[torch.Tensor, torch.Tensor, float]:
         """One optimizer step, number `step` from 1: this rank's mean loss, gradient norm (on the device), lr."""
@@ -502,16 +504,6 @@ class PretrainRun:
         if self.accelerator.is_main_process:
             replace_files(self.output_dir, lambda folder: self._write_model(model, weights, folder))
         return str(self.output_dir)
-
-    def _save_picture(self) -> str | None:
-        """Reconstructions of the first evaluation images, by the model as it was saved."""
-        if not self.accelerator.is_main_process:
-            return None
-        model = MAEForPreTraining.from_pretrained(self.output_dir).to(self.accelerator.device).eval()
-        path = self.output_dir / "reconstructions" / f"step-{self.step}.png"
-        path.parent.mkdir(exist_ok=True)
-        self.held_out.picture(model, self.processor).save(path)
-        return str(path)
 
 
 def _is_plain(value: Any) -> bool:

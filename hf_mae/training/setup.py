@@ -7,7 +7,7 @@ import os
 import platform
 import re
 from collections import Counter
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -209,8 +209,6 @@ def check_same_recipe(old: dict[str, Any], recipe: RunRecipe, where: Path, free:
         CheckpointError: naming the first key that differs.
     """
     new = json.loads(json.dumps(recipe.to_dict()))
-    # A run of an older version knows nothing of keys that came later.
-    old = {key.name: key.default for key in fields(recipe) if key.default is not MISSING} | old
     for key in sorted((old.keys() | new.keys()) - free):
         if old.get(key) != new.get(key):
             raise CheckpointError(
