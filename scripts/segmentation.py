@@ -150,7 +150,7 @@ def build(recipe: Recipe, backbone: MAEBackbone) -> UperNetForSemanticSegmentati
         hidden_size=recipe.width,
         auxiliary_in_channels=backbone.channels[0],
         auxiliary_channels=min(recipe.width, 256),
-        num_labels=recipe.classes,
+        num_labels=recipe.classes,  # pyright: ignore[reportCallIssue] (of the base class)
     )
     model = UperNetForSemanticSegmentation(config)
     model.backbone.load_state_dict(backbone.state_dict())
@@ -277,7 +277,8 @@ def main() -> None:
     for start in ("random", "pretrained") if options.model else ("random",):
         torch.manual_seed(options.seed)
         backbone = MAEBackbone(config) if start == "random" else MAEBackbone.from_pretrained(options.model, **dense)
-        model = build(recipe, backbone).to("cuda" if torch.cuda.is_available() else "cpu")
+        model = build(recipe, backbone)
+        model.to("cuda" if torch.cuda.is_available() else "cpu")  # pyright: ignore[reportArgumentType]
         before, _ = score(model)
         train(model, batches(), recipe)
         after, shown = score(model)

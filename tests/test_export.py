@@ -83,6 +83,7 @@ def test_a_classifier_in_torch_export_runs_without_this_package(tmp_path, capsys
     assert graph(pixels(1, 3, 32, 48))[0].shape == (1, 3)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_classifier_in_onnxruntime_and_an_encoder_in_torch_export(tmp_path):
     save(MAEForImageClassification, tmp_path / "classifier", num_labels=3)
@@ -99,6 +100,7 @@ def test_a_classifier_in_onnxruntime_and_an_encoder_in_torch_export(tmp_path):
     torch.testing.assert_close(pooled, encoder.pooler_output, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_readmes_lines_run_an_exported_model(tmp_path, monkeypatch):
     (code,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "onnxruntime" in block)
     save(MAEForPreTraining, tmp_path / "outputs" / "mine")
