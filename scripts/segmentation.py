@@ -19,6 +19,7 @@ evaluate in sliding windows of 512 x 512; this script has none of these.
 """
 
 import argparse
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -255,8 +256,8 @@ def main() -> None:
     if options.model:
         processor = MAEImageProcessor.from_pretrained(options.model)
         mean, std = processor.image_mean, processor.image_std
-        stored = MAEConfig.from_pretrained(options.model)
-        dense["image_size"] = recipe.image_size or max(stored.image_height_width)
+        side = max(MAEConfig.from_pretrained(options.model).image_height_width)
+        dense["image_size"] = recipe.image_size or side * math.ceil(32 / side)  # below 32 pixels shapes look alike
         config = MAEConfig.from_pretrained(options.model, **dense)
     else:
         config, mean, std = MAEConfig(**{**TINY, **dense}), [0.5] * 3, [0.25] * 3

@@ -70,8 +70,9 @@ def test_the_encoder_learns_by_layers_and_everything_else_at_the_full_rate(scrip
 
 
 def test_a_run_compares_pretrained_with_random_weights_and_draws_them(script, monkeypatch, tmp_path, capsys):
-    tiny(MAEForPreTraining).save_pretrained("model")
-    MAEImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained("model")
+    # Small gray images: the positions move to 32 x 32 pixels.
+    tiny(MAEForPreTraining, image_size=8, patch_size=4, num_channels=1).save_pretrained("model")
+    MAEImageProcessor(num_channels=1, image_mean=[0.4], image_std=[0.3]).save_pretrained("model")
     capsys.readouterr()
     start(script, monkeypatch, "--model", "model", "--steps", 2, "--picture", "out/seg.png")
     lines = capsys.readouterr().out.splitlines()
