@@ -1,74 +1,60 @@
-"""Benchmarks, side by side in one run, interleaved and repeated; medians and ranges as a table.
+"""Benchmarks, side by side in one run, interleaved and repeated; medians and ranges as a table and as JSON.
 
-python scripts/benchmark.py resume --dataset DATA    time to the first batch after a resume, early and late in a run
+python scripts/benchmark.py all --dataset PHOTOS          everything below, on a folder of JPEGs
+python scripts/benchmark.py step                          training steps: ours, transformers' ViTMAE, lightly's MAE
+python scripts/benchmark.py loader --dataset PHOTOS       the data path alone: ours, from prepared shards, run_mae's
+python scripts/benchmark.py end_to_end --dataset PHOTOS   hf-mae pretrain against a Trainer as in run_mae
+python scripts/benchmark.py startup                       import, first step
+python scripts/benchmark.py resume --dataset DATA         time to the first batch of a run that goes on, early and late
+
+Pin it to cores that nothing else uses, e.g. `taskset -c 1`, with OMP_NUM_THREADS as many as they are.
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
-from functools import partial
+import json
+from pathlib import Path
+from typing import Any
 
-from hf_mae.data.sources import open_source
-from hf_mae.data.stream import Rows, StreamPlan, TrainingStream, View, make_loader
+from bench_common import header
+from bench_loader import loader, resume
+from bench_run import end_to_end, startup
+from bench_step import step
 
-BATCH = 64
-
-
-def interleaved(cells: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Measure each cell once, then each once more, ...: what slows the machine down for a while slows all of them."""
-    figures: dict[str, list[float]] = {name: [] for name in cells}
-    for _ in range(repeats):
-        for name, measure in cells.items():
-            figures[name].append(measure())
-    return figures
-
-
-def table(figures: dict[str, list[float]], unit: str) -> None:
-    for name, values in figures.items():
-        print(f"{name:42} {statistics.median(values):9.3f} {unit}   ({min(values):.3f} to {max(values):.3f})")
-
-
-def first_batch_after(step: int, rows: Rows, plan: StreamPlan, workers: int) -> float:
-    """Seconds from the start of the loader to its first batch, for a run that goes on after `step` steps."""
-    # Where the streams stand then: each has had its turn, with a chunk of rows, in every `groups`-th step.
-    chunk = plan.total_batch_size // plan.chunks
-    turns = [step // plan.groups + (stream // plan.chunks < step % plan.groups) for stream in range(plan.num_streams)]
-    view = View(size=(224, 224), num_channels=3, dtype="uint8", num_patches=196)
-    stream = TrainingStream(rows, plan, view, 0, [turn * chunk for turn in turns], step, step + 100)
-    started = time.perf_counter()
-    batches = iter(make_loader(stream, workers))
-    next(batches)
-    seconds = time.perf_counter() - started
-    if workers:
-        batches._shutdown_workers()  # type: ignore[attr-defined]
-    return seconds
-
-
-def resume(options: argparse.Namespace) -> None:
-    for streaming in (None, True) if options.streaming else (None,):
-        rows = Rows(open_source(options.dataset, split=options.split, streaming=streaming))
-        plan = StreamPlan.choose(BATCH, 1, options.workers, len(rows), rows.source.random_access)
-        cells = {
-            f"first batch of {BATCH}, resumed at step {step:,}": partial(
-                first_batch_after, step, rows, plan, options.workers
-            )
-            for step in (10, 10_000)
-        }
-        print(f"{len(rows):,} images, {'random access' if rows.source.random_access else 'streamed'}, {plan}")
-        table(interleaved(cells, options.repeats), "s")
+BENCHMARKS = {"step": step, "loader": loader, "end_to_end": end_to_end, "startup": startup, "resume": resume}
+NEED_DATA = ("loader", "end_to_end", "resume")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["resume"])
-    parser.add_argument("--dataset", required=True)
+    parser.add_argument("what", choices=["all", *BENCHMARKS])
+    parser.add_argument("--dataset", help="a folder of JPEGs; for resume, any data set")
     parser.add_argument("--split", default="train")
-    parser.add_argument("--streaming", action="store_true", help="also read in place, block by block")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--streaming", action="store_true", help="resume: also read in place, block by block")
+    parser.add_argument("--workers", type=int, default=0, help="of the loaders")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batches", type=int, default=3, help="loader: of 64 images, a measurement")
+    parser.add_argument("--sizes", nargs="+", default=["tiny", "base", "large"], help="step: models")
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument("--ways", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
+    parser.add_argument("--batch", type=int, default=8, help="images a step")
+    parser.add_argument("--steps", type=int, default=3, help="step: steps timed in a process")
+    parser.add_argument("--warmup", type=int, default=1, help="step: steps before them")
+    parser.add_argument("--run_size", default="small", help="end_to_end: model")
+    parser.add_argument("--run_steps", type=int, default=6, help="end_to_end: steps of a run")
+    parser.add_argument("--output", type=Path, default=Path("outputs/benchmark.json"))
     options = parser.parse_args()
-    {"resume": resume}[options.what](options)
+    chosen = list(BENCHMARKS) if options.what == "all" else [options.what]
+    if options.dataset is None and any(name in NEED_DATA for name in chosen):
+        parser.error(f"{options.what} needs --dataset")
+    facts = header()
+    print(json.dumps(facts, indent=1))
+    results: list[dict[str, Any]] = []
+    for name in chosen:
+        results += BENCHMARKS[name](options)
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        settings = {key: value for key, value in vars(options).items() if key not in ("output", "dataset")}
+        options.output.write_text(json.dumps({"header": facts, "settings": settings, "results": results}, indent=1))
+    print(f"\nwritten to {options.output}")
 
 
 if __name__ == "__main__":

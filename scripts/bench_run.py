@@ -1,0 +1,161 @@
+"""Whole runs: `hf-mae pretrain` on a folder of images against a Trainer as transformers' run_mae sets it up; start-up.
+
+The Trainer's model gets position tables, which transformers' own lacks when it is built from a configuration.
+"""
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_common import in_process, interleaved, spread, table
+
+RUN_MAE, OURS = "Trainer as in run_mae", "hf-mae pretrain"
+
+
+def run_mae(cell: dict[str, Any]) -> dict[str, Any]:
+    """Train as run_mae does, in this process, and time the steps."""
+    from bench_loader import collate, run_mae_dataset
+    from bench_step import peers
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    class Clock(TrainerCallback):
+        ends: list[float] = []
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.ends.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            per_device_train_batch_size=cell["batch"],
+            max_steps=cell["steps"],
+            learning_rate=1.5e-4,
+            weight_decay=0.05,
+            adam_beta2=0.95,
+            lr_scheduler_type="cosine",
+            dataloader_num_workers=cell["workers"],
+            dataloader_drop_last=True,
+            remove_unused_columns=False,
+            bf16=cell["precision"] == "bf16",
+            use_cpu=not torch.cuda.is_available(),
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        data = run_mae_dataset(cell["dataset"])
+        Trainer(peers(cell["size"])[0], arguments, collate, data, callbacks=[Clock()]).train()
+    return _rate([0.0, *(end - start for start, end in itertools.pairwise(Clock.ends))], cell)
+
+
+def ours(cell: dict[str, Any]) -> dict[str, Any]:
+    """`hf-mae pretrain` in this process; its metrics.jsonl says how long each step took."""
+    from hf_mae.cli import main
+
+    keys = {
+        "dataset": cell["dataset"], "model_size": cell["size"], "total_batch_size": cell["batch"], "log_steps": 1,
+        "per_device_batch_size": cell["batch"], "total_steps": cell["steps"], "num_workers": cell["workers"],
+        "mixed_precision": "bf16" if cell["precision"] == "bf16" else "no", "eval_steps": 10**6, "quality_steps": 0,
+        "save_steps": 10**6, "clip_grad": 1.0, "max_eval_samples": 8,
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        words = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+        if main(["pretrain", "--output_dir", f"{folder}/run", *words]):
+            raise SystemExit("hf-mae pretrain failed")
+        events = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
+    steps = [event for event in events if "images_per_second" in event]
+    return _rate([cell["batch"] / event["images_per_second"] for event in steps], cell)
+
+
+def _rate(seconds: list[float], cell: dict[str, Any]) -> dict[str, Any]:
+    """Images a second after the first step, which has the start of the workers in it."""
+    assert len(seconds) == cell["steps"], f"{len(seconds)} of {cell['steps']} steps were seen"
+    return {"images_per_second": (len(seconds) - 1) * cell["batch"] / sum(seconds[1:])}
+
+
+def end_to_end(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Images a second of whole runs, each in a process of its own."""
+    from hf_mae.data.prepare import PrepareRecipe, prepare
+
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(PrepareRecipe(options.dataset, folder, num_workers=options.workers))
+        for precision in options.precisions:
+            cell = {
+                "size": options.run_size, "precision": precision, "batch": options.batch,
+                "steps": options.run_steps, "workers": options.workers, "dataset": options.dataset,
+            }  # fmt: skip
+            runs = {
+                RUN_MAE: {**cell, "which": "run_mae"},
+                OURS: {**cell, "which": "ours"},
+                f"{OURS}, prepared": {**cell, "which": "ours", "dataset": folder},
+            }
+            cells = {name: partial(in_process, "bench_run.py", json.dumps(words)) for name, words in runs.items()}
+            found = interleaved(cells, options.repeats)
+            rates = {name: [run["images_per_second"] for run in runs] for name, runs in found.items()}
+            print(
+                f"\nend to end, ViT-{options.run_size}, {precision}, batch {options.batch}, {options.workers} workers"
+            )
+            table(rates, "images/s", RUN_MAE)
+            cell.pop("dataset")
+            results += [{"what": "end_to_end", "cell": n, **cell, **spread(v)} for n, v in rates.items()]
+    return results
+
+
+IMPORTS = {
+    "import torch, for comparison": "import torch",
+    "import hf_mae": "import hf_mae",
+    "from hf_mae import MAEForPreTraining": "from hf_mae import MAEForPreTraining",
+    "from transformers import ViTMAEForPreTraining": "from transformers import ViTMAEForPreTraining",
+}
+FIRST_STEP = "hf-mae pretrain --recipe quickstart, one step"
+
+
+def first_step() -> dict[str, Any]:
+    """A run of one step, in this process."""
+    from hf_mae.cli import main
+
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["--total_steps", "1", "--quality_steps", "0", "--num_workers", "0", "--max_eval_samples", "8"]
+        if main(["pretrain", "--recipe", "quickstart", "--output_dir", f"{folder}/run", *words]):
+            raise SystemExit("hf-mae pretrain failed")
+    return {}
+
+
+def startup(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Wall time of new processes that import, and that take a first step."""
+
+    def seconds(run: Callable[[], Any]) -> float:
+        started = time.perf_counter()
+        run()
+        return time.perf_counter() - started
+
+    runs: dict[str, Callable[[], Any]] = {
+        name: partial(subprocess.run, [sys.executable, "-c", code], check=True) for name, code in IMPORTS.items()
+    }
+    runs[FIRST_STEP] = partial(in_process, "bench_run.py", json.dumps({"which": "first_step"}))
+    cells = {name: partial(seconds, run) for name, run in runs.items()}
+    found = interleaved(cells, options.repeats)
+    print("\nstart-up of a process, wall time")
+    table(found, "s")
+    return [{"what": "startup", "cell": name, **spread(values)} for name, values in found.items()]
+
+
+def main() -> None:
+    cell = json.loads(sys.argv[1])
+    which = {"run_mae": run_mae, "ours": ours, "first_step": lambda _: first_step()}
+    print(json.dumps(which[cell["which"]](cell)))
+
+
+if __name__ == "__main__":
+    main()
