@@ -101,6 +101,8 @@ def test_two_processes_take_the_steps_of_one(single, double):
     assert norms == pytest.approx(expected, rel=1e-4)
     assert weights_difference(output_dir, single) < 1e-5
     assert type(AutoModel.from_pretrained(output_dir)) is MAEModel
+    first = "reconstructions/step-0.png"
+    assert (output_dir / first).read_bytes() == (single / first).read_bytes()
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -46,6 +47,7 @@ from hf_mae.data.sources import DataError
 from hf_mae.training.log import RunLog, Stopwatch
 from hf_mae.training.pretrain import PretrainRun
 from hf_mae.training.recipe import load_pretrain_recipe
+from hf_mae.visualize import with_title
 
 datasets = pytest.importorskip("datasets")
 
@@ -106,7 +108,9 @@ def test_a_run_leaves_a_model_its_numbers_its_picture_and_its_two_newest_checkpo
         "config.json", "model.safetensors", "preprocessor_config.json", "run_config.yaml", "metrics.jsonl",
         "reconstructions", "checkpoint-9", "checkpoint-12",
     }  # fmt: skip
-    assert [path.name for path in (finished / "reconstructions").iterdir()] == ["step-12.png"]
+    assert {path.name for path in (finished / "reconstructions").iterdir()} == {
+        "step-0.png", "step-5.png", "step-10.png", "step-12.png", "all.webp",
+    }  # fmt: skip
     for folder in (finished / "checkpoint-9", finished / "checkpoint-12"):
         assert {path.name for path in folder.iterdir()} == {
             "config.json", "model.safetensors", "preprocessor_config.json", "optimizer.safetensors", "trainer.json",
@@ -209,6 +213,38 @@ def test_the_picture_opens_and_shows_four_columns_that_differ(finished):
     assert np.abs(original - pasted)[gray].mean() > 1
 
 
+def test_every_evaluation_shows_the_same_images_behind_the_same_masks(finished):
+    pictures = []
+    for step in (0, 5, 10, 12):
+        with Image.open(finished / "reconstructions" / f"step-{step}.png") as picture:
+            pictures.append(np.asarray(picture))
+    shown, predicted = np.s_[:, 6:268], np.s_[:, 274:536]
+    assert all(np.array_equal(picture[shown], pictures[0][shown]) for picture in pictures)
+    assert all(not np.array_equal(a[predicted], b[predicted]) for a, b in itertools.pairwise(pictures))
+
+
+def test_the_animation_shows_every_picture_with_its_step(finished):
+    with Image.open(finished / "reconstructions" / "all.webp") as animation:
+        assert animation.n_frames == 4
+        for number, step in enumerate((0, 5, 10, 12)):
+            animation.seek(number)
+            with Image.open(finished / "reconstructions" / f"step-{step}.png") as picture:
+                expected = with_title(picture, f"after step {step}").convert("RGB")
+            difference = np.abs(np.asarray(animation.convert("RGB"), int) - np.asarray(expected, int))
+            assert difference.mean() < 6  # WebP's loss
+
+
+def test_pictures_of_a_run_that_started_anew_or_went_on_are_its_own(stages, tmp_path):
+    output_dir = cut_off(stages, 6, tmp_path / "run")
+    stale = output_dir / "reconstructions" / "step-7.png"
+    Image.new("RGB", (4, 4)).save(stale)
+    run(output_dir, save_steps=3, eval_steps=5, keep_checkpoints=9, resume="auto")
+    names = {"step-0.png", "step-5.png", "step-10.png", "step-12.png", "all.webp"}
+    assert {path.name for path in (output_dir / "reconstructions").iterdir()} == names
+    for name in names:
+        assert (output_dir / "reconstructions" / name).read_bytes() == (stages / "reconstructions" / name).read_bytes()
+
+
 @pytest.mark.parametrize("folder", [".", "checkpoint-9", "checkpoint-12"])
 def test_auto_classes_load_the_run_and_each_of_its_checkpoints(finished, folder):
     weights = load_file(finished / folder / "model.safetensors")
@@ -281,6 +317,9 @@ def test_tensorboard_gets_every_number_into_the_folder_of_the_run(tmp_path):
     assert found["loss"] == pytest.approx(losses(output_dir), rel=1e-6)
     assert found["eval_loss"] == pytest.approx(evaluations(output_dir), rel=1e-6)
     assert found["lr"].keys() == {1, 2, 3}
+    (image, *_) = (step for tag in reader.Tags()["images"] for step in reader.Images(tag))
+    with Image.open(output_dir / "reconstructions" / f"step-{image.step}.png") as picture:
+        assert (image.width, image.height) == picture.size
 
 
 # ------------------------------------------------------------------------------------------ going on exactly
