@@ -133,6 +133,8 @@ def weights_difference(folder, other) -> float:
             if name.endswith("qkv.bias"):
                 query, _, value = weights[name].chunk(3)
                 weights[name] = torch.cat([query, value])
+            elif name.endswith("attention.kv.bias"):
+                weights[name] = weights[name].chunk(2)[1]
     return max((first[name] - second[name]).abs().max().item() for name in first)
 
 

@@ -16,7 +16,8 @@ from hf_mae.report import MOST_PICTURES, Run, page, write_report
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("runs") / "one", total_steps=6, eval_steps=3, log_steps=2, quality_samples=40)
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    return run(folder, total_steps=6, eval_steps=3, log_steps=2, quality_steps=3, quality_samples=40)
 
 
 class Page(HTMLParser):
@@ -85,7 +86,7 @@ def test_the_points_of_a_curve_are_the_logged_values(finished):
     assert [step for step, _ in one.curve("eval_loss")] == [0, 3, 6]
     text = page([one])
     curve = text[text.index('aria-label="Evaluation loss"') :]
-    line = re.search(r'<g id="line2d_\d+">\s*<path d="([^"]+)" clip-path', curve)
+    line = re.search(r'<path d="([^"]+)"[^>]*stroke: #1f6feb', curve)
     assert line is not None
     points = [tuple(map(float, point)) for point in re.findall(r"[ML] ([\d.]+) ([\d.]+)", line[1])]
     (x0, y0), (x1, y1), (x2, y2) = points
