@@ -11,6 +11,7 @@ COMMANDS = {
     "embed": "write frozen features of any data to a parquet or numpy file",
     "reconstruct": "draw original, masked and reconstructed images of a pretrained model",
     "report": "write one HTML file of a run, or of several side by side",
+    "demo": "start a page to try a pretrained model on one's own photos, or write it as a Space",
     "convert": "weights of the original (.pth), of transformers' vit_mae and of timm to ours, and back",
     "export": "an encoder or a classifier as an ONNX file, or as one of torch.export",
     "push": "publish a model on the Hugging Face Hub, with the code that loads it, and check what comes back",
@@ -26,6 +27,7 @@ EXTRAS = {
     ),
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export"),
     "matplotlib": "viz",
+    "gradio": "demo",
 }
 # What to do after an interruption.
 REPEATS = {
@@ -73,6 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
         "embed": _embed,
         "reconstruct": _reconstruct,
         "report": _report,
+        "demo": _demo,
         "convert": _convert,
         "export": _export,
         "push": _push,
@@ -223,6 +226,15 @@ def _report(arguments: list[str]) -> int:
     out = recipe.out or f"{recipe.runs[0]}/report.html"
     write_report(recipe.runs, out)
     print(f"report   {out}")
+    return 0
+
+
+def _demo(arguments: list[str]) -> int:
+    from .demo import DemoRecipe, run_demo
+    from .training.recipe import parse_dataclass
+
+    if folder := run_demo(parse_dataclass(DemoRecipe, arguments, "hf-mae demo")):
+        print(f"space    {folder}\npublish  hf upload --repo-type space USER/NAME {folder}")
     return 0
 
 

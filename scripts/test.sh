@@ -3,6 +3,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh
+if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+    echo "test: installing chromium, for the tests of the demo's page" >&2
+    { apt-get -qq update && apt-get -qq install --yes chromium >/dev/null; } ||
+        echo "test: chromium can't be installed; the tests in a browser are left out" >&2
+fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/pyright

@@ -255,6 +255,7 @@ def test_steps_need_steps_or_epochs():
         (4096, 8, 512, (512, 1)),
         (4096, 1, None, (64, 64)),
         (256, 8, None, (32, 1)),
+        (256, 4, 256, (64, 1)),  # a recipe for one process, on four
         (96, 2, None, (48, 1)),
         (134, 2, None, (1, 67)),  # 67 is prime and more than 64
         (6, 3, 1, (1, 2)),

@@ -168,6 +168,8 @@ def as_bad_image() -> Iterator[None]:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImage(str(error), "TooManyPixels") from error
+    except UnidentifiedImageError as error:  # whose own words are about an object in memory
+        raise BadImage("it is no image of a known kind", type(error).__name__) from error
     except Exception as error:  # MemoryError and RecursionError included
         raise BadImage(f"{type(error).__name__}: {error}", type(error).__name__) from error
 

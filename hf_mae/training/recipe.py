@@ -278,7 +278,7 @@ def micro_batch(
 
     Args:
         total_batch_size: images of a step, over all processes.
-        per_device_batch_size: images at once; the largest that fits, up to `most`, when None.
+        per_device_batch_size: images at once, if a process has so many; the largest that fits, up to `most`, when None.
         ranks: processes.
         most: see above.
         masks: images that belong together, since they are one with so many masks.
@@ -294,7 +294,8 @@ def micro_batch(
             f"processes, or a multiple of {ranks * masks} images"
         )
     fitting = [masks * n for n in range(1, share + 1) if share % n == 0]
-    size = per_device_batch_size or max(n for n in fitting if n <= max(most, masks))
+    # More than a process has of a step is all that it has: on more processes a recipe needs no other number.
+    size = min(per_device_batch_size or max(n for n in fitting if n <= max(most, masks)), masks * share)
     if size not in fitting:
         raise RecipeError(
             f"total_batch_size {total_batch_size} is not a multiple of per_device_batch_size {size} x {ranks} "

@@ -1,0 +1,335 @@
+"""`hf-mae demo`: a page to try a pretrained model on one's own photo, and the same page as a Space."""
+
+import shutil
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+import torch
+from PIL import Image
+
+from .data.decode import BadImage
+from .data.sources import DataError, open_source
+from .data.stream import EvaluationSet, Rows, each_batch, make_loader
+from .evaluation.knn import nearest
+from .evaluation.reconstruct import Reconstructor
+from .training.recipe import RecipeError
+from .visualize import FOOTERS, GRAY, Statistics, masked_psnr, masked_ssim, reconstruct, seeded_noise, to_unit_range
+
+SIDE, THUMBNAIL, NEIGHBOURS = 384, 96, 8
+PICTURES = {
+    "original": "The photo, as it is cropped",
+    "masked": "What it sees (click a patch)",
+    "predicted": "What it makes of the rest",
+    "pasted": "Both",
+    "attention": "Attention of the patch you clicked",
+}
+HIDE, ATTEND = "hides or shows it", "shows what it attends to"
+
+
+@dataclass
+class DemoRecipe:
+    """Keys of `hf-mae demo`."""
+
+    model: str = field(metadata={"help": "folder or Hub id of a pretrained model"})
+    gallery: str | None = field(default=None, metadata={"help": "data set among which neighbours are looked for"})
+    gallery_split: str = field(default="train", metadata={"help": "split of the gallery"})
+    max_gallery: int = field(default=1000, metadata={"help": "images of the gallery, evenly spaced"})
+    host: str = field(default="127.0.0.1", metadata={"help": "address to listen on; 0.0.0.0 for everyone"})
+    port: int = field(default=7860, metadata={"help": "port to listen on; 0 for any that is free"})
+    export: str | None = field(default=None, metadata={"help": "write a Space to this folder, and don't start"})
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a visitor looks at.
+
+    Args:
+        pixel_values: (1, C, H, W) the photo.
+        hidden: (N,) True where a patch is hidden.
+        seed: of the next mask.
+    """
+
+    pixel_values: torch.Tensor
+    hidden: torch.Tensor
+    seed: int = 0
+
+
+class Demo:
+    """What the page does, without the page.
+
+    Args:
+        model: folder or Hub id.
+        gallery: images for the nearest neighbours; none of these when omitted.
+
+    Raises:
+        DataError: if there is no such model or no such gallery.
+    """
+
+    def __init__(self, model: str, gallery: Rows | None = None):
+        self.name, self.reconstructor = model, Reconstructor(model)
+        self.model = self.reconstructor.model
+        self.model.set_attn_implementation("eager")  # the one that returns its weights
+        self.grid_size = self.model.config.grid_size
+        self.features, self.thumbnails = self._read_gallery(gallery) if gallery else (None, [])
+
+    @torch.no_grad()
+    def _read_gallery(self, rows: Rows) -> tuple[torch.Tensor, list[Image.Image]]:
+        features, thumbnails = [], []
+        loader = make_loader(EvaluationSet(rows, self.reconstructor.view, 64), num_workers=0)
+        with closing(each_batch(loader)) as batches:
+            for batch in batches:
+                if batch.keys:
+                    pixel_values = self.reconstructor.normalize(batch.images.to(self.reconstructor.device))
+                    features.append(self.model.mae(pixel_values).pooler_output.cpu())
+                    thumbnails += self._pictures(pixel_values, pixel_values, THUMBNAIL)
+        if not features:
+            raise DataError(f"none of the images of {rows.name} can be decoded; give another --gallery")
+        return torch.cat(features), thumbnails
+
+    def _pictures(self, images: torch.Tensor, like: torch.Tensor, side: int) -> list[Image.Image]:
+        processor = self.reconstructor.processor
+        bands = slice(3 if images.shape[1] >= 3 else 1)
+        mean, std = (list(values)[bands] for values in (processor.image_mean, processor.image_std))
+        shown = to_unit_range(images[:, bands], like[:, bands], mean, std)
+        return [_picture(image, side) for image in shown]
+
+    def open(self, file: str | Path, ratio: float) -> Session:
+        """A photo from a file, with some of it hidden.
+
+        Raises:
+            BadImage: if it can't be decoded.
+        """
+        pixel_values = self.reconstructor.pixel_values([Path(file).read_bytes()])
+        return self.hide(Session(pixel_values, torch.zeros(0, dtype=torch.bool)), ratio)
+
+    def hide(self, session: Session, ratio: float) -> Session:
+        """Hide this fraction of the patches, by the session's seed; at least one stays, and one goes."""
+        count = self.grid_size[0] * self.grid_size[1]
+        keep = min(max(1, int(count * (1 - ratio))), count - 1)
+        order = seeded_noise(session.seed, 1, count)[0].argsort()
+        hidden = torch.ones(count, dtype=torch.bool)
+        hidden[order[:keep]] = False
+        return replace(session, hidden=hidden)
+
+    def patch_at(self, x: float, y: float, width: int, height: int) -> int:
+        """The patch at a place of a picture of this size."""
+        h, w = self.grid_size
+        return min(int(y * h / height), h - 1) * w + min(int(x * w / width), w - 1)
+
+    def toggle(self, session: Session, patch: int) -> Session:
+        """Hide a patch that is visible, show one that is hidden; at least one of each stays."""
+        hidden = session.hidden.clone()
+        hidden[patch] = ~hidden[patch]
+        return replace(session, hidden=hidden) if hidden.any() and not hidden.all() else session
+
+    def draw(self, session: Session, statistics: Statistics) -> tuple[list[Image.Image], str]:
+        """Photo, masked photo, predictions, these with the visible patches; and what is to be said of them."""
+        mask = session.hidden.to(torch.float32)[None].to(self.reconstructor.device)
+        result = reconstruct(self.model, session.pixel_values, mask=mask, statistics=statistics)
+        (photo,), (pasted,) = (
+            self._pictures(images, result.pixel_values, SIDE) for images in (result.pixel_values, result.pasted)
+        )
+        removed = _picture(result.removed[0].float(), SIDE).convert("L").point(lambda value: 255 * (value > 127))
+        gray = Image.new("RGB", photo.size, (round(255 * GRAY),) * 3)
+        processor = self.reconstructor.processor
+        images, others = (
+            to_unit_range(values, result.pixel_values, processor.image_mean, processor.image_std)
+            for values in (result.pixel_values, result.pasted)
+        )
+        psnr, ssim = masked_psnr(images, others, result.removed), masked_ssim(images, others, result.removed)
+        said = [
+            f"{int(session.hidden.sum())} of {len(session.hidden)} patches hidden ({result.mask_ratio:.0%})",
+            f"hidden part: {psnr.item():.1f} dB, SSIM {ssim.item():.2f}",
+            FOOTERS.get(result.statistics, ""),
+        ]
+        pictures = [photo, Image.composite(gray, photo, removed), Image.composite(pasted, gray, removed), pasted]
+        return pictures, "  \n".join(line for line in said if line)
+
+    @torch.no_grad()
+    def attention(self, session: Session, patch: int) -> Image.Image:
+        """Where a patch of the whole photo looks in the last layer, the mean of its heads, as heat; framed itself."""
+        attentions = self.model.mae(session.pixel_values, output_attentions=True).attentions
+        weights = attentions[-1][0].mean(dim=0)[1 + patch, 1:].view(1, *self.grid_size)
+        (photo,) = self._pictures(session.pixel_values, session.pixel_values, SIDE)
+        heat = _picture(weights / weights.max(), max(photo.size)).convert("L").resize(photo.size)
+        picture = Image.composite(Image.new("RGB", photo.size, (255, 60, 0)), photo.convert("L").convert("RGB"), heat)
+        h, w = self.grid_size
+        height, width, (row, column) = photo.height / h, photo.width / w, divmod(patch, w)
+        box = [round(side) for side in (column * width, row * height, (column + 1) * width, (row + 1) * height)]
+        frame = Image.new("RGB", (box[2] - box[0], box[3] - box[1]), (0, 120, 255))
+        inner = photo.crop((box[0] + 2, box[1] + 2, box[2] - 2, box[3] - 2))
+        frame.paste(inner, (2, 2))
+        picture.paste(frame, box[:2])
+        return picture
+
+    @torch.no_grad()
+    def neighbours(self, session: Session) -> list[tuple[Image.Image, str]]:
+        """The images of the gallery whose features are most like the whole photo's, with their cosine."""
+        assert self.features is not None
+        query = self.model.mae(session.pixel_values).pooler_output.cpu()
+        similarity, rows = nearest(query, self.features, min(NEIGHBOURS, len(self.features)))
+        pairs = zip(similarity[0].tolist(), rows[0].tolist(), strict=True)
+        return [(self.thumbnails[row], f"{cosine:.2f}") for cosine, row in pairs]
+
+
+def _picture(image: torch.Tensor, side: int) -> Image.Image:
+    """(1 or 3, H, W) in [0, 1] -> RGB with this longer side; small images are enlarged without smoothing."""
+    pixels = (image * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    picture = Image.fromarray(np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels)
+    scale = side / max(picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    return picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC)
+
+
+# ------------------------------------------------------------------------------------------ the page
+
+
+def build(demo: Demo) -> gr.Blocks:
+    """The page."""
+
+    def show(session: Session | None, statistics: Statistics) -> list[Any]:
+        if session is None:
+            return [None, None, None, None, None, ""]
+        pictures, said = demo.draw(session, statistics)
+        return [session, *pictures, said]
+
+    def opened(file: str | None, ratio: float, statistics: Statistics) -> list[Any]:
+        if file is None:
+            return [*show(None, statistics), None, []]
+        try:
+            session = demo.open(file, ratio)
+        except BadImage as error:
+            raise gr.Error(f"This file can't be shown: {error}. Take another one.", duration=None) from error
+        return [*show(session, statistics), None, demo.neighbours(session) if demo.features is not None else []]
+
+    def remasked(session: Session | None, ratio: float, statistics: Statistics) -> list[Any]:
+        return show(session and demo.hide(session, ratio), statistics)
+
+    def redrawn(session: Session | None, ratio: float, statistics: Statistics) -> list[Any]:
+        return remasked(session and replace(session, seed=session.seed + 1), ratio, statistics)
+
+    def clicked(session: Session | None, click: str, statistics: Statistics, event: gr.SelectData) -> list[Any]:
+        if session is None:
+            return [*show(None, statistics), None]
+        patch = demo.patch_at(*event.index, *_size(session))
+        if click == ATTEND:
+            return [*show(session, statistics), demo.attention(session, patch)]
+        return [*show(demo.toggle(session, patch), statistics), gr.skip()]
+
+    def _size(session: Session) -> tuple[int, int]:
+        (photo,) = demo._pictures(session.pixel_values, session.pixel_values, SIDE)
+        return photo.size
+
+    with gr.Blocks(title="Masked autoencoder", analytics_enabled=False) as page:
+        gr.Markdown(f"# Masked autoencoder\n`{Path(demo.name).name}`: what is hidden is guessed from what is visible.")
+        session = gr.State()
+        with gr.Row():
+            with gr.Column(scale=1, min_width=260):
+                file = gr.File(label="Photo", type="filepath", elem_id="photo")
+                ratio = gr.Slider(0.05, 0.95, 0.75, step=0.05, label="Hidden part", elem_id="ratio")
+                again = gr.Button("Hide other patches", elem_id="again")
+                click = gr.Radio([HIDE, ATTEND], value=HIDE, label="A click on a patch", elem_id="click")
+                statistics = gr.Radio(
+                    [("visible patches around", "visible"), ("the original (uses ground truth)", "true"),
+                     ("nowhere (raw)", "raw")], value="visible",
+                    label="Mean and contrast of hidden patches from", visible=demo.model.config.norm_pix_loss,
+                )  # fmt: skip
+                said = gr.Markdown(elem_id="said")
+            with gr.Column(scale=3, min_width=320), gr.Row():
+                shown = [
+                    gr.Image(label=label, interactive=False, min_width=240, elem_id=name, buttons=["fullscreen"])
+                    for name, label in PICTURES.items()
+                ]
+        neighbours = gr.Gallery(
+            label="Nearest in the gallery", columns=NEIGHBOURS, height=160, visible=demo.features is not None,
+            elem_id="neighbours",
+        )  # fmt: skip
+        pictures, attention = [session, *shown[:4], said], shown[4]
+        file.change(opened, [file, ratio, statistics], [*pictures, attention, neighbours], show_progress="minimal")
+        # While the slider is dragged, the newest place of it is what is drawn next.
+        moved = {"trigger_mode": "always_last", "show_progress": "hidden"}
+        ratio.change(remasked, [session, ratio, statistics], pictures, **moved)
+        again.click(redrawn, [session, ratio, statistics], pictures, show_progress="minimal")
+        statistics.change(show, [session, statistics], pictures, show_progress="minimal")
+        shown[1].select(clicked, [session, click, statistics], [*pictures, attention], show_progress="minimal")
+    return page
+
+
+def launch(page: gr.Blocks, **options: Any) -> Any:
+    """Serve the page, without fonts and analytics from elsewhere."""
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    return page.launch(theme=theme, max_file_size="64mb", footer_links=[], **options)
+
+
+def run_demo(recipe: DemoRecipe) -> str | None:
+    """Start the page and stay, or write a Space.
+
+    Returns:
+        The folder of the Space, if one was written.
+
+    Raises:
+        DataError, RecipeError: for what a user can mend; one line with the remedy.
+    """
+    if recipe.export:
+        return export_space(recipe)
+    gallery = None
+    if recipe.gallery:
+        gallery = Rows(open_source(recipe.gallery, split=recipe.gallery_split), max_samples=recipe.max_gallery)
+    page = build(Demo(recipe.model, gallery))
+    try:
+        launch(page, server_name=recipe.host, server_port=recipe.port or None)
+    except OSError as error:
+        raise RecipeError(f"port {recipe.port} of {recipe.host} can't be had; give another --port, or 0") from error
+    return None
+
+
+# ------------------------------------------------------------------------------------------ the Space
+
+APP = '''"""A page to try a masked autoencoder on one's own photo."""
+
+from hf_mae.demo import Demo, build, launch
+
+launch(build(Demo({model!r})))
+'''
+README = """---
+title: Masked autoencoder
+sdk: gradio
+sdk_version: {gradio}
+app_file: app.py
+license: apache-2.0
+---
+
+Hide a part of a photo and see what the masked autoencoder `{name}` makes of it. Written by `hf-mae demo --export`.
+"""
+REQUIREMENTS = (
+    "torch", "torchvision", "transformers>=5.17", "safetensors", "accelerate>=1.12", "datasets>=5.2", "evaluate>=0.4.6",
+    "fsspec[http]", "pyarrow>=21", "pyyaml>=6", "scikit-learn>=1.5", "tqdm",
+)  # fmt: skip
+MODEL_FILES: Sequence[str] = ("config.json", "model.safetensors", "preprocessor_config.json")
+
+
+def export_space(recipe: DemoRecipe) -> str:
+    """Write the files of a Space: the page, this package, and the model if it is a folder.
+
+    Raises:
+        DataError: if there is no such model, or the folder holds something else.
+    """
+    folder, model = Path(str(recipe.export)), Path(recipe.model)
+    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        raise DataError(f"{folder} is there and not empty; name another folder by --export")
+    Reconstructor(recipe.model)  # raises if it can't be loaded
+    shutil.copytree(Path(__file__).parent, folder / "hf_mae", ignore=shutil.ignore_patterns("__pycache__"))
+    if model.is_dir():
+        (folder / "model").mkdir()
+        for name in MODEL_FILES:
+            shutil.copy(model / name, folder / "model")
+    name = model.resolve().name if model.is_dir() else recipe.model
+    (folder / "app.py").write_text(APP.format(model="model" if model.is_dir() else recipe.model))
+    (folder / "README.md").write_text(README.format(gradio=gr.__version__, name=name))
+    (folder / "requirements.txt").write_text("\n".join(REQUIREMENTS) + "\n")
+    return str(folder)
