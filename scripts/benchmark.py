@@ -4,6 +4,7 @@ python scripts/benchmark.py all --dataset PHOTOS          everything below, on a
 python scripts/benchmark.py step                          training steps: ours, transformers' ViTMAE, lightly's MAE
 python scripts/benchmark.py loader --dataset PHOTOS       the data path alone: ours, from prepared shards, run_mae's
 python scripts/benchmark.py end_to_end --dataset PHOTOS   hf-mae pretrain against a Trainer as in run_mae
+python scripts/benchmark.py cost                          parameters and FLOPs of every size, on the meta device
 python scripts/benchmark.py startup                       import, first step
 python scripts/benchmark.py resume --dataset DATA         time to the first batch of a run that goes on, early and late
 
@@ -16,11 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from bench_common import header
+from bench_cost import cost
 from bench_loader import loader, resume
 from bench_run import end_to_end, startup
 from bench_step import step
 
-BENCHMARKS = {"step": step, "loader": loader, "end_to_end": end_to_end, "startup": startup, "resume": resume}
+BENCHMARKS = {
+    "step": step, "loader": loader, "end_to_end": end_to_end, "cost": cost, "startup": startup, "resume": resume,
+}  # fmt: skip
 NEED_DATA = ("loader", "end_to_end", "resume")
 
 

@@ -1,0 +1,32 @@
+"""What a training step costs, counted on the meta device, where no weight and no image exists: no time, any size."""
+
+import argparse
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_mae import MAEConfig, MAEForPreTraining
+from hf_mae.configuration_mae import SIZES
+
+IMAGE, PATCH = 224, {"huge": 14}
+DECODERS: dict[str, dict[str, Any]] = {"self": {}, "cross, 25 %": {"decoder_type": "cross", "prediction_ratio": 0.25}}
+
+
+def cost(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Parameters, and GFLOPs (two for a multiplication and addition) of forward and backward, per image."""
+    rows = []
+    for size, numbers in SIZES.items():
+        for name, decoder in DECODERS.items():
+            keys: dict[str, Any] = {**numbers, **decoder, "image_size": IMAGE, "patch_size": PATCH.get(size, 16)}
+            with torch.device("meta"):
+                model = MAEForPreTraining(MAEConfig(**keys)).train()
+                images, noise = torch.empty(1, 3, IMAGE, IMAGE), torch.empty(1, model.config.num_patches)
+            model.set_attn_implementation("eager")  # whose products are counted one by one
+            with FlopCounterMode(display=False) as counter:
+                model(images, noise=noise).loss.backward()
+            flops = counter.get_total_flops()
+            row = {"size": size, "decoder": name, "parameters": model.num_parameters(), "flops_per_image": flops}
+            rows.append({"benchmark": "cost", **row})
+            print(f"{size:6} {name:12} {row['parameters'] / 1e6:7.1f} M parameters {flops / 1e9:8.1f} GFLOPs an image")
+    return rows
