@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from processes import TORCHRUN, derived, ends, fork, last_step, torchrun
+from processes import TORCHRUN, derived, ends, fork, free_port, last_step, torchrun
 from runs import (
     arguments,
     checkpoints,
@@ -293,3 +293,46 @@ def test_a_strategy_or_processes_that_were_not_obtained_are_an_error(tmp_path, m
     assert line.startswith("hf-mae: error: 2 processes were started, 1 work together; use torchrun")
     assert "ACCELERATE_USE_CPU=true" in line
     assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------------ Slurm
+
+SLURM = {
+    "scontrol": 'if [ "$1" = show ]; then echo localhost; else echo "$*" > requeued; fi',
+    "srun": 'exec "$@"',
+    "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
+}
+
+
+@pytest.mark.slow
+def test_the_slurm_script_saves_and_queues_again_before_the_time_limit_and_then_goes_on(tmp_path):
+    for name, text in SLURM.items():  # what a cluster has
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = environment(
+        ACCELERATE_USE_CPU="true", PATH=f"{tmp_path}:{os.environ['PATH']}", PORT=free_port(), SLURM_JOB_ID="7",
+        SLURM_JOB_NODELIST="localhost", SLURM_NNODES="1", SLURM_GPUS_ON_NODE="2",
+    )  # fmt: skip
+    script = Path(__file__).parents[1] / "scripts" / "slurm.sh"
+    words = arguments(tmp_path / "run", **LONG)[1:]  # without the command's name
+
+    def job() -> subprocess.Popen:
+        return subprocess.Popen(["bash", script, *words], cwd=tmp_path, env=variables, start_new_session=True)
+
+    output_dir = tmp_path / "run"
+    process = job()
+    with nothing_left(process):
+        wait_for_step(output_dir, 20, process)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(60) == 0
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+    (tmp_path / "requeued").unlink()
+    last = max(losses(output_dir))
+    assert 20 <= last < 150
+    assert checkpoints(output_dir) == [last]
+    process = job()
+    with nothing_left(process):
+        assert process.wait(120) == 0
+    assert not (tmp_path / "requeued").exists()
+    assert list(losses(output_dir)) == list(range(1, 151))
+    assert type(AutoModel.from_pretrained(output_dir)) is MAEModel
