@@ -1,6 +1,7 @@
 """Options and fixtures of the whole test suite."""
 
 import os
+import shutil
 import signal
 
 # Before anything imports huggingface_hub, which reads it once.
@@ -36,3 +37,37 @@ def seed():
     """Every test starts from the same random numbers, whichever ran before it; a test may ask for the seed."""
     torch.manual_seed(0)
     return 0
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium."""
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("browser: no chromium is installed; 'apt-get install chromium' brings it")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def pages(browser):
+    """Opens an address. What it asks of others is refused, and nothing but that may be an error in its console."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    context.set_default_timeout(60_000)
+    errors: list[str] = []
+
+    def opened(address: str):
+        page = context.new_page()
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        context.route(lambda asked: not asked.startswith((address, "data:", "blob:")), lambda route: route.abort())
+        page.goto(address)
+        return page
+
+    yield opened
+    context.close()
+    assert [text for text in errors if "net::ERR_FAILED" not in text] == []

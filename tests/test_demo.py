@@ -192,7 +192,6 @@ def test_what_a_user_did_wrong_is_told_in_one_line(saved, tmp_path, monkeypatch,
 
 # ------------------------------------------------------------------------------------------ the page
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PHOTO = "#photo input[type=file]"
 
 
@@ -227,33 +226,11 @@ def url(saved, files, demo, tmp_path_factory):  # `demo` makes the gallery
         yield address
 
 
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("browser: no chromium is installed; 'apt-get install chromium' brings it")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield chromium
-        chromium.close()
-
-
 @pytest.fixture
-def page(browser, url):
-    """The page; whatever it asks of others is refused, and nothing but that may be an error in its console."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
-    context.set_default_timeout(60_000)
-    page = context.new_page()
-    errors: list[str] = []
-    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    context.route(lambda address: not address.startswith((url, "data:", "blob:")), lambda route: route.abort())
-    page.goto(url)
+def page(pages, url):
+    page = pages(url)
     page.wait_for_selector(PHOTO, state="attached")
-    yield page
-    assert [text for text in errors if "net::ERR_FAILED" not in text] == []
-    context.close()
+    return page
 
 
 def upload(page, file) -> None:
@@ -273,7 +250,6 @@ def wait_for_change(page, name: str, before: str) -> None:
 
 
 @pytest.mark.browser
-@pytest.mark.slow
 def test_a_photo_is_dropped_the_slider_moved_the_mask_redrawn_and_painted(page, files):
     upload(page, files / "photo.jpg")
     assert "18 of 24 patches hidden (75%)" in page.inner_text("#said")
@@ -305,7 +281,6 @@ def test_a_photo_is_dropped_the_slider_moved_the_mask_redrawn_and_painted(page, 
 
 
 @pytest.mark.browser
-@pytest.mark.slow
 def test_a_click_shows_the_attention_of_a_patch_and_the_way_back_is_said(page, files):
     upload(page, files / "photo.jpg")
     page.get_by_label("shows what it attends to").check()
@@ -317,7 +292,6 @@ def test_a_click_shows_the_attention_of_a_patch_and_the_way_back_is_said(page, f
 
 
 @pytest.mark.browser
-@pytest.mark.slow
 def test_a_bad_upload_gets_a_friendly_message_and_the_next_one_works(page, files):
     for name, message in (("text.jpg", "it is no image of a known kind"), ("huge.png", "10000 x 10000 pixels")):
         page.set_input_files(PHOTO, files / name)
@@ -328,7 +302,6 @@ def test_a_bad_upload_gets_a_friendly_message_and_the_next_one_works(page, files
 
 
 @pytest.mark.browser
-@pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_fits_a_phone_and_a_desk(page, files, width):
     page.set_viewport_size({"width": width, "height": 900})

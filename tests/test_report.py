@@ -170,3 +170,21 @@ def test_pictures_open(finished):
     with Image.open(BytesIO(base64.b64decode(data))) as picture:
         picture.load()
         assert picture.width > 500
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [390, 1280])
+def test_in_a_browser_the_slider_shows_the_pictures_of_each_step_and_the_page_fits(pages, finished, tmp_path, width):
+    other = run(tmp_path / "two", total_steps=2)
+    write_report([finished, other], tmp_path / "r.html")
+    page = pages((tmp_path / "r.html").as_uri())
+    page.set_viewport_size({"width": width, "height": 800})
+    shown = page.locator("section:first-of-type figure:visible figcaption")
+    assert shown.all_inner_texts() == ["after step 6"]
+    for key, step in (("ArrowLeft", 3), ("Home", 0), ("ArrowRight", 3)):
+        page.locator("section:first-of-type input[type=range]").press(key)
+        assert shown.all_inner_texts() == [f"after step {step}"]
+    loaded = "Array.from(document.querySelectorAll('img'), image => image.complete && image.naturalWidth > 500)"
+    assert all(page.evaluate(loaded))
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator("svg:visible").count() >= 6
