@@ -281,11 +281,11 @@ def test_it_moves_to_another_size_and_channel_count(tmp_path):
 
 def test_pictures_show_all_removed_patches():
     model, images = tiny(MAEForPreTraining, **QUARTER), pixels()
-    masked, reconstruction, removed = reconstruct(model, images, draw_noise())
-    where = removed.expand_as(images) > 0
-    assert torch.equal(reconstruction[~where], images[~where])
-    assert (reconstruction[where] != 0).all()
-    assert not masked[where].any()
+    result = reconstruct(model, images, noise=draw_noise())
+    where = result.removed.expand_as(images)
+    assert torch.equal(result.pasted[~where], images[~where])
+    assert (result.pasted[where] != 0).all()
+    assert not result.masked[where].any()
 
 
 def test_a_run_of_the_command_trains_it_and_goes_on_exactly(tmp_path):

@@ -1,16 +1,12 @@
 """Several masks of each decoded image in one step."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import yaml
 from runs import arguments, checkpoints, events, losses, run, start, weights_difference, weights_hash
 
-from hf_mae.training.checkpoint import CheckpointError
 from hf_mae.training.pretrain import PretrainRun
 from hf_mae.training.recipe import RecipeError, load_pretrain_recipe, micro_batch
-from hf_mae.training.setup import check_same_recipe
 
 TWICE = {"masks_per_image": 2, "save_steps": 3, "eval_steps": 12}
 
@@ -75,15 +71,6 @@ def test_a_run_with_one_number_of_masks_is_not_gone_on_with_another(whole, tmp_p
     words = arguments(tmp_path / "run", resume=whole / "checkpoint-6", **{**TWICE, "masks_per_image": 4})
     assert start(*words) == 2
     assert "with masks_per_image 2, not 4" in capfd.readouterr().err
-
-
-def test_a_run_of_a_version_that_knew_one_mask_only_goes_on_with_one():
-    recipe = load_pretrain_recipe(["--recipe", "quickstart"])
-    before = {key: value for key, value in recipe.to_dict().items() if key != "masks_per_image"}
-    check_same_recipe(before, recipe, Path("run"), set())
-    recipe.masks_per_image = 2
-    with pytest.raises(CheckpointError, match="a run with masks_per_image 1, not 2"):
-        check_same_recipe(before, recipe, Path("run"), set())
 
 
 def test_micro_batches_hold_all_masks_of_an_image():

@@ -309,17 +309,23 @@ def test_tensorboard_gets_every_number_into_the_folder_of_the_run(tmp_path):
     output_dir = run(tmp_path / "run", log_with="tensorboard", total_steps=3)
     folders = {path.parent for path in output_dir.rglob("events.out.tfevents.*")}
     found: dict[str, dict[int, float]] = {}
+    images = []
     for folder in folders:
         reader = accumulator.EventAccumulator(str(folder))
         reader.Reload()
         for tag in reader.Tags()["scalars"]:
             found.setdefault(tag, {}).update({event.step: event.value for event in reader.Scalars(tag)})
+        images += [image for tag in reader.Tags()["images"] for image in reader.Images(tag)]
     assert found["loss"] == pytest.approx(losses(output_dir), rel=1e-6)
     assert found["eval_loss"] == pytest.approx(evaluations(output_dir), rel=1e-6)
     assert found["lr"].keys() == {1, 2, 3}
-    (image, *_) = (step for tag in reader.Tags()["images"] for step in reader.Images(tag))
-    with Image.open(output_dir / "reconstructions" / f"step-{image.step}.png") as picture:
-        assert (image.width, image.height) == picture.size
+    assert {image.step for image in images} == {0, 1, 2, 3}
+    for image in images:
+        with (
+            Image.open(output_dir / "reconstructions" / f"step-{image.step}.png") as picture,
+            Image.open(io.BytesIO(image.encoded_image_string)) as shown,
+        ):
+            assert np.array_equal(np.asarray(picture), np.asarray(shown))
 
 
 # ------------------------------------------------------------------------------------------ going on exactly
