@@ -319,7 +319,7 @@ def test_tensorboard_gets_every_number_into_the_folder_of_the_run(tmp_path):
     assert found["loss"] == pytest.approx(losses(output_dir), rel=1e-6)
     assert found["eval_loss"] == pytest.approx(evaluations(output_dir), rel=1e-6)
     assert found["lr"].keys() == {1, 2, 3}
-    assert {image.step for image in images} == {0, 1, 2, 3}
+    assert {image.step for image in images} == {0, 3}
     for image in images:
         with (
             Image.open(output_dir / "reconstructions" / f"step-{image.step}.png") as picture,
