@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 import torch
+from gradio.themes import Default
 from PIL import Image
 
 from .data.decode import BadImage
@@ -134,7 +135,7 @@ class Demo:
         (photo,), (pasted,) = (
             self._pictures(images, result.pixel_values, SIDE) for images in (result.pixel_values, result.pasted)
         )
-        removed = _picture(result.removed[0].float(), SIDE).convert("L").point(lambda value: 255 * (value > 127))
+        removed = _picture(result.removed[0].float(), SIDE).convert("1", dither=Image.Dither.NONE)
         gray = Image.new("RGB", photo.size, (round(255 * GRAY),) * 3)
         processor = self.reconstructor.processor
         images, others = (
@@ -164,7 +165,7 @@ class Demo:
         frame = Image.new("RGB", (box[2] - box[0], box[3] - box[1]), (0, 120, 255))
         inner = photo.crop((box[0] + 2, box[1] + 2, box[2] - 2, box[3] - 2))
         frame.paste(inner, (2, 2))
-        picture.paste(frame, box[:2])
+        picture.paste(frame, (box[0], box[1]))
         return picture
 
     @torch.no_grad()
@@ -216,7 +217,9 @@ def build(demo: Demo) -> gr.Blocks:
     def clicked(session: Session | None, click: str, statistics: Statistics, event: gr.SelectData) -> list[Any]:
         if session is None:
             return [*show(None, statistics), None]
-        patch = demo.patch_at(*event.index, *_size(session))
+        x, y = event.index
+        width, height = _size(session)
+        patch = demo.patch_at(x, y, width, height)
         if click == ATTEND:
             return [*show(session, statistics), demo.attention(session, patch)]
         return [*show(demo.toggle(session, patch), statistics), gr.skip()]
@@ -252,8 +255,9 @@ def build(demo: Demo) -> gr.Blocks:
         pictures, attention = [session, *shown[:4], said], shown[4]
         file.change(opened, [file, ratio, statistics], [*pictures, attention, neighbours], show_progress="minimal")
         # While the slider is dragged, the newest place of it is what is drawn next.
-        moved = {"trigger_mode": "always_last", "show_progress": "hidden"}
-        ratio.change(remasked, [session, ratio, statistics], pictures, **moved)
+        ratio.change(
+            remasked, [session, ratio, statistics], pictures, show_progress="hidden", trigger_mode="always_last"
+        )
         again.click(redrawn, [session, ratio, statistics], pictures, show_progress="minimal")
         statistics.change(show, [session, statistics], pictures, show_progress="minimal")
         shown[1].select(clicked, [session, click, statistics], [*pictures, attention], show_progress="minimal")
@@ -262,7 +266,7 @@ def build(demo: Demo) -> gr.Blocks:
 
 def launch(page: gr.Blocks, **options: Any) -> Any:
     """Serve the page, without fonts and analytics from elsewhere."""
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    theme = Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     return page.launch(theme=theme, max_file_size="64mb", footer_links=[], **options)
 
 
