@@ -78,7 +78,7 @@ def test_every_key_of_the_configuration_reaches_the_model_configuration():
     default = MAEConfig()
     other = {
         "hidden_act": "relu", "mask_strategy": "block", "pooling": "cls", "position_resize": "sincos",
-        "decoder_type": "cross",
+        "decoder_type": "cross", "pyramid_scales": [2, 1],
         "image_size": "64x32", "num_attention_heads": 6, "decoder_num_attention_heads": 8, "mask_cell": 2,
     }  # fmt: skip
     for key in CONFIG_KEYS:
