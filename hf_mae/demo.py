@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import numpy as np
 import torch
 from gradio.themes import Default
 from PIL import Image
@@ -19,7 +18,7 @@ from .data.stream import EvaluationSet, Rows, each_batch, make_loader
 from .evaluation.knn import nearest
 from .evaluation.reconstruct import Reconstructor
 from .training.recipe import RecipeError
-from .visualize import FOOTERS, GRAY, Statistics, masked_psnr, masked_ssim, reconstruct, seeded_noise, to_unit_range
+from .visualize import FOOTERS, GRAY, Statistics, masked_scores, reconstruct, seeded_noise, to_pictures, to_unit_range
 
 SIDE, THUMBNAIL, NEIGHBOURS = 384, 96, 8
 PICTURES = {
@@ -97,7 +96,7 @@ class Demo:
         bands = slice(3 if images.shape[1] >= 3 else 1)
         mean, std = (list(values)[bands] for values in (processor.image_mean, processor.image_std))
         shown = to_unit_range(images[:, bands], like[:, bands], mean, std)
-        return [_picture(image, side) for image in shown]
+        return to_pictures(shown, side)
 
     def open(self, file: str | Path, ratio: float) -> Session:
         """A photo from a file, with some of it hidden.
@@ -135,14 +134,10 @@ class Demo:
         (photo,), (pasted,) = (
             self._pictures(images, result.pixel_values, SIDE) for images in (result.pixel_values, result.pasted)
         )
-        removed = _picture(result.removed[0].float(), SIDE).convert("1", dither=Image.Dither.NONE)
+        removed = to_pictures(result.removed.float(), SIDE)[0].convert("1", dither=Image.Dither.NONE)
         gray = Image.new("RGB", photo.size, (round(255 * GRAY),) * 3)
         processor = self.reconstructor.processor
-        images, others = (
-            to_unit_range(values, result.pixel_values, processor.image_mean, processor.image_std)
-            for values in (result.pixel_values, result.pasted)
-        )
-        psnr, ssim = masked_psnr(images, others, result.removed), masked_ssim(images, others, result.removed)
+        psnr, ssim = masked_scores(result, processor.image_mean, processor.image_std)
         said = [
             f"{int(session.hidden.sum())} of {len(session.hidden)} patches hidden ({result.mask_ratio:.0%})",
             f"hidden part: {psnr.item():.1f} dB, SSIM {ssim.item():.2f}",
@@ -155,9 +150,9 @@ class Demo:
     def attention(self, session: Session, patch: int) -> Image.Image:
         """Where a patch of the whole photo looks in the last layer, the mean of its heads, as heat; framed itself."""
         attentions = self.model.mae(session.pixel_values, output_attentions=True).attentions
-        weights = attentions[-1][0].mean(dim=0)[1 + patch, 1:].view(1, *self.grid_size)
+        weights = attentions[-1][0].mean(dim=0)[1 + patch, 1:].view(1, 1, *self.grid_size)
         (photo,) = self._pictures(session.pixel_values, session.pixel_values, SIDE)
-        heat = _picture(weights / weights.max(), max(photo.size)).convert("L").resize(photo.size)
+        heat = to_pictures(weights / weights.max(), max(photo.size))[0].convert("L").resize(photo.size)
         picture = Image.composite(Image.new("RGB", photo.size, (255, 60, 0)), photo.convert("L").convert("RGB"), heat)
         h, w = self.grid_size
         height, width, (row, column) = photo.height / h, photo.width / w, divmod(patch, w)
@@ -176,15 +171,6 @@ class Demo:
         similarity, rows = nearest(query, self.features, min(NEIGHBOURS, len(self.features)))
         pairs = zip(similarity[0].tolist(), rows[0].tolist(), strict=True)
         return [(self.thumbnails[row], f"{cosine:.2f}") for cosine, row in pairs]
-
-
-def _picture(image: torch.Tensor, side: int) -> Image.Image:
-    """(1 or 3, H, W) in [0, 1] -> RGB with this longer side; small images are enlarged without smoothing."""
-    pixels = (image * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    picture = Image.fromarray(np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels)
-    scale = side / max(picture.size)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    return picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC)
 
 
 # ------------------------------------------------------------------------------------------ the page
@@ -221,7 +207,7 @@ def build(demo: Demo) -> gr.Blocks:
         width, height = _size(session)
         patch = demo.patch_at(x, y, width, height)
         if click == ATTEND:
-            return [*show(session, statistics), demo.attention(session, patch)]
+            return [*[gr.skip()] * len(pictures), demo.attention(session, patch)]
         return [*show(demo.toggle(session, patch), statistics), gr.skip()]
 
     def _size(session: Session) -> tuple[int, int]:

@@ -168,6 +168,17 @@ def masked_ssim(images: torch.Tensor, others: torch.Tensor, removed: torch.Tenso
     return _mean_where(_ssim_map(images, others), removed)
 
 
+def masked_scores(
+    result: Reconstruction, image_mean: Sequence[float], image_std: Sequence[float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`masked_psnr` and `masked_ssim` of reconstructions, over all channels, (B,) each."""
+    images, others = (
+        to_unit_range(values, result.pixel_values, image_mean, image_std)
+        for values in (result.pixel_values, result.pasted)
+    )
+    return masked_psnr(images, others, result.removed), masked_ssim(images, others, result.removed)
+
+
 def _ssim_map(images: torch.Tensor, others: torch.Tensor, window: int = 7) -> torch.Tensor:
     c1, c2, unbiased = 0.01**2, 0.03**2, window**2 / (window**2 - 1)
 
@@ -238,18 +249,18 @@ def reconstruction_grid(
         kept = [[float(values[band]) for band in chosen] for values in (image_mean, image_std)]
         return to_unit_range(images[:, chosen], original[:, chosen], *kept)
 
-    columns: list[Column] = [("original", _to_pictures(shown(original), cell), None)]
+    columns: list[Column] = [("original", to_pictures(shown(original), cell), None)]
     for result in reconstructions:
         star = "*" if result.statistics == "true" else ""
         pasted = shown(result.pasted)
         masked, predicted = torch.where(result.removed, GRAY, pasted), torch.where(result.removed, pasted, GRAY)
         columns += [
-            (f"masked {result.mask_ratio:.0%}", _to_pictures(masked, cell), None),
-            (f"reconstruction{star}", _to_pictures(predicted, cell), None),
-            (f"with visible{star}", _to_pictures(pasted, cell), _scores(shown(original), pasted, result.removed)),
+            (f"masked {result.mask_ratio:.0%}", to_pictures(masked, cell), None),
+            (f"reconstruction{star}", to_pictures(predicted, cell), None),
+            (f"with visible{star}", to_pictures(pasted, cell), _scores(shown(original), pasted, result.removed)),
         ]
         if details:
-            columns.append(("error", _to_pictures(_error_map(shown(original), pasted, result.removed), cell), None))
+            columns.append(("error", to_pictures(_error_map(shown(original), pasted, result.removed), cell), None))
     return _arrange(columns, details, FOOTERS.get(reconstructions[0].statistics), min(pairs, len(original)))
 
 
@@ -272,9 +283,10 @@ def _error_map(images: torch.Tensor, others: torch.Tensor, removed: torch.Tensor
     return torch.where(removed, colours, GRAY)
 
 
-def _to_pictures(images: torch.Tensor, cell: int) -> list[Image.Image]:
+def to_pictures(images: torch.Tensor, cell: int) -> list[Image.Image]:
+    """(B, 1 or 3, H, W) in [0, 1] -> RGB with this longer side; small images are enlarged without smoothing."""
     longest = max(images.shape[-2:])
-    size = (round(images.shape[-1] * cell / longest), round(images.shape[-2] * cell / longest))
+    size = (max(1, round(images.shape[-1] * cell / longest)), max(1, round(images.shape[-2] * cell / longest)))
     pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     pictures = [
         Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).convert("RGB") for image in pixels

@@ -18,7 +18,7 @@ from ..data.stream import Rows
 from ..image_processing_mae import MAEImageProcessor
 from ..modeling_mae import MAEForPreTraining
 from ..training.recipe import RecipeError
-from ..visualize import Statistics, masked_psnr, masked_ssim, reconstruct, reconstruction_grid, to_unit_range
+from ..visualize import Statistics, masked_scores, reconstruct, reconstruction_grid
 
 
 @dataclass
@@ -148,8 +148,7 @@ def reconstruct_files(recipe: ReconstructRecipe) -> dict[str, Any]:
         raise RecipeError(f"{recipe.out} can't be written: {error}") from error
     scores = []
     for result in results:
-        original, pasted = (to_unit_range(x, pixel_values, mean, std) for x in (pixel_values, result.pasted))
-        psnr, ssim = masked_psnr(original, pasted, result.removed), masked_ssim(original, pasted, result.removed)
+        psnr, ssim = masked_scores(result, mean, std)
         scores.append({"mask_ratio": result.mask_ratio, "psnr": psnr.mean().item(), "ssim": ssim.mean().item()})
     return {"path": recipe.out, "images": len(pixel_values), "bad": bad, "scores": scores}
 
