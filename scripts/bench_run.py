@@ -19,6 +19,7 @@ import torch
 from bench_common import in_process, interleaved, spread, table
 
 RUN_MAE, OURS = "Trainer as in run_mae", "hf-mae pretrain"
+FAST = "vit_base_in1k_fast"
 
 
 def run_mae(cell: dict[str, Any]) -> dict[str, Any]:
@@ -69,6 +70,8 @@ def ours(cell: dict[str, Any]) -> dict[str, Any]:
         "save_steps": 10**6, "clip_grad": 1.0, "max_eval_samples": 8,
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
+        if cell["recipe"]:
+            keys["recipe"] = cell["recipe"]
         words = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
         if main(["pretrain", "--output_dir", f"{folder}/run", *words]):
             raise SystemExit("hf-mae pretrain failed")
@@ -93,12 +96,13 @@ def end_to_end(options: argparse.Namespace) -> list[dict[str, Any]]:
         for precision in options.precisions:
             cell = {
                 "size": options.run_size, "precision": precision, "batch": options.batch,
-                "steps": options.run_steps, "workers": options.workers, "dataset": options.dataset,
+                "steps": options.run_steps, "workers": options.workers, "dataset": options.dataset, "recipe": None,
             }  # fmt: skip
             runs = {
                 RUN_MAE: {**cell, "which": "run_mae"},
                 OURS: {**cell, "which": "ours"},
                 f"{OURS}, prepared": {**cell, "which": "ours", "dataset": folder},
+                f"{OURS}, {FAST}": {**cell, "which": "ours", "recipe": FAST},
             }
             cells = {name: partial(in_process, "bench_run.py", json.dumps(words)) for name, words in runs.items()}
             found = interleaved(cells, options.repeats)

@@ -2,7 +2,8 @@
 
 Every cell is a process of its own, so that its peak memory is its own. Ours and transformers' start from the same
 weights, ours, with position tables that transformers' model lacks when it is built from a configuration, and see the
-same images and mask noise; lightly's starts from its own weights and draws its own masks.
+same images and mask noise; lightly's starts from its own weights and draws its own masks. On a CPU ours keeps freed
+memory, as `hf-mae pretrain` does; another cell says what that alone would do for transformers' model.
 """
 
 # pyright: reportMissingImports=false
@@ -27,6 +28,7 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 from hf_mae import MAEConfig, MAEForPreTraining
 from hf_mae.configuration_mae import SIZES
 from hf_mae.publishing.keys import to_layout
+from hf_mae.training.setup import keep_freed_memory
 
 IMAGE, MASK_RATIO = 224, 0.75
 CROSS = {"decoder_type": "cross", "prediction_ratio": 0.25}
@@ -103,23 +105,25 @@ def lightlys(size: str) -> tuple[nn.Module, Loss]:
     return model, lambda images, noise: model(images)
 
 
+PEER, KEPT = "transformers ViTMAE", ", memory kept"
 MODELS: dict[str, Callable[[str], tuple[nn.Module, Loss]]] = {
     "hf_mae": ours,
     "hf_mae, cross decoder": partial(ours, **CROSS),
-    "transformers ViTMAE": peers,
+    PEER: peers,
+    PEER + KEPT: peers,
     "lightly (timm)": lightlys,
 }
 
 
 def available() -> list[str]:
     """The models that can be measured with what is installed."""
-    keys = MAEConfig.__annotations__
     missing = {
-        "hf_mae, cross decoder": "decoder_type" not in keys,
-        "lightly (timm)": find_spec("lightly") is None or find_spec("timm") is None,
+        PEER + KEPT: "it concerns CPUs" if torch.cuda.is_available() else None,
+        "lightly (timm)": None if find_spec("lightly") and find_spec("timm") else "not installed",
     }
-    for name in (name for name, absent in missing.items() if absent):
-        print(f"{name}: left out, not available here")
+    for name, reason in missing.items():
+        if reason:
+            print(f"{name}: left out, {reason}")
     return [name for name in MODELS if not missing.get(name)]
 
 
@@ -135,13 +139,17 @@ def flops_of(loss_of: Loss, images: torch.Tensor, noise: torch.Tensor) -> float:
 def measure(cell: dict[str, Any]) -> dict[str, Any]:
     """Seconds of a step, peak memory, the first loss and model FLOPs of one cell, in this process."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and (cell["model"].startswith("hf_mae") or cell["model"].endswith(KEPT)):
+        keep_freed_memory()
     model, loss_of = MODELS[cell["model"]](cell["size"])
     model.to(device).train()
+    if cell["checkpointing"]:
+        model.gradient_checkpointing_enable()  # pyright: ignore[reportCallIssue]
     generator = torch.Generator().manual_seed(0)
     patches = (IMAGE // SIZES[cell["size"]].get("patch_size", 16)) ** 2
     images = torch.randn(cell["batch"], 3, IMAGE, IMAGE, generator=generator).to(device)
     noise = torch.rand(cell["batch"], patches, generator=generator).to(device)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, (0.9, 0.95))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, (0.9, 0.95), fused=True)
     flops = flops_of(loss_of, images, noise) if device.type == "cuda" else None
     if cell["compile"]:
         model.compile()
@@ -180,13 +188,13 @@ def step(options: argparse.Namespace) -> list[dict[str, Any]]:
     for size, precision, way in [(s, p, w) for s in options.sizes for p in options.precisions for w in options.ways]:
         cell = {
             "size": size, "precision": precision, "compile": way == "compiled", "batch": options.batch,
-            "steps": options.steps, "warmup": options.warmup,
+            "steps": options.steps, "warmup": options.warmup, "checkpointing": False,
         }  # fmt: skip
         cells = {m: partial(in_process, "bench_step.py", json.dumps({**cell, "model": m})) for m in models}
         found = interleaved(cells, options.repeats)
         print(f"\nViT-{size}, {precision}, {way}, batch {options.batch}")
         rates = {m: [options.batch / run["seconds"] for run in runs] for m, runs in found.items()}
-        table(rates, UNIT, "transformers ViTMAE")
+        table(rates, UNIT, PEER)
         for model, runs in found.items():
             peak = statistics.median(run["peak_mb"] for run in runs)
             result = {"what": "step", "model": model, **cell, "unit": UNIT, "images_per_second": spread(rates[model])}
@@ -200,6 +208,27 @@ def step(options: argparse.Namespace) -> list[dict[str, Any]]:
                     note += f", model-FLOP utilisation {result['mfu']:.1%}"
             print(note)
             results.append(result)
+    return results
+
+
+def memory_by_batch(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Peak memory of training at each batch size, without and with gradient checkpointing."""
+    results = []
+    names = [name for name in available() if not name.endswith(KEPT)]
+    cells = [(name, False) for name in names] + [(name, True) for name in names if not name.startswith("lightly")]
+    for size, precision in [(size, precision) for size in options.sizes for precision in options.precisions]:
+        print(f"\npeak memory, MB, ViT-{size}, {precision}, at batch " + ", ".join(map(str, options.memory_batches)))
+        for name, checkpointing in cells:
+            peaks = []
+            for batch in options.memory_batches:
+                cell = {
+                    "model": name, "size": size, "precision": precision, "compile": False, "batch": batch,
+                    "steps": 1, "warmup": 1, "checkpointing": checkpointing,
+                }  # fmt: skip
+                peaks.append(in_process("bench_step.py", json.dumps(cell))["peak_mb"])
+                results.append({"what": "memory", **cell, "peak_mb": peaks[-1]})
+            label = f"{name}, gradient checkpointing" if checkpointing else name
+            print(f"{label:56} " + " ".join(f"{peak:8.0f}" for peak in peaks))
     return results
 
 

@@ -2,6 +2,7 @@
 
 python scripts/benchmark.py all --dataset PHOTOS          everything below, on a folder of JPEGs
 python scripts/benchmark.py step                          training steps: ours, transformers' ViTMAE, lightly's MAE
+python scripts/benchmark.py memory                        peak memory of training against the batch size
 python scripts/benchmark.py loader --dataset PHOTOS       the data path alone: ours, from prepared shards, run_mae's
 python scripts/benchmark.py end_to_end --dataset PHOTOS   hf-mae pretrain against a Trainer as in run_mae
 python scripts/benchmark.py cost                          parameters and FLOPs of every size, on the meta device
@@ -20,10 +21,11 @@ from bench_common import header
 from bench_cost import cost
 from bench_loader import loader, resume
 from bench_run import end_to_end, startup
-from bench_step import step
+from bench_step import memory_by_batch, step
 
 BENCHMARKS = {
-    "step": step, "loader": loader, "end_to_end": end_to_end, "cost": cost, "startup": startup, "resume": resume,
+    "step": step, "memory": memory_by_batch, "loader": loader, "end_to_end": end_to_end, "cost": cost,
+    "startup": startup, "resume": resume,
 }  # fmt: skip
 NEED_DATA = ("loader", "end_to_end", "resume")
 
@@ -37,10 +39,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0, help="of the loaders")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batches", type=int, default=3, help="loader: of 64 images, a measurement")
-    parser.add_argument("--sizes", nargs="+", default=["tiny", "base", "large"], help="step: models")
+    parser.add_argument("--sizes", nargs="+", default=["tiny", "base", "large"], help="step, memory: models")
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--ways", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
     parser.add_argument("--batch", type=int, default=8, help="images a step")
+    parser.add_argument("--memory_batches", type=int, nargs="+", default=[8, 16, 32, 64])
     parser.add_argument("--steps", type=int, default=3, help="step: steps timed in a process")
     parser.add_argument("--warmup", type=int, default=1, help="step: steps before them")
     parser.add_argument("--run_size", default="small", help="end_to_end: model")

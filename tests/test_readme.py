@@ -3,14 +3,17 @@
 import re
 import shlex
 import shutil
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from runs import run, start
+from runs import REPOSITORY, run, start
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+from hf_mae import MAEForImageClassification
+
+README = (REPOSITORY / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 BASH = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 # Words of the Python that other tests run, which have what it needs.
@@ -23,14 +26,37 @@ ELSEWHERE = {
     "trust_remote_code": "test_hub_push.py",
 }
 HERE = [code for code in PYTHON if not any(word in code for word in ELSEWHERE)]
-# Commands that take seconds with a tiny model.
-QUICK = ("reconstruct", "report", "card", "evaluate knn", "embed")
-COMMANDS = [
-    line.split(" #")[0].strip()
-    for block in BASH
-    for line in block.replace("\\\n", " ").splitlines()
-    if line.startswith(tuple(f"hf-mae {name} " for name in QUICK))
+# All lines of the command blocks, and what is added to them so that they take seconds.
+LINES = [
+    line.split(" #")[0].strip() for block in BASH for line in block.replace("\\\n", " ").splitlines() if line.strip()
 ]
+FEW_STEPS = "--total_steps 2 --total_batch_size 4 --num_workers 0 --quality_steps 0 --max_eval_samples 4"
+SMALL = f"""--hidden_size 24 --num_hidden_layers 1 --num_attention_heads 2 --intermediate_size 48
+    --decoder_hidden_size 24 --decoder_num_hidden_layers 1 --decoder_num_attention_heads 2
+    --decoder_intermediate_size 48 {FEW_STEPS}"""
+ADDED = {
+    "hf-mae pretrain": SMALL,
+    "hf-mae prepare": "--num_workers 0",
+    "hf-mae finetune": "--max_samples 16 --total_steps 1 --total_batch_size 4 --num_workers 0",
+    "hf-mae evaluate linear-probe --recipe": "--epochs 1 --warmup_epochs 0 --total_batch_size 4 --num_workers 0",
+    "hf-mae evaluate classification": "--num_workers 0",
+    "hf-mae evaluate": "--max_samples 16 --num_workers 0",
+    **dict.fromkeys(("hf-mae embed", "hf-mae reconstruct", "hf-mae report", "hf-mae card"), ""),
+}
+# Launchers of what the line ends with: they are in test_launch.py, here it runs in one process.
+LAUNCHERS = re.compile(r"^(torchrun .*|accelerate launch .*) -m hf_mae.cli|^sbatch scripts/slurm.sh(?= --)")
+# Lines that other tests run, with the word that is looked for in them.
+RUN_ELSEWHERE = {
+    "hf-mae convert": ("test_convert.py", "convert"),
+    "hf-mae export": ("test_export.py", "export"),
+    "hf-mae push": ("test_hub_push.py", "push"),
+    "python scripts/segmentation.py": ("test_segmentation_script.py", "segmentation.py"),
+    "bash scripts/quickstart.sh": ("test_scripts.py", "quickstart.sh"),
+    "python scripts/chaos_drill.py": ("test_scripts.py", "chaos_drill.py"),
+}
+NOT_OURS = ("hf auth login", "bash scripts/test.sh")  # the second is what runs this
+LINES = [LAUNCHERS.sub("hf-mae" if " -m " in line else "hf-mae pretrain", line) for line in LINES]
+COMMANDS = [line for line in LINES if line.startswith(tuple(ADDED))]
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +68,16 @@ def trained(tmp_path_factory):
 def home(trained, tmp_path, monkeypatch):
     """A folder with models and images where the README has them."""
     monkeypatch.chdir(tmp_path)
-    for name in ("quickstart", "mine"):
+    for name in ("quickstart", "mine", "base"):
         shutil.copytree(trained, tmp_path / "outputs" / name)
-    (tmp_path / "path" / "to" / "images").mkdir(parents=True)
-    for name in ("photo.jpg", "path/to/images/0.jpg", "path/to/images/1.jpg"):
-        photo().save(name)
-    for name in (f"DATA/{split}/{label}/{i}.png" for split in ("train", "test") for label in "ab" for i in range(8)):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        photo().save(name)
+    (tmp_path / "tiles").mkdir()
+    for i in range(12):
+        np.save(tmp_path / "tiles" / f"{i}.npy", np.full((208, 320, 13), i, np.float32))
+    photo().save("photo.jpg")
+    for folder in ("path/to/images", "DATA/train", "DATA/validation", "DATA/test"):
+        for name in (f"{folder}/{label}/{i}.png" for label in "ab" for i in range(8)):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            photo().save(name)
     return tmp_path
 
 
@@ -57,11 +85,20 @@ def photo() -> Image.Image:
     return Image.fromarray(np.arange(64 * 48, dtype=np.uint32).astype(np.uint8).reshape(48, 64))
 
 
-def test_there_is_code_of_every_kind():
+def test_all_of_it_is_run_by_a_test():
     assert len(HERE) >= 4
-    assert len(COMMANDS) >= 5
+    assert len(COMMANDS) >= 15
     for word, file in ELSEWHERE.items():
         assert any(word in code for code in PYTHON), f"{word} is no longer in the README; see {file}"
+    for start_of_line, (file, word) in RUN_ELSEWHERE.items():
+        assert any(line.startswith(start_of_line) for line in LINES), f"{start_of_line} is no longer in the README"
+        assert word in (Path(__file__).parent / file).read_text()
+    extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for line in LINES:
+        if line.startswith("pip install"):
+            assert set(re.findall(r"\[(.*?)\]", line)[0].split(",")) <= set(extras)
+        else:
+            assert line.startswith((*ADDED, *RUN_ELSEWHERE, *NOT_OURS)), f"no test runs {line}"
 
 
 @pytest.mark.parametrize("code", HERE, ids=lambda code: code.splitlines()[-1][:40])
@@ -79,6 +116,22 @@ def test_the_python_runs(home, code):
         assert names["output"].logits.shape == (4, 48, 256)
 
 
-@pytest.mark.parametrize("line", COMMANDS)
+@pytest.mark.parametrize("line", sorted(set(COMMANDS)))
 def test_the_commands_run(home, line, capsys):
-    assert start(*shlex.split(line)[1:]) == 0, capsys.readouterr().err
+    (added,) = [words for start_of_line, words in ADDED.items() if line.startswith(start_of_line)][:1]
+    words = [*shlex.split(line)[1:], *shlex.split(added)]
+    if "in1k" in line and "--dataset" not in line:
+        words += ["--dataset", "DATA"]  # in place of ImageNet
+    if line.endswith("outputs/images_256 --output_dir outputs/mine"):
+        shutil.copytree("path/to/images", "outputs/images_256")
+    if words[0] in ("pretrain", "finetune") and "--dataset" in words:
+        words += ["--eval_dataset", words[words.index("--dataset") + 1]]  # too few to hold any out
+    if words[0] == "pretrain":
+        shutil.rmtree("outputs/mine")
+        shutil.rmtree("outputs/base")
+    if "outputs/finetune_quickstart" in line:
+        names = {i: str(i) for i in range(10)}
+        model = MAEForImageClassification.from_pretrained("outputs/quickstart", id2label=names)
+        model.save_pretrained("outputs/finetune_quickstart")
+        shutil.copy("outputs/quickstart/preprocessor_config.json", "outputs/finetune_quickstart")
+    assert start(*words) == 0, capsys.readouterr().err

@@ -37,7 +37,7 @@ from .finetune_setup import (
     training_arguments,
 )
 from .optimizer import layer_decay_groups
-from .setup import check_folder, choose_precision, describe_hardware
+from .setup import check_folder, choose_precision, describe_hardware, keep_freed_memory
 
 PROTOCOL = "fine-tuning"
 
@@ -62,6 +62,8 @@ def finetune(recipe: FinetuneRecipe) -> dict[str, Any] | None:
         return next(entry for entry in read_results(results) if entry["protocol"]["name"] == PROTOCOL)
     run = FinetuneRun(recipe)
     run.describe()
+    if run.args.device.type == "cpu":
+        keep_freed_memory()
     return None if recipe.dry_run else run.train()
 
 

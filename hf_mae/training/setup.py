@@ -1,6 +1,7 @@
 """What a pretraining run is made of: processes, data, model, image processor, streams; new or from a checkpoint."""
 
 import copy
+import ctypes
 import json
 import logging
 import os
@@ -78,6 +79,8 @@ def make_accelerator(recipe: PretrainRecipe) -> Accelerator:
         # The only buffers are tables that never change: nothing to broadcast at each forward.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise RecipeError("mixed_precision fp16 needs a GPU; use bf16 or no")
     fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
@@ -107,6 +110,18 @@ def _cpu_name() -> str:
     file = Path("/proc/cpuinfo")
     named = re.search(r"^model name\s*: (.+)$", file.read_text() if file.exists() else "", re.MULTILINE)
     return named[1].strip() if named else platform.machine()
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what a step frees for the next step, instead of giving it back to the system.
+
+    Else each step on a CPU gets its activations anew, page by page, on one core while the others wait: for ViT-B and 16
+    images 200,000 pages, 0.3 s of 11 s of CPU time. Only the GNU library has the switch; elsewhere nothing is done.
+    """
+    mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
+    # The second alone would be harm: it ends the growth of the first, which starts at 128 KiB.
+    if platform.libc_ver()[0] == "glibc" and ctypes.CDLL(None).mallopt(mmap_threshold, 2**30):
+        ctypes.CDLL(None).mallopt(trim_threshold, 2**31 - 1)
 
 
 def join_after_restart() -> None:

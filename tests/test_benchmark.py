@@ -1,0 +1,78 @@
+"""What the benchmarks measure: that both sides do the same work, not how fast."""
+
+import argparse
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from runs import REPOSITORY, environment
+
+SCRIPTS = REPOSITORY / "scripts"
+
+
+@pytest.fixture
+def bench_step(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import bench_step
+
+    return bench_step
+
+
+def cell(model: str, **keys) -> dict:
+    defaults = {"size": "tiny", "precision": "fp32", "compile": False, "checkpointing": False}
+    return {"model": model, "batch": 2, "steps": 1, "warmup": 1, **defaults, **keys}
+
+
+def test_both_sides_have_the_same_loss(bench_step):
+    found = {name: bench_step.measure(cell(name)) for name in ("hf_mae", bench_step.PEER)}
+    losses = [measured["first_loss"] for measured in found.values()]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert all(measured["seconds"] > 0 and measured["peak_mb"] > 100 for measured in found.values())
+
+
+def test_both_sides_train_the_same_numbers(bench_step):
+    ours, theirs = (bench_step.MODELS[name]("tiny")[0] for name in ("hf_mae", bench_step.PEER))
+    trained = [sum(p.numel() for p in model.parameters() if p.requires_grad) for model in (ours, theirs)]
+    assert trained[0] == trained[1]
+    assert sum(p.abs().sum() for n, p in theirs.named_parameters() if "pos" in n) > 0  # with positions
+
+
+@pytest.mark.parametrize("keys", [{"checkpointing": True}, {"precision": "bf16"}, {"model": "hf_mae, cross decoder"}])
+def test_the_other_cells_can_be_measured(bench_step, keys):
+    measured = bench_step.measure(cell(**{"model": "hf_mae", **keys}))
+    assert 0 < measured["first_loss"] < 10
+
+
+def test_cost_counts_what_the_paper_says(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from bench_cost import cost
+
+    rows = {(row["size"], row["decoder"]): row for row in cost(argparse.Namespace())}
+    whole, cross = rows["base", "self"], rows["base", "cross, 25 %"]
+    # By hand, multiplications of ViT-B's encoder on 50 tokens and of the decoder on 197, twice, forward and backward.
+    encoder = 50 * 12 * 12 * 768**2 + 12 * 2 * 50**2 * 768 + 49 * 768**2
+    decoder = 197 * 8 * 12 * 512**2 + 8 * 2 * 197**2 * 512 + 50 * 768 * 512 + 197 * 512 * 768
+    assert whole["flops_per_image"] == pytest.approx(2 * 3 * (encoder + decoder), rel=0.01)
+    assert cross["flops_per_image"] < 0.6 * whole["flops_per_image"]
+    assert "huge" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_table_and_json(tmp_path):
+    words = ["step", "--sizes", "tiny", "--precisions", "fp32", "--ways", "eager", "--batch", "2", "--steps", "1"]
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / "benchmark.py", *words, "--repeats", "1", "--output", tmp_path / "found.json"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["header"]["threads"] == 1
+    assert {"hf_mae", "transformers ViTMAE"} <= {row["model"] for row in found["results"]}
+    assert "x 1.00" in done.stdout
+    assert torch.__version__ == found["header"]["versions"]["torch"] or "+" in torch.__version__
