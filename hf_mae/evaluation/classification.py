@@ -6,16 +6,14 @@ from typing import Any
 import torch
 from transformers import EvalPrediction
 
-from ..configuration_mae import MAEConfig
 from ..data.labelled import scoring_view
 from ..data.labels import Labels
 from ..data.sources import DataError
 from ..data.splits import splits_of
 from ..data.stats import make_normalizer
 from ..data.stream import EvaluationSet, each_batch, make_loader
-from ..image_processing_mae import MAEImageProcessor
 from ..modeling_mae import MAEForImageClassification
-from .features import ScoreRecipe, report_bad
+from .features import ScoreRecipe, load_with_processor, report_bad
 from .metrics import make_compute_metrics
 from .results import add_result, make_result
 
@@ -37,18 +35,10 @@ def evaluate_classification(recipe: ClassificationRecipe) -> dict[str, Any]:
             the remedy.
     """
     recipe.check()
-    try:
-        config: Any = MAEConfig.from_pretrained(recipe.model)
-        if "MAEForImageClassification" not in (config.architectures or []):
-            raise DataError(f"{recipe.model} has no classifier; make one by hf-mae finetune --model {recipe.model}")
-        model = MAEForImageClassification.from_pretrained(recipe.model, use_safetensors=True).eval()
-        processor = MAEImageProcessor.from_pretrained(recipe.model)
-    except DataError:
-        raise
-    except (OSError, ValueError) as error:
-        raise DataError(f"--model {recipe.model} can't be loaded: {' '.join(str(error).split())[:300]}") from error
+    model, processor = load_with_processor(MAEForImageClassification, recipe.model)
+    config: Any = model.config
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(device)
+    model.to(device)  # pyright: ignore[reportArgumentType]
     _, rows, evaluated_on = splits_of(recipe, streaming=False)
     problem = config.problem_type or "single_label_classification"
     labels = Labels(problem, tuple(config.id2label[i] for i in range(config.num_labels)))

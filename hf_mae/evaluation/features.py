@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -23,13 +23,14 @@ from ..data.sources import DataError
 from ..data.stats import make_normalizer
 from ..data.stream import Batch, EvaluationSet, Rows, View, each_batch, make_loader
 from ..image_processing_mae import MAEImageProcessor
-from ..modeling_mae import MAEModel
+from ..modeling_mae import MAEModel, MAEPreTrainedModel
 from ..training.recipe import RecipeError
 from .results import read_results
 
 logger = logging.getLogger(__name__)
 
 Pooling = Literal["mean", "cls", "both"]
+Model = TypeVar("Model", bound=MAEPreTrainedModel)
 
 
 @dataclass
@@ -108,6 +109,34 @@ def pool(tokens: torch.Tensor, pooling: str) -> torch.Tensor:
     return torch.cat([parts["cls"](), parts["mean"]()], dim=1) if pooling == "both" else parts[pooling]()
 
 
+def load_with_processor(kind: type[Model], path: str, **overrides: Any) -> tuple[Model, MAEImageProcessor]:
+    """A pretrained model in evaluation mode, and its image processor.
+
+    Args:
+        kind: class of the model.
+        path: folder or Hub id.
+        overrides: of its configuration.
+
+    Raises:
+        DataError: if there is no model, or not all weights of this class.
+    """
+    try:
+        # Whatever precision it was saved in: figures of one model are to be the same everywhere.
+        loaded: Any = kind.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **overrides
+        )
+        processor = MAEImageProcessor.from_pretrained(path)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(f"--model {path} can't be loaded: {' '.join(str(error).split())[:300]}") from error
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        if missing[0].startswith("classifier."):
+            raise DataError(f"--model {path} has no classifier; make one by hf-mae finetune --model {path}")
+        what = "it has an encoder only" if missing[0].startswith("decoder.") else "it is not a model of hf_mae"
+        raise DataError(f"--model {path} has no weights for {missing[0]}; {what}")
+    return model.eval(), processor
+
+
 class FrozenEncoder(nn.Module):
     """A pretrained encoder with its image processor's normalisation, all patches visible, nothing trained.
 
@@ -123,17 +152,8 @@ class FrozenEncoder(nn.Module):
     def __init__(self, path: str, pooling: str, mixed_precision: str = "no"):
         super().__init__()
         self.pooling, self.mixed_precision = pooling, mixed_precision
-        try:
-            # Whatever precision it was saved in: features of one model are to be the same everywhere.
-            loaded: Any = MAEModel.from_pretrained(
-                path, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-            )
-            self.processor = MAEImageProcessor.from_pretrained(path)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise DataError(f"--model {path} can't be loaded: {' '.join(str(error).split())[:300]}") from error
-        self.encoder: MAEModel = loaded[0].eval().requires_grad_(False)
-        if missing := sorted(loaded[1]["missing_keys"]):
-            raise DataError(f"--model {path} has no weights for {missing[0]}; it is not a model of hf_mae")
+        encoder, self.processor = load_with_processor(MAEModel, path)
+        self.encoder = encoder.requires_grad_(False)
         self.dtype = pixel_dtype(self.processor)
 
     @property

@@ -15,10 +15,10 @@ from ..data.labelled import scoring_view
 from ..data.sources import DataError, open_source
 from ..data.stats import make_normalizer
 from ..data.stream import Rows
-from ..image_processing_mae import MAEImageProcessor
 from ..modeling_mae import MAEForPreTraining
 from ..training.recipe import RecipeError
 from ..visualize import Statistics, masked_scores, reconstruct, reconstruction_grid
+from .features import load_with_processor
 
 
 @dataclass
@@ -72,18 +72,9 @@ class Reconstructor:
 
     def __init__(self, path: str, image_size: Sequence[int] | None = None):
         overrides = {} if image_size is None else {"image_size": [image_size[0], image_size[-1]]}
-        try:
-            loaded: Any = MAEForPreTraining.from_pretrained(
-                path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **overrides
-            )
-            self.processor = MAEImageProcessor.from_pretrained(path)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise DataError(f"--model {path} can't be loaded: {' '.join(str(error).split())[:300]}") from error
-        model, info = loaded
-        if missing := sorted(info["missing_keys"]):
-            raise DataError(f"--model {path} has no weights for {missing[0]}; take one that is not only an encoder")
+        model, self.processor = load_with_processor(MAEForPreTraining, path, **overrides)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model: MAEForPreTraining = model.eval().to(self.device)
+        self.model: MAEForPreTraining = model.to(self.device)  # pyright: ignore[reportArgumentType]
         self.view = scoring_view(model.config, self.processor)
         if image_size is not None:
             self.view = replace(self.view, eval_resize=self._resize_for(self.view.size))
