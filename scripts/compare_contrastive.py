@@ -230,7 +230,29 @@ def main() -> None:
             print(rows[-1], flush=True)
     if rows:
         studies.write_table(rows, options.output_dir, NOTES)
-        studies.plot(rows, "method and batch", options.output_dir)
+        plot(rows, options.output_dir)
+
+
+def plot(rows: list[dict[str, Any]], output_dir: Path) -> None:
+    """`figure.png`: accuracy, images/s and peak memory, a bar for each method and batch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    headings = [heading for _, heading in studies.FIGURES.values() if heading in rows[0]]
+    panels = [*((heading, f"{heading}, %") for heading in headings), ("images/s", "images/s"),
+              ("peak memory, MB", "peak memory, MB")]  # fmt: skip
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(3 * len(panels), 3), layout="constrained", sharey=True)
+    labels = [row["cell"] for row in rows][::-1]
+    for axis, (key, title) in zip(axes, panels, strict=True):
+        bars = axis.barh(labels, [row.get(key, 0) for row in rows][::-1])
+        axis.bar_label(bars, fmt="{:.1f}" if title.endswith("%") else "{:.0f}", padding=2)
+        axis.set_title(title)
+        axis.margins(x=0.25)
+    figure.savefig(output_dir / "figure.png", dpi=150)
+    pyplot.close(figure)
+    print(f"plot     {output_dir / 'figure.png'}")
 
 
 def write_settings(options: argparse.Namespace) -> None:

@@ -49,8 +49,8 @@ def test_cost_counts_what_the_paper_says(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     from bench_cost import cost
 
-    rows = {(row["size"], row["decoder"]): row for row in cost(argparse.Namespace())}
-    whole, cross = rows["base", "self"], rows["base", "cross, 25 %"]
+    rows = {(row["size"], row["kind"]): row for row in cost(argparse.Namespace())}
+    whole, cross = rows["base", "standard"], rows["base", "cross decoder, 25 %"]
     # By hand, multiplications of ViT-B's encoder on 50 tokens and of the decoder on 197, twice, forward and backward.
     encoder = 50 * 12 * 12 * 768**2 + 12 * 2 * 50**2 * 768 + 49 * 768**2
     decoder = 197 * 8 * 12 * 512**2 + 8 * 2 * 197**2 * 512 + 50 * 768 * 512 + 197 * 512 * 768

@@ -1,0 +1,94 @@
+"""The study scripts: cells that are done stay done, and the table says what was measured."""
+
+import argparse
+import subprocess
+import sys
+
+import pytest
+import torch
+from runs import REPOSITORY, environment
+from tiny import tiny_config
+
+SCRIPTS = REPOSITORY / "scripts"
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+
+
+def test_the_table_has_a_column_for_each_figure_found(scripts, tmp_path):
+    import studies
+
+    rows = [{"cell": "25%", "kNN, k = 20": 30.0}, {"cell": "75%", "kNN, k = 20": 41.239, "fine-tuned": 50.0}]
+    studies.write_table(rows, tmp_path, "beside it")
+    assert (tmp_path / "table.md").read_text() == (
+        "| cell | kNN, k = 20 | fine-tuned |\n|---|---|---|\n| 25% | 30.00 |  |\n| 75% | 41.24 | 50.00 |\n\nbeside it\n"
+    )
+    studies.plot(rows, "mask ratio", tmp_path)
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_a_study_goes_on_where_it_stopped(scripts, tmp_path):
+    command = [
+        sys.executable, SCRIPTS / "study_mask_ratio.py", "--dataset", "digits", "--recipe", "quickstart",
+        "--finetune_recipe", "finetune_quickstart", "--total_steps", "4", "--finetune_epochs", "0.1",
+        "--max_samples", "100", "--output_dir", tmp_path, "--ratios", "0.5",
+    ]  # fmt: skip
+    for ratios in ([], ["0.75"]):
+        done = subprocess.run(
+            [*map(str, command), *ratios], env=environment(), capture_output=True, text=True, timeout=900, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        if not ratios:
+            weights = (tmp_path / "ratio-0.5" / "pretrain" / "model.safetensors").stat().st_mtime_ns
+    table = (tmp_path / "table.md").read_text().splitlines()
+    assert table[0] == "| cell | evaluation loss | fine-tuned | linear probe (fast) | kNN, k = 20 |"
+    assert [line.split("|")[1].strip() for line in table[2:4]] == ["50%", "75%"]
+    assert all(0 < float(number) <= 100 for line in table[2:4] for number in line.split("|")[2:6])
+    assert (tmp_path / "ratio-0.5" / "pretrain" / "model.safetensors").stat().st_mtime_ns == weights
+
+
+@pytest.mark.parametrize("method", ["SimCLR", "MoCoV3"])
+def test_the_contrastive_methods_learn_from_two_views(scripts, method):
+    pytest.importorskip("lightly", reason="lightly is in the extra [studies], which the tests don't install")
+    import compare_contrastive
+
+    torch.manual_seed(0)
+    model = getattr(compare_contrastive, method)(tiny_config()).train()
+    config = model.encoder.config
+    images = torch.randn(8, config.num_channels, *config.image_height_width)
+    views = images, images + torch.randn_like(images)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    losses = []
+    for step in range(20):
+        loss = model(*views, step / 20)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert all("key_" in name or "patch_embed" in name for name in frozen)
+    assert bool(frozen) == (method == "MoCoV3")
+
+
+def test_the_bars_of_the_comparison_are_drawn(scripts, tmp_path):
+    import compare_contrastive
+
+    rows = [
+        {"cell": f"{method}, batch 64", "kNN, k = 20": 40.0, "images/s": 100.0, "peak memory, MB": 1000.0}
+        for method in compare_contrastive.METHODS
+    ]
+    compare_contrastive.plot(rows, tmp_path)
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_both_sides_start_from_the_same_encoder(scripts, tmp_path):
+    import compare_contrastive
+
+    compare_contrastive.write_settings(argparse.Namespace(recipe="cifar10_vit_tiny", output_dir=tmp_path))
+    settings = (tmp_path / "settings.json").read_text()
+    assert '"hidden_size": 192' in settings
+    assert '"num_hidden_layers": 6' in settings
