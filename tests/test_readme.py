@@ -51,6 +51,8 @@ RUN_ELSEWHERE = {
     "hf-mae export": ("test_export.py", "export"),
     "hf-mae push": ("test_hub_push.py", "push"),
     "python scripts/segmentation.py": ("test_segmentation_script.py", "segmentation.py"),
+    "python scripts/study_mask_ratio.py": ("test_studies.py", "study_mask_ratio.py"),
+    "python scripts/compare_contrastive.py": ("test_studies.py", "compare_contrastive"),
     "bash scripts/quickstart.sh": ("test_scripts.py", "quickstart.sh"),
     "python scripts/chaos_drill.py": ("test_scripts.py", "chaos_drill.py"),
 }
