@@ -346,8 +346,8 @@ def test_the_slurm_script_saves_and_queues_again_before_the_time_limit_and_then_
 def test_freed_memory_is_kept_for_the_next_step():
     keep_freed_memory()
     faults = []
-    for _ in range(10):
+    for _ in range(20):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         torch.ones(2**24)  # 64 MiB, 16,384 pages
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-    assert sorted(faults)[7] < 1000, faults  # the first few find no place that is large enough
+    assert max(faults[-5:]) < 1000, faults  # the first few may find no place that is large enough

@@ -44,7 +44,7 @@ def test_a_study_goes_on_where_it_stopped(scripts, tmp_path):
         if not ratios:
             weights = (tmp_path / "ratio-0.5" / "pretrain" / "model.safetensors").stat().st_mtime_ns
     table = (tmp_path / "table.md").read_text().splitlines()
-    assert table[0] == "| cell | evaluation loss | fine-tuned | linear probe (fast) | kNN, k = 20 |"
+    assert table[0] == "| cell | evaluation loss | kNN, k = 20 | linear probe (fast) | fine-tuned |"
     assert [line.split("|")[1].strip() for line in table[2:4]] == ["50%", "75%"]
     assert all(0 < float(number) <= 100 for line in table[2:4] for number in line.split("|")[2:6])
     assert (tmp_path / "ratio-0.5" / "pretrain" / "model.safetensors").stat().st_mtime_ns == weights
