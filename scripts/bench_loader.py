@@ -59,7 +59,8 @@ def our_batches(rows: Rows, workers: int, fast: bool) -> Iterator[Any]:
     while True:
         # Workers are started before the first batch, and keep the decoder of then.
         decode.simplejpeg = decoder if fast else None
-        batches = batches or iter(make_loader(stream, workers))
+        if batches is None:
+            batches = iter(make_loader(stream, workers))
         batch = next(batches)
         decode.simplejpeg = decoder
         yield batch

@@ -5,8 +5,10 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from runs import REPOSITORY, environment
 
 SCRIPTS = REPOSITORY / "scripts"
@@ -57,6 +59,22 @@ def test_cost_counts_what_the_paper_says(monkeypatch, capsys):
     assert whole["flops_per_image"] == pytest.approx(2 * 3 * (encoder + decoder), rel=0.01)
     assert cross["flops_per_image"] < 0.6 * whole["flops_per_image"]
     assert "huge" in capsys.readouterr().out
+
+
+def test_the_loader_benchmark_measures_both_sides(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import bench_loader
+
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 48, 64, 3), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / f"{i}.jpg")
+    threads = torch.get_num_threads()
+    found = bench_loader.loader(argparse.Namespace(dataset=str(tmp_path), workers=0, batches=1, repeats=1))
+    torch.set_num_threads(threads)
+    assert found[0]["cell"] == bench_loader.RUN_MAE
+    assert len(found) >= 3
+    assert all(row["median"] > 1 for row in found)
+    assert "prepared 64 images" in capsys.readouterr().out
 
 
 @pytest.mark.slow
