@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+from pathlib import Path
 
 # Before anything imports huggingface_hub, which reads it once.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -37,6 +38,14 @@ def seed():
     """Every test starts from the same random numbers, whichever ran before it; a test may ask for the seed."""
     torch.manual_seed(0)
     return 0
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """The folder of the scripts, whose modules can be imported."""
+    folder = Path(__file__).parents[1] / "scripts"
+    monkeypatch.syspath_prepend(str(folder))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -81,6 +81,16 @@ def spawn(command, log: Path, **variables) -> subprocess.Popen:
         )
 
 
+def run_script(*words) -> str:
+    """What a script of the repository prints, started as a user does; it has to go well."""
+    command = list(map(str, words))
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=900, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
 def wait_for_step(output_dir: Path, step: int, process: subprocess.Popen, seconds: float = 90) -> None:
     """Until a run has logged this step."""
     deadline = time.monotonic() + seconds

@@ -120,7 +120,7 @@ def test_the_python_runs(home, code):
 
 @pytest.mark.parametrize("line", sorted(set(COMMANDS)))
 def test_the_commands_run(home, line, capsys):
-    (added,) = [words for start_of_line, words in ADDED.items() if line.startswith(start_of_line)][:1]
+    added = next(words for start_of_line, words in ADDED.items() if line.startswith(start_of_line))
     words = [*shlex.split(line)[1:], *shlex.split(added)]
     if "in1k" in line and "--dataset" not in line:
         words += ["--dataset", "DATA"]  # in place of ImageNet

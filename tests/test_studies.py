@@ -1,20 +1,12 @@
 """The study scripts: cells that are done stay done, and the table says what was measured."""
 
 import argparse
-import subprocess
 import sys
 
 import pytest
 import torch
-from runs import REPOSITORY, environment
+from runs import run_script
 from tiny import tiny_config
-
-SCRIPTS = REPOSITORY / "scripts"
-
-
-@pytest.fixture
-def scripts(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
 
 
 def test_the_table_has_a_column_for_each_figure_found(scripts, tmp_path):
@@ -32,15 +24,12 @@ def test_the_table_has_a_column_for_each_figure_found(scripts, tmp_path):
 @pytest.mark.slow
 def test_a_study_goes_on_where_it_stopped(scripts, tmp_path):
     command = [
-        sys.executable, SCRIPTS / "study_mask_ratio.py", "--dataset", "digits", "--recipe", "quickstart",
+        sys.executable, "scripts/study_mask_ratio.py", "--dataset", "digits", "--recipe", "quickstart",
         "--finetune_recipe", "finetune_quickstart", "--total_steps", "4", "--finetune_epochs", "0.1",
         "--max_samples", "100", "--output_dir", tmp_path, "--ratios", "0.5",
     ]  # fmt: skip
     for ratios in ([], ["0.75"]):
-        done = subprocess.run(
-            [*map(str, command), *ratios], env=environment(), capture_output=True, text=True, timeout=900, check=False
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        run_script(*command, *ratios)
         if not ratios:
             weights = (tmp_path / "ratio-0.5" / "pretrain" / "model.safetensors").stat().st_mtime_ns
     table = (tmp_path / "table.md").read_text().splitlines()
