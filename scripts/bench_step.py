@@ -2,8 +2,8 @@
 
 Every cell is a process of its own, so that its peak memory is its own. Ours and transformers' start from the same
 weights, ours, with position tables that transformers' model lacks when it is built from a configuration, and see the
-same images and mask noise; lightly's starts from its own weights and draws its own masks. On a CPU ours keeps freed
-memory, as `hf-mae pretrain` does; another cell says what that alone would do for transformers' model.
+same images and mask noise; lightly's starts from its own weights and draws its own masks. On a CPU ours is set up as
+`hf-mae pretrain` does it (`tune_for_cpu`); another cell says what that alone would do for transformers' model.
 """
 
 # pyright: reportMissingImports=false
@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from bench_common import in_process, interleaved, spread, table
 from torch import nn
-from transformers import ViTMAEConfig, ViTMAEForPreTraining
+from transformers import PreTrainedModel, ViTMAEConfig, ViTMAEForPreTraining
 
 from hf_mae import MAEConfig, MAEForPreTraining
 from hf_mae.configuration_mae import SIZES
 from hf_mae.publishing.keys import to_layout
-from hf_mae.training.setup import keep_freed_memory
+from hf_mae.training.setup import tune_for_cpu
 
 IMAGE, MASK_RATIO = 224, 0.75
 CROSS = {"decoder_type": "cross", "prediction_ratio": 0.25}
@@ -105,12 +105,12 @@ def lightlys(size: str) -> tuple[nn.Module, Loss]:
     return model, lambda images, noise: model(images)
 
 
-PEER, KEPT = "transformers ViTMAE", ", memory kept"
+PEER, TUNED = "transformers ViTMAE", "transformers ViTMAE, our CPU settings"
 MODELS: dict[str, Callable[[str], tuple[nn.Module, Loss]]] = {
     "hf_mae": ours,
     "hf_mae, cross decoder": partial(ours, **CROSS),
     PEER: peers,
-    PEER + KEPT: peers,
+    TUNED: peers,
     "lightly (timm)": lightlys,
 }
 
@@ -118,7 +118,7 @@ MODELS: dict[str, Callable[[str], tuple[nn.Module, Loss]]] = {
 def available() -> list[str]:
     """The models that can be measured with what is installed."""
     missing = {
-        PEER + KEPT: "it concerns CPUs" if torch.cuda.is_available() else None,
+        TUNED: "it concerns CPUs" if torch.cuda.is_available() else None,
         "lightly (timm)": None if find_spec("lightly") and find_spec("timm") else "not installed",
     }
     for name, reason in missing.items():
@@ -139,9 +139,10 @@ def flops_of(loss_of: Loss, images: torch.Tensor, noise: torch.Tensor) -> float:
 def measure(cell: dict[str, Any]) -> dict[str, Any]:
     """Seconds of a step, peak memory, the first loss and model FLOPs of one cell, in this process."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and (cell["model"].startswith("hf_mae") or cell["model"].endswith(KEPT)):
-        keep_freed_memory()
     model, loss_of = MODELS[cell["model"]](cell["size"])
+    if device.type == "cpu" and cell["model"].startswith(("hf_mae", TUNED)):
+        assert isinstance(model, PreTrainedModel)
+        tune_for_cpu(model, cell["precision"])
     model.to(device).train()
     if cell["checkpointing"]:
         model.gradient_checkpointing_enable()  # pyright: ignore[reportCallIssue]
@@ -214,7 +215,7 @@ def step(options: argparse.Namespace) -> list[dict[str, Any]]:
 def memory_by_batch(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Peak memory of training at each batch size, without and with gradient checkpointing."""
     results = []
-    names = [name for name in available() if not name.endswith(KEPT)]
+    names = [name for name in available() if name != TUNED]
     cells = [(name, False) for name in names] + [(name, True) for name in names if not name.startswith("lightly")]
     for size, precision in [(size, precision) for size in options.sizes for precision in options.precisions]:
         print(f"\npeak memory, MB, ViT-{size}, {precision}, at batch " + ", ".join(map(str, options.memory_batches)))

@@ -2,8 +2,6 @@
 
 import contextlib
 import os
-import platform
-import resource
 import shutil
 import signal
 import subprocess
@@ -13,7 +11,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 from processes import TORCHRUN, derived, ends, fork, free_port, last_step, torchrun
 from runs import (
     arguments,
@@ -32,7 +29,6 @@ from runs import (
 from transformers import AutoModel
 
 from hf_mae import MAEModel
-from hf_mae.training.setup import keep_freed_memory
 
 # Evaluations at odd steps, of 92 images on 2 x 16 places: the last batches are smaller, and the ranks' differ.
 OPTIONS = {"total_steps": 8, "save_steps": 4, "eval_steps": 3, "max_eval_samples": 53, "keep_checkpoints": 9}
@@ -340,14 +336,3 @@ def test_the_slurm_script_saves_and_queues_again_before_the_time_limit_and_then_
     assert not (tmp_path / "requeued").exists()
     assert list(losses(output_dir)) == list(range(1, 151))
     assert type(AutoModel.from_pretrained(output_dir)) is MAEModel
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only the GNU C library has the switch")
-def test_freed_memory_is_kept_for_the_next_step():
-    keep_freed_memory()
-    faults = []
-    for _ in range(20):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(2**24)  # 64 MiB, 16,384 pages
-        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-    assert max(faults[-5:]) < 1000, faults  # the first few may find no place that is large enough

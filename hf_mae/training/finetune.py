@@ -37,7 +37,7 @@ from .finetune_setup import (
     training_arguments,
 )
 from .optimizer import layer_decay_groups
-from .setup import check_folder, choose_precision, describe_hardware, keep_freed_memory
+from .setup import check_folder, choose_precision, describe_hardware, tune_for_cpu
 
 PROTOCOL = "fine-tuning"
 
@@ -62,8 +62,6 @@ def finetune(recipe: FinetuneRecipe) -> dict[str, Any] | None:
         return next(entry for entry in read_results(results) if entry["protocol"]["name"] == PROTOCOL)
     run = FinetuneRun(recipe)
     run.describe()
-    if run.args.device.type == "cpu":
-        keep_freed_memory()
     return None if recipe.dry_run else run.train()
 
 
@@ -96,6 +94,8 @@ class FinetuneRun:
         self.labels = find_labels(self.rows, recipe.problem_type)
         torch.manual_seed(recipe.seed)  # of a new head
         self.model = build_classifier(recipe, self.labels)
+        if self.args.device.type == "cpu":
+            tune_for_cpu(self.model, choose_precision(recipe))
         self.processor = build_processor(recipe, self.model.config)
         scale = (recipe.crop_scale[0], recipe.crop_scale[-1])
         self.view = replace(scoring_view(self.model.config, self.processor), crop_scale=scale, flip=recipe.flip)

@@ -55,6 +55,7 @@ from .setup import (
     open_data,
     plan_stream,
     read_state,
+    tune_for_cpu,
 )
 
 STRATEGIES = {
@@ -109,6 +110,8 @@ class PretrainRun:
         self.items_per_step = self.plan.items_per_step(ranks, recipe.num_workers, self.grad_accum_steps)
         set_seed(recipe.seed)
         model = build_model(recipe, self.stored, self.data.num_channels)
+        if self.accelerator.device.type == "cpu":
+            tune_for_cpu(model, self.accelerator.mixed_precision)
         self.config = model.config
         self.processor = build_processor(recipe, self.stored, self.data, self.config)
         self.view = make_view(recipe, self.data, self.config)
