@@ -32,6 +32,6 @@ def cost(options: argparse.Namespace) -> list[dict[str, Any]]:
                 model(images, noise=noise).loss.backward()
             flops = counter.get_total_flops()
             row = {"size": size, "kind": name, "parameters": model.num_parameters(), "flops_per_image": flops}
-            rows.append({"benchmark": "cost", **row})
+            rows.append({"what": "cost", **row})
             print(f"{size:6} {name:28} {row['parameters'] / 1e6:7.1f} M parameters {flops / 1e9:8.1f} GFLOPs an image")
     return rows

@@ -140,10 +140,10 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
     """Seconds of a step, peak memory, the first loss and model FLOPs of one cell, in this process."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, loss_of = MODELS[cell["model"]](cell["size"])
+    model.to(device).train()
     if device.type == "cpu" and cell["model"].startswith(("hf_mae", TUNED)):
         assert isinstance(model, PreTrainedModel)
         tune_for_cpu(model, cell["precision"])
-    model.to(device).train()
     if cell["checkpointing"]:
         model.gradient_checkpointing_enable()  # pyright: ignore[reportCallIssue]
     generator = torch.Generator().manual_seed(0)
