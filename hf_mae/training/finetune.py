@@ -26,6 +26,7 @@ from ..evaluation.metrics import make_compute_metrics
 from ..evaluation.results import add_result, make_result, named_data, read_results
 from .callbacks import EMACallback, EpochCallback, LogCallback
 from .checkpoint import list_checkpoints, replace_files, write_text
+from .cpu import tune_for_cpu
 from .finetune_recipe import FinetuneRecipe
 from .finetune_setup import (
     build_classifier,
@@ -37,7 +38,7 @@ from .finetune_setup import (
     training_arguments,
 )
 from .optimizer import layer_decay_groups
-from .setup import check_folder, choose_precision, describe_hardware, tune_for_cpu
+from .setup import check_folder, choose_precision, describe_hardware
 
 PROTOCOL = "fine-tuning"
 

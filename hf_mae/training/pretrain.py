@@ -38,6 +38,7 @@ from .checkpoint import (
     write_json,
     write_text,
 )
+from .cpu import tune_for_cpu
 from .guard import StepGuard
 from .held_out import HeldOut
 from .log import BadSamples, RunLog, Stopwatch
@@ -55,7 +56,6 @@ from .setup import (
     open_data,
     plan_stream,
     read_state,
-    tune_for_cpu,
 )
 
 STRATEGIES = {

@@ -1,4 +1,4 @@
-"""What training sets up on a CPU: faster, and the same numbers."""
+"""What training sets up on a CPU: faster, and nothing less exact."""
 
 import json
 import platform
@@ -11,12 +11,8 @@ from runs import run
 from tiny import pixels, tiny
 
 from hf_mae import MAEForPreTraining
-from hf_mae.training import setup
-from hf_mae.training.setup import float32_attention, tune_for_cpu
-
-
-def in_bf16():
-    return torch.autocast("cpu", torch.bfloat16)
+from hf_mae.training import cpu
+from hf_mae.training.cpu import float32_attention, tune_for_cpu
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only the GNU C library has the switch")
@@ -33,7 +29,7 @@ def test_freed_memory_is_kept_for_the_next_step():
 def test_attention_under_bf16_is_that_of_float32_rounded_once():
     model = tiny(MAEForPreTraining)
     query, key, value = torch.randn(3, 2, 4, 17, 12).bfloat16().unbind()
-    with in_bf16():
+    with torch.autocast("cpu", torch.bfloat16):
         attended, weights = float32_attention(model.mae.layers[0].attention, query, key, value, None, scaling=0.25)
     exact = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), scale=0.25)
     assert weights is None
@@ -74,7 +70,7 @@ def test_a_bf16_run_on_a_cpu_uses_it_and_its_files_say_nothing_of_it(tmp_path, m
         calls.append(1)
         return float32_attention(*args, **kwargs)
 
-    monkeypatch.setitem(setup.ALL_ATTENTION_FUNCTIONS, "sdpa_float32", counted)
+    monkeypatch.setitem(cpu.ALL_ATTENTION_FUNCTIONS, "sdpa_float32", counted)
     output_dir = run(tmp_path / "run", mixed_precision="bf16", total_steps=2, eval_steps=2)
     assert len(calls) >= 2 * 3  # steps and layers
     assert "float32" not in json.loads((output_dir / "config.json").read_text()).get("attn_implementation", "")
