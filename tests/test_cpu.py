@@ -1,6 +1,5 @@
 """What training sets up on a CPU: faster, and nothing less exact."""
 
-import json
 import platform
 import resource
 
@@ -37,7 +36,7 @@ def test_attention_under_bf16_is_that_of_float32_rounded_once():
     assert torch.equal(attended, exact.transpose(1, 2).bfloat16())
 
 
-def test_under_bf16_the_loss_and_gradients_are_nearer_to_those_of_float32():
+def test_under_bf16_gradients_are_at_least_as_near_to_those_of_float32_as_without_it():
     images, noise = pixels(4), torch.rand(4, 16)
     found = {}
     for name, precision in (("float32", "no"), ("tuned", "bf16"), ("plain", "bf16")):
@@ -73,5 +72,4 @@ def test_a_bf16_run_on_a_cpu_uses_it_and_its_files_say_nothing_of_it(tmp_path, m
     monkeypatch.setitem(cpu.ALL_ATTENTION_FUNCTIONS, "sdpa_float32", counted)
     output_dir = run(tmp_path / "run", mixed_precision="bf16", total_steps=2, eval_steps=2)
     assert len(calls) >= 2 * 3  # steps and layers
-    assert "float32" not in json.loads((output_dir / "config.json").read_text()).get("attn_implementation", "")
     assert "sdpa" not in (output_dir / "config.json").read_text()
