@@ -59,9 +59,12 @@ def run(output_dir, **keys) -> Path:
 
 
 def start(*words) -> int:
-    """`hf-mae WORDS` in this process, as if it were the first thing that the process does."""
+    """`hf-mae WORDS` in this process, as if it were the first thing that the process does, and the last."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    return main([str(word) for word in words])
+    try:
+        return main([str(word) for word in words])
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)  # it keeps, among others, the precision
 
 
 def environment(**variables) -> dict[str, str]:
