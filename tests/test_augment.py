@@ -7,15 +7,9 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
 from hf_mae import MAEImageProcessorPil
-from hf_mae.data import augment
-from hf_mae.data.augment import (
-    evaluation_resize,
-    evaluation_view,
-    pixels_needed,
-    random_resized_crop_box,
-    sample_rng,
-    training_view,
-)  # fmt: skip
+from hf_mae.data import transform
+from hf_mae.data.augment import random_resized_crop_box, sample_rng, training_view  # fmt: skip
+from hf_mae.data.transform import evaluation_resize, evaluation_view, pixels_needed  # fmt: skip
 
 
 def boxes(count: int, height: int, width: int, size: tuple[int, int], **options) -> np.ndarray:
@@ -214,8 +208,8 @@ def test_images_of_extreme_shapes_have_both_views_and_take_little_memory(monkeyp
         np.ones((height, width, 13), np.float32) if kind == "13 bands" else Image.new(kind, (width, height), "white")
     )
     sizes = []
-    resize = augment._resize
-    monkeypatch.setattr(augment, "_resize", lambda image, size, box: sizes.append(size) or resize(image, size, box))
+    resize = transform._resize
+    monkeypatch.setattr(transform, "_resize", lambda image, size, box: sizes.append(size) or resize(image, size, box))
     channels, white = {"RGB": (3, 255), "L": (1, 255), "13 bands": (13, 1)}[kind]
     for view in (
         evaluation_view(image, 16, (14, 14)),

@@ -28,8 +28,10 @@ import pyarrow.parquet as pq
 
 from hf_mae.data import decode as decode_module
 from hf_mae.data.decode import BadImage, decode_image
+from hf_mae.data.loader import EvaluationSet, TrainingStream, each_batch, make_loader
+from hf_mae.data.order import Rows, StreamPlan
 from hf_mae.data.sources import DataError, open_source
-from hf_mae.data.stream import EvaluationSet, Rows, StreamPlan, TrainingStream, View, each_batch, make_loader
+from hf_mae.data.transform import View
 from hf_mae.image_processing_mae import MAEImageProcessor
 from hf_mae.image_processing_pil_mae import MAEImageProcessorPil
 

@@ -14,7 +14,7 @@ from runs import REPOSITORY, start, tree, weights_hash
 from tiny import tiny
 
 from hf_mae import MAEForImageClassification, MAEForPreTraining, MAEImageProcessor
-from hf_mae.publishing.card import Card, licence_of
+from hf_mae.hub.card import Card, licence_of
 from hf_mae.training.finetune_recipe import load_finetune_recipe
 from hf_mae.training.recipe import load_pretrain_recipe
 

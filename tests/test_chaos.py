@@ -15,6 +15,7 @@ import pytest
 from processes import ends, fork, last_step
 from runs import arguments, checkpoints, environment, losses, weights_hash
 
+from hf_mae import files
 from hf_mae.training import checkpoint, pretrain
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")]
@@ -85,9 +86,7 @@ def check_the_same(output_dir: Path, whole: Path) -> None:
     assert weights_hash(output_dir) == weights_hash(whole)
     assert losses(output_dir) == losses(whole)
     for name in ("model.safetensors", "optimizer.safetensors"):
-        assert checkpoint._sha256(output_dir / "checkpoint-140" / name) == checkpoint._sha256(
-            whole / "checkpoint-140" / name
-        )
+        assert files.sha256(output_dir / "checkpoint-140" / name) == files.sha256(whole / "checkpoint-140" / name)
     assert not [path for path in output_dir.iterdir() if path.name.startswith(".tmp")]
 
 
@@ -120,7 +119,7 @@ def test_a_kill_inside_each_file_of_a_save_changes_nothing_about_the_weights(who
     # Between the parts of a save: when the new one is in place and the old one not removed; in the middle of removing
     # it; and of removing what the kill before has left.
     changes += [dies_half_way_through_removing("checkpoint-")]
-    changes += [dies_at(checkpoint, "_fsync", call) for call in (8, 9, 1)]
+    changes += [dies_at(files, "fsync", call) for call in (8, 9, 1)]
     changes += [dies_half_way_through_removing(".tmp-checkpoint-")]
     for change in changes:
         before = checkpoints(output_dir)
@@ -162,7 +161,7 @@ def dies_at_end(call: int) -> Callable[[], None]:
     def change() -> None:
         def replace_some(folder: Path, write: Callable[[Path], None]) -> None:
             dies_at(Path, "replace", call)()
-            checkpoint.replace_files(folder, write)
+            files.replace_files(folder, write)
 
         pretrain.replace_files = replace_some
 

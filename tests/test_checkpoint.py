@@ -12,22 +12,21 @@ from safetensors import SafetensorError
 from tiny import draw_noise, pixels, tiny
 
 from hf_mae import MAEForPreTraining, MAEImageProcessor
+from hf_mae.errors import CheckpointError, DiskFullError
+from hf_mae.files import write_json
+from hf_mae.optim.groups import adamw
+from hf_mae.run_folder import list_checkpoints
 from hf_mae.training import pretrain
 from hf_mae.training.checkpoint import (
-    CheckpointError,
-    DiskFullError,
     find_checkpoint,
     full_state_dict,
-    list_checkpoints,
     load_optimizer_tensors,
     load_tensors,
     optimizer_tensors,
     save_tensors,
     verify_checkpoint,
     write_checkpoint,
-    write_json,
 )
-from hf_mae.training.optimizer import adamw
 
 
 def step(model, optimizer, number: int) -> float:
@@ -214,20 +213,20 @@ def test_the_first_save_of_a_run_is_read_back(tmp_path, monkeypatch, capfd):
     assert list_checkpoints(tmp_path / "other") == []
 
 
-@pytest.mark.parametrize("at", ["_sha256", "settle", "_fsync"])
+@pytest.mark.parametrize("at", ["sha256", "settle", "fsync"])
 def test_a_run_that_dies_while_it_saves_leaves_no_checkpoint(tmp_path, monkeypatch, at):
-    from hf_mae.training import checkpoint
+    from hf_mae import files
 
-    old, whole_function = write_checkpoint(tmp_path, 1, write_small, keep=2), getattr(checkpoint, at)
+    old, whole_function = write_checkpoint(tmp_path, 1, write_small, keep=2), getattr(files, at)
     calls = []
 
     def counting(path):
         calls.append(path)
         return whole_function(path)
 
-    monkeypatch.setattr(checkpoint, at, counting)
+    monkeypatch.setattr(files, at, counting)
     write_checkpoint(tmp_path / "other", 2, write_small, keep=2)
-    before_rename = len(calls) - (at == "_fsync")  # the last one is of the folder around it
+    before_rename = len(calls) - (at == "fsync")  # the last one is of the folder around it
     assert before_rename >= 2
     for survived in range(before_rename):
         left = iter(range(survived))
@@ -237,10 +236,10 @@ def test_a_run_that_dies_while_it_saves_leaves_no_checkpoint(tmp_path, monkeypat
                 raise KeyboardInterrupt
             return whole_function(path)
 
-        monkeypatch.setattr(checkpoint, at, dying)
+        monkeypatch.setattr(files, at, dying)
         with pytest.raises(KeyboardInterrupt):
             write_checkpoint(tmp_path, 2, write_small, keep=2)
-        monkeypatch.setattr(checkpoint, at, whole_function)
+        monkeypatch.setattr(files, at, whole_function)
         assert find_checkpoint(tmp_path, "auto") == old
 
 

@@ -10,8 +10,8 @@ from runs import run
 from tiny import pixels, tiny
 
 from hf_mae import MAEForPreTraining
-from hf_mae.training import cpu
-from hf_mae.training.cpu import float32_attention, tune_for_cpu
+from hf_mae.training import devices
+from hf_mae.training.devices import float32_attention, tune_for_cpu
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only the GNU C library has the switch")
@@ -69,7 +69,7 @@ def test_a_bf16_run_on_a_cpu_uses_it_and_its_files_say_nothing_of_it(tmp_path, m
         calls.append(1)
         return float32_attention(*args, **kwargs)
 
-    monkeypatch.setitem(cpu.ALL_ATTENTION_FUNCTIONS, "sdpa_float32", counted)
+    monkeypatch.setitem(devices.ALL_ATTENTION_FUNCTIONS, "sdpa_float32", counted)
     output_dir = run(tmp_path / "run", mixed_precision="bf16", total_steps=2, eval_steps=2)
     assert len(calls) >= 2 * 3  # steps and layers
     assert "sdpa" not in (output_dir / "config.json").read_text()

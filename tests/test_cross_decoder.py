@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoModelForPreTraining
 
 from hf_mae import MAEConfig, MAEForPreTraining, MAEModel
 from hf_mae.modeling_mae import MAEMLP, MAEAttention, normalize_patches, patchify, sincos_table
-from hf_mae.visualize import reconstruct
+from hf_mae.visualize.reconstruction import reconstruct
 
 CROSS = {"decoder_type": "cross"}
 QUARTER = {**CROSS, "prediction_ratio": 0.25}

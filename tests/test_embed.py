@@ -12,9 +12,9 @@ from PIL import Image
 from runs import environment, start
 from test_evaluation import save_model, table_of
 
+from hf_mae.data.order import Rows
 from hf_mae.data.sources import open_source
-from hf_mae.data.stream import Rows
-from hf_mae.evaluation.features import FrozenEncoder
+from hf_mae.evaluation.encoder import FrozenEncoder
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")

@@ -15,17 +15,17 @@ from sklearn.linear_model import LogisticRegression
 from tiny import tiny
 
 from hf_mae import MAEConfig, MAEForPreTraining, MAEImageProcessor, MAEModel
+from hf_mae.data.labels import class_numbers, common_classes
+from hf_mae.data.order import Rows
 from hf_mae.data.sources import DataError, open_source
 from hf_mae.data.splits import open_splits
-from hf_mae.data.stream import Rows
-from hf_mae.evaluation.features import Features, FrozenEncoder, extract_table
+from hf_mae.evaluation.encoder import FrozenEncoder
 from hf_mae.evaluation.knn import knn_accuracy, nearest
-from hf_mae.evaluation.labels import class_numbers, common_classes, top_k_correct
 from hf_mae.evaluation.linear_probe import fast_linear_accuracy, logistic_regression
-from hf_mae.evaluation.rankme import rankme
-from hf_mae.evaluation.results import add_result, read_results
+from hf_mae.evaluation.table import Features, extract_table, rankme, top_k_correct
+from hf_mae.run_folder import add_result, read_results
+from hf_mae.training.build import open_data
 from hf_mae.training.recipe import load_pretrain_recipe
-from hf_mae.training.setup import open_data
 
 
 def clusters(n: int, seed: int) -> Features:

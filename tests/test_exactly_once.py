@@ -30,21 +30,13 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hf_mae.data import shards
-from hf_mae.data import stream as stream_module
+from hf_mae.data import loader as loader_module
+from hf_mae.data import parquet
 from hf_mae.data.decode import decode_image
+from hf_mae.data.loader import Batch, TrainingStream, each_batch, make_loader
+from hf_mae.data.order import EpochOrder, LogicalStream, Rows, StreamPlan
 from hf_mae.data.sources import Source, open_source
-from hf_mae.data.stream import (
-    Batch,
-    EpochOrder,
-    LogicalStream,
-    Rows,
-    StreamPlan,
-    TrainingStream,
-    View,
-    each_batch,
-    make_loader,
-)
+from hf_mae.data.transform import View
 
 SEED = 3
 VIEW = View(size=(4, 4), num_channels=1, dtype="uint8", num_patches=4)
@@ -189,7 +181,7 @@ def played(monkeypatch):
         batches: list = [None] * count
         for number in range(max(workers, 1)):
             info = SimpleNamespace(id=number, num_workers=workers) if workers else None
-            monkeypatch.setattr(stream_module, "get_worker_info", lambda info=info: info)
+            monkeypatch.setattr(loader_module, "get_worker_info", lambda info=info: info)
             mine = range(number, count, max(workers, 1))
             batches[number :: max(workers, 1)] = itertools.islice(stream, len(mine))
         return batches
@@ -200,8 +192,8 @@ def played(monkeypatch):
 @pytest.fixture
 def order_only(monkeypatch):
     """Images are taken as they are: what becomes of them is tested elsewhere, and takes most of the time."""
-    monkeypatch.setattr(stream_module, "decode_image", lambda image, *_: image)
-    monkeypatch.setattr(stream_module, "training_view", lambda *_: np.zeros((1, *VIEW.size), np.uint8))
+    monkeypatch.setattr(loader_module, "decode_image", lambda image, *_: image)
+    monkeypatch.setattr(loader_module, "training_view", lambda *_: np.zeros((1, *VIEW.size), np.uint8))
 
 
 @pytest.mark.usefixtures("order_only")
@@ -406,10 +398,10 @@ def test_over_forty_epochs_on_uneven_streams_no_image_falls_behind(block):
 def test_the_first_batch_after_a_resume_costs_that_batch_whatever_came_before(open_kind, monkeypatch):
     source = open_kind("parquet", 7)
     rows, reads, opened, decoded = Rows(source), [], [], []
-    read, open_bytes = source.read, shards.open_bytes
+    read, open_bytes = source.read, parquet.open_bytes
     monkeypatch.setattr(source, "read", lambda *place: reads.append(place) or read(*place))
-    monkeypatch.setattr(shards, "open_bytes", lambda url: opened.append(url) or open_bytes(url))
-    monkeypatch.setattr(stream_module, "decode_image", lambda *image: decoded.append(1) or decode_image(*image))
+    monkeypatch.setattr(parquet, "open_bytes", lambda url: opened.append(url) or open_bytes(url))
+    monkeypatch.setattr(loader_module, "decode_image", lambda *image: decoded.append(1) or decode_image(*image))
 
     def costs(positions: list[int], first: int, stop: int) -> tuple[list[int], list[list[int]]]:
         """Reads after each step, and positions."""
@@ -447,7 +439,7 @@ def test_real_workers_decode_no_more_before_the_first_resumed_batch_than_they_re
             decoded.value += 1
         return decode_image(*arguments)
 
-    monkeypatch.setattr(stream_module, "decode_image", counting)
+    monkeypatch.setattr(loader_module, "decode_image", counting)
     positions = run_grid((1, 0), rows, [0] * 16, 0, 60).positions
     for k in (1, 23, 60):
         decoded.value = 0

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 from transformers.utils import logging as transformers_logging
 
 from hf_mae import MAEBackbone, MAEForImageClassification, MAEForPreTraining, MAEImageProcessor, MAEModel
-from hf_mae.publishing import export as export_module
+from hf_mae.conversion import export as export_module
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'hf-mae[export]'")
 transformers_logging.disable_progress_bar()

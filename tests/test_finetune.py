@@ -17,10 +17,11 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForImageClassification, Trainer, TrainerCallback, TrainingArguments, pipeline
 
 from hf_mae import MAEForImageClassification, MAEForPreTraining, MAEImageProcessor
+from hf_mae.errors import UserError
+from hf_mae.optim.schedule import lr_at
 from hf_mae.training.finetune import FinetuneRecipe, trainer_parts
 from hf_mae.training.finetune_recipe import load_finetune_recipe
-from hf_mae.training.recipe import RecipeError, read_recipe, recipe_names
-from hf_mae.training.schedule import lr_at
+from hf_mae.training.recipe import read_recipe, recipe_names
 
 # A second of fine-tuning on the digits.
 TINY_TUNING = {
@@ -681,7 +682,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_one_line(pretrained, tmp_pat
 
 
 def test_recipes_check_their_values():
-    with pytest.raises(RecipeError, match=r"label_smoothing 2\.0 is out of range"):
+    with pytest.raises(UserError, match=r"label_smoothing 2\.0 is out of range"):
         load_finetune_recipe(["--model", "m", "--label_smoothing", "2"])
     assert math.isclose(load_finetune_recipe(["--model", "m"]).lr, 1e-3)
     assert tiny_config(num_labels=3).num_labels == 3

@@ -9,10 +9,11 @@ from tiny import pixels
 from torch.nn import functional as F
 
 from hf_mae import MAEImageProcessorPil
-from hf_mae.data.augment import Mixing, RandAugment, RandomErasing, evaluation_resize, seeded
-from hf_mae.data.labelled import Collator, LabelledImages, pixel_dtype, without_bad
+from hf_mae.data.labelled import Collator, LabelledImages, without_bad
+from hf_mae.data.mix import Mixing, RandAugment, RandomErasing, seeded
+from hf_mae.data.order import Rows
 from hf_mae.data.sources import DataError
-from hf_mae.data.stream import Rows, View
+from hf_mae.data.transform import View, evaluation_resize, pixel_dtype
 from hf_mae.image_processing_mae import MAEImageProcessor
 
 VIEW = View(size=(6, 5), num_channels=1, dtype="uint8", num_patches=1, eval_resize=(6, 5))

@@ -13,9 +13,10 @@ from runs import arguments, checkpoints, evaluations, events, losses, run, start
 from safetensors.torch import load_file
 from torch import nn
 
+from hf_mae.errors import UserError
+from hf_mae.optim.groups import adamw
 from hf_mae.training import guard as guard_module
-from hf_mae.training.guard import NonFiniteError, StepGuard
-from hf_mae.training.optimizer import adamw
+from hf_mae.training.guard import StepGuard
 
 # Float images: their values are finite, but the square of one is not.
 OPTIONS = {
@@ -131,7 +132,7 @@ def test_a_finite_step_ends_the_row():
         assert (guard.skipped_steps, guard.skipped_in_a_row) == (10, 9)
         guard.judge(12, torch.tensor(False), True, [])
         assert guard.verdicts(up_to_now=False)[0].stop
-        with pytest.raises(NonFiniteError, match="10 steps in a row"):
+        with pytest.raises(UserError, match="10 steps in a row"):
             guard.check()
 
 

@@ -29,7 +29,8 @@ from hf_mae import (
     MAEImageProcessorPil,
     MAEModel,
 )
-from hf_mae.publishing import check, hub
+from hf_mae.hub import check
+from hf_mae.hub import push as hub
 
 TOKEN = "hf_canaryCANARYcanaryCANARYcanaryCANAR"
 FILES = {
@@ -356,7 +357,7 @@ def test_code_that_comes_back_changed_is_not_run(server, trusting, finished, tmp
         monkeypatch.setenv(name, value)
     code = server.root / "models" / "user" / "x" / "configuration_mae.py"
     code.write_text(f"open({str(tmp_path / 'canary')!r}, 'w').close()\n" + code.read_text())
-    with pytest.raises(hub.PublishError, match=r"configuration_mae.py is not the file that was pushed"):
+    with pytest.raises(hub.UserError, match=r"configuration_mae.py is not the file that was pushed"):
         hub._pull_back("user/x", "main", tmp_path, REPOSITORY / "hf_mae", tmp_path / "cache")
     assert not (tmp_path / "canary").exists()
 

@@ -9,8 +9,8 @@ from memory_source import MemorySource, noise_images
 from PIL import Image
 
 from hf_mae.data.labels import Labels, find_labels, labels_of
+from hf_mae.data.order import Rows
 from hf_mae.data.sources import DataError, open_source
-from hf_mae.data.stream import Rows
 
 SINGLE, MULTI = "single_label_classification", "multi_label_classification"
 

@@ -9,7 +9,7 @@ from tiny import pixels, tiny
 
 from hf_mae import MAEConfig, MAEForImageClassification
 from hf_mae.configuration_mae import SIZES
-from hf_mae.training.optimizer import layer_decay_groups, train_last_blocks
+from hf_mae.optim.groups import layer_decay_groups, train_last_blocks
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "golden_original.json").read_text())
 OURS = {

@@ -18,13 +18,14 @@ from torch import nn
 
 from hf_mae.data.augment import sample_rng, training_view
 from hf_mae.data.decode import decode_image
-from hf_mae.data.stream import Rows
-from hf_mae.evaluation.features import FrozenEncoder
+from hf_mae.data.order import Rows
+from hf_mae.errors import UserError
+from hf_mae.evaluation.commands import LinearProbeRecipe
+from hf_mae.evaluation.encoder import FrozenEncoder
 from hf_mae.evaluation.linear_probe import PaperProbe, ProbeRun
-from hf_mae.evaluation.protocols import LinearProbeRecipe
-from hf_mae.evaluation.results import read_results
-from hf_mae.training.optimizer import LARS
-from hf_mae.training.recipe import RecipeError, parse_dataclass, recipe_names
+from hf_mae.optim.lars import LARS
+from hf_mae.run_folder import read_results
+from hf_mae.training.recipe import parse_dataclass, recipe_names
 
 # Typed from the published recipe (linear probing, ViT-Base; 50 epochs are enough for Large and Huge).
 TABLE = {
@@ -66,7 +67,7 @@ def test_recipes_of_probes_are_not_offered_for_pretraining():
     assert not any(name.startswith("linear_probe") for name in recipe_names())
     assert len(recipe_names("linear_probe_")) == 3
     words = ["--recipe", "linear_probe_vit_bse_in1k", "--model", "m"]
-    with pytest.raises(RecipeError, match="did you mean 'linear_probe_vit_base_in1k'"):
+    with pytest.raises(UserError, match="did you mean 'linear_probe_vit_base_in1k'"):
         parse_dataclass(LinearProbeRecipe, words, "hf-mae evaluate linear-probe", "linear_probe_")
 
 

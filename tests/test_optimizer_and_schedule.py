@@ -9,8 +9,9 @@ from tiny import draw_noise, pixels, tiny
 from torch import nn
 
 from hf_mae import MAEForPreTraining
-from hf_mae.training.optimizer import LARS, adamw, parameter_groups
-from hf_mae.training.schedule import lr_at
+from hf_mae.optim.groups import adamw, parameter_groups
+from hf_mae.optim.lars import LARS
+from hf_mae.optim.schedule import lr_at
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "golden_original.json").read_text())
 

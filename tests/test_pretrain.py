@@ -40,14 +40,14 @@ from runs import (
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
-import hf_mae.data.stream
+import hf_mae.data.loader
 from hf_mae import MAEForPreTraining, MAEImageProcessorPil, MAEModel
-from hf_mae.data.decode import MissingPackage
 from hf_mae.data.sources import DataError
+from hf_mae.errors import MissingPackage
 from hf_mae.training.log import RunLog, Stopwatch
 from hf_mae.training.pretrain import PretrainRun
 from hf_mae.training.recipe import load_pretrain_recipe
-from hf_mae.visualize import with_title
+from hf_mae.visualize.grid import with_title
 
 datasets = pytest.importorskip("datasets")
 
@@ -745,7 +745,7 @@ def test_an_error_while_loading_is_one_line_and_ends_the_workers(tmp_path, monke
     def broken(*_):
         raise error
 
-    monkeypatch.setattr(hf_mae.data.stream, "training_view", broken)
+    monkeypatch.setattr(hf_mae.data.loader, "training_view", broken)
     assert start(*arguments(tmp_path / "run", num_workers=workers)) == 2
     message = capfd.readouterr().err.splitlines()
     assert message[-1] == f"hf-mae: error: {error}"
@@ -759,14 +759,14 @@ def test_a_process_whose_loader_workers_fail_ends(tmp_path, where):
     """Also with an error that nobody expects, whose traceback holds on to everything."""
     script = tmp_path / "script.py"
     script.write_text(
-        "import sys, hf_mae.cli, hf_mae.data.stream as stream\n"
-        f"good, calls = stream.{where}, []\n"
+        "import sys, hf_mae.cli, hf_mae.data.loader as loader\n"
+        f"good, calls = loader.{where}, []\n"
         "def sometimes(*args, **kwargs):\n"
         "    calls.append(1)\n"
         "    if len(calls) > 40:\n"
         "        raise ZeroDivisionError('a bug')\n"
         "    return good(*args, **kwargs)\n"
-        f"stream.{where} = sometimes\n"
+        f"loader.{where} = sometimes\n"
         "sys.exit(hf_mae.cli.main(sys.argv[1:]))\n"
     )
     command = arguments(tmp_path / "run", num_workers=2, per_device_batch_size=16)

@@ -6,10 +6,11 @@ import yaml
 from runs import arguments, evaluations, losses, run, start, weights_difference, weights_hash
 
 from hf_mae import MAEConfig, MAEForPreTraining
+from hf_mae.errors import UserError
 from hf_mae.modeling_mae import sincos_table
+from hf_mae.optim.schedule import read_points, stages, value_at
 from hf_mae.training.pretrain import PretrainRun
-from hf_mae.training.recipe import RecipeError, load_pretrain_recipe
-from hf_mae.training.schedule import read_points, stages, value_at
+from hf_mae.training.recipe import load_pretrain_recipe
 
 # 12 steps: 1 to 3 at 4 pixels, 4 to 8 at 6 x 8, 9 to 12 at 8.
 GROWING = {"image_size_schedule": ["0:4", "0.25:6x8", "0.6:8"], "mask_ratio_schedule": ["0:0.25", "0.5:0.75"]}
@@ -140,8 +141,8 @@ def test_mask_ratios_that_do_not_fit_are_one_line(tmp_path, capfd, schedule, mes
 def assert_one_line(tmp_path, capfd, message, **given):
     assert start(*arguments(tmp_path / "run", **given)) == 2
     (error,) = capfd.readouterr().err.strip().splitlines()
-    with pytest.raises(RecipeError, match=message):
-        raise RecipeError(error)
+    with pytest.raises(UserError, match=message):
+        raise UserError(error)
 
 
 def test_a_run_is_not_gone_on_with_another_schedule(whole, tmp_path, capfd):

@@ -206,7 +206,7 @@ def test_rows_come_in_the_order_asked_for_and_a_block_is_fetched_once(tmp_path, 
         assert [row.image for row in source.read(0, [19, 10, 15])] == [png(19), png(10), png(15)]
         assert source.read(0, []) == []
     opened = []
-    monkeypatch.setattr("hf_mae.data.shards.open_bytes", lambda url: opened.append(url) or remote.open_bytes(url))
+    monkeypatch.setattr("hf_mae.data.parquet.open_bytes", lambda url: opened.append(url) or remote.open_bytes(url))
     for row in range(20, 30):
         source.read(0, [row])
     assert len(opened) == 1
@@ -505,7 +505,7 @@ def test_a_corrupt_row_group_costs_its_own_rows_only(tmp_path, caplog, monkeypat
     damage_row_group(folder / "train-00000-of-00001.parquet", 2)
     source = open_source(upload(folder) if in_bucket else str(folder), streaming=True)
     opened = []
-    monkeypatch.setattr("hf_mae.data.shards.open_bytes", lambda url: opened.append(url) or remote.open_bytes(url))
+    monkeypatch.setattr("hf_mae.data.parquet.open_bytes", lambda url: opened.append(url) or remote.open_bytes(url))
     rows = read_all(source)
     for number, row in enumerate(rows):
         assert row.image.reason == "CorruptRowGroup" if 20 <= number < 30 else row.image == png(number)

@@ -16,22 +16,13 @@ from memory_source import MemorySource, memory_rows, noise_images
 from PIL import Image
 from torch.utils.data import IterableDataset
 
-from hf_mae.data import stream as stream_module
-from hf_mae.data.augment import evaluation_view, pixels_needed, sample_rng, training_view
+from hf_mae.data import loader as loader_module
+from hf_mae.data.augment import sample_rng, training_view
 from hf_mae.data.decode import decode_image
+from hf_mae.data.loader import EvaluationSet, TrainingStream, each_batch, make_loader
+from hf_mae.data.order import EpochOrder, LogicalStream, Rows, StreamPlan, held_out
 from hf_mae.data.sources import DataError, open_source
-from hf_mae.data.stream import (
-    EpochOrder,
-    EvaluationSet,
-    LogicalStream,
-    Rows,
-    StreamPlan,
-    TrainingStream,
-    View,
-    each_batch,
-    held_out,
-    make_loader,
-)
+from hf_mae.data.transform import View, evaluation_view, pixels_needed
 
 # Shards fewer than the streams, as many, and more; with and without blocks; none of the sizes divides another.
 SIZES = {"one shard": [173], "uneven shards": [40, 1, 75, 0, 22, 35], "many small shards": [3, 5, 2, 7, 1] * 8}
@@ -44,7 +35,7 @@ def worker(monkeypatch):
 
     def become(number: int | None, count: int = 0):
         info = None if number is None else SimpleNamespace(id=number, num_workers=count)
-        monkeypatch.setattr(stream_module, "get_worker_info", lambda: info)
+        monkeypatch.setattr(loader_module, "get_worker_info", lambda: info)
 
     return become
 
@@ -413,7 +404,7 @@ def test_after_a_resume_no_sample_is_decoded_again_and_at_most_a_block_a_stream_
         decoded.append(image.tobytes())
         return decode_image(image, *arguments)
 
-    monkeypatch.setattr(stream_module, "decode_image", counting)
+    monkeypatch.setattr(loader_module, "decode_image", counting)
     steps = 22  # two epochs
     list(TrainingStream(rows, plan, VIEW, 0, [0] * 8, 0, steps))
     uninterrupted, decoded_whole = list(rows.source.reads), list(decoded)
@@ -480,8 +471,8 @@ def test_large_photographs_are_decoded_at_the_scale_that_the_smallest_crop_needs
 @pytest.mark.parametrize("classes", [10, 1000])
 def test_batches_of_local_data_sorted_by_class_are_as_mixed_as_a_full_permutations(classes, monkeypatch):
     pixel = np.zeros((1, 1, 1), np.uint8)
-    monkeypatch.setattr(stream_module, "decode_image", lambda image, *_: image)
-    monkeypatch.setattr(stream_module, "training_view", lambda image, *_: image)
+    monkeypatch.setattr(loader_module, "decode_image", lambda image, *_: image)
+    monkeypatch.setattr(loader_module, "training_view", lambda image, *_: image)
     samples = 20_000
     labels = np.arange(samples) * classes // samples
     rows = Rows(MemorySource([[pixel] * samples], labels=labels))

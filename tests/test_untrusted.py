@@ -17,7 +17,7 @@ from runs import REPOSITORY, arguments, environment, run, start, weights_hash
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from hf_mae import MAEModel
-from hf_mae.publishing.convert import ConvertError, read_pth
+from hf_mae.conversion.convert import UserError, read_pth
 from hf_mae.training.checkpoint import _seal, verify_checkpoint
 
 TOKEN = "hf_canaryCANARYcanaryCANARYcanaryCANAR"
@@ -52,18 +52,18 @@ def canary(tmp_path):
 def test_a_payload_in_a_pth_is_refused_and_runs_nothing(tmp_path, canary, zipped, place):
     content = Payload(canary) if place == "whole" else {"model": {"a": torch.ones(2)}, "args": Payload(canary)}
     torch.save(content, tmp_path / "evil.pth", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ConvertError, match=r"evil.pth is refused: it holds .*, which could run code"):
+    with pytest.raises(UserError, match=r"evil.pth is refused: it holds .*, which could run code"):
         read_pth(tmp_path / "evil.pth")
     assert not canary.exists()
     if zipped:
-        with pytest.raises(ConvertError, match="system"):
+        with pytest.raises(UserError, match="system"):
             read_pth(tmp_path / "evil.pth")
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_bare_pickle_is_refused_and_runs_nothing(tmp_path, canary):
     (tmp_path / "evil.pth").write_bytes(pickle.dumps(Payload(canary)))
-    with pytest.raises(ConvertError):
+    with pytest.raises(UserError):
         read_pth(tmp_path / "evil.pth")
     assert not canary.exists()
 
@@ -83,7 +83,7 @@ def test_the_originals_kind_of_pth_is_read(tmp_path):
 def test_what_is_no_pth_or_not_there_is_an_error_of_one_line(tmp_path, content):
     (tmp_path / "x.pth").write_bytes(content)
     for name in ("x.pth", "absent.pth"):
-        with pytest.raises(ConvertError) as error:
+        with pytest.raises(UserError) as error:
             read_pth(tmp_path / name)
         assert name in str(error.value)
         assert "\n" not in str(error.value)
@@ -186,7 +186,7 @@ def test_no_source_file_reads_pickles_or_trusts_code():
     }
     for file in files:
         text = file.read_text()
-        if file.parent.name == "publishing" and file.name in trusting:
+        if file.parent.name == "hub" and file.name in trusting:
             text = text.replace(trusting[file.name], "", 1)
         loads = re.findall(r"torch\.load\(.*", text)
         assert all("weights_only=True" in load for load in loads), file

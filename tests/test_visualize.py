@@ -9,19 +9,10 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from tiny import draw_noise, pixels, tiny
 
 from hf_mae import MAEForPreTraining, MAEImageProcessor, MAEImageProcessorPil, MAEModel, patchify
-from hf_mae.evaluation.reconstruct import Reconstructor
 from hf_mae.modeling_mae import normalize_patches
-from hf_mae.visualize import (
-    CAPTION,
-    HEADER,
-    MARGIN,
-    _ssim_map,
-    from_visible_neighbours,
-    masked_psnr,
-    masked_ssim,
-    reconstruct,
-    reconstruction_grid,
-)
+from hf_mae.visualize.command import Reconstructor
+from hf_mae.visualize.grid import CAPTION, HEADER, MARGIN, reconstruction_grid
+from hf_mae.visualize.reconstruction import _ssim_map, from_visible_neighbours, masked_psnr, masked_ssim, reconstruct
 
 SHAPES = [(1, 32, 32), (2, 32, 32), (3, 32, 32), (13, 32, 32), (3, 16, 48), (1, 48, 16), (13, 16, 48)]
 

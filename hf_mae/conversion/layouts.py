@@ -8,7 +8,7 @@ import re
 import torch
 from torch import nn
 
-from .pth import ConvertError
+from ..errors import UserError
 
 # Our names -> the original's, in this order. timm's encoders and classifiers have the same.
 _ORIGINAL = (
@@ -66,13 +66,13 @@ def load_layout(model: nn.Module, theirs: dict[str, torch.Tensor], layout: str) 
     """Fill a model of ours with weights in another layout, in place.
 
     Raises:
-        ConvertError: if one is missing, left over or of another shape; it names the first.
+        UserError: if one is missing, left over or of another shape; it names the first.
     """
     wanted = {name: their_names(name, layout) for name in model.state_dict()}
     expected = {their for names in wanted.values() for their in names}
     for what, keys in (("lacks", expected - theirs.keys()), ("has", theirs.keys() - expected)):
         if keys:
-            raise ConvertError(
+            raise UserError(
                 f"the source {what} {sorted(keys)[0]} ({len(keys)} such names), unlike a {type(model).__name__} of its "
                 "kind; only plain ViTs as in the paper can be converted"
             )
@@ -81,7 +81,7 @@ def load_layout(model: nn.Module, theirs: dict[str, torch.Tensor], layout: str) 
         tensor = torch.cat([theirs[their] for their in wanted[name]])
         ours[name] = tensor[0] if name.endswith(".table") else tensor
         if ours[name].shape != value.shape:
-            raise ConvertError(
+            raise UserError(
                 f"the source's {wanted[name][0]} has shape {tuple(ours[name].shape)} where {tuple(value.shape)} fits; "
                 "check --image_size and the numbers of heads"
             )

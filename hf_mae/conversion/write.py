@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ..errors import UserError
 from ..image_processing_mae import MAEImageProcessor
 from ..modeling_mae import MAEForImageClassification, MAEForPreTraining, MAEModel
-from .keys import to_layout
-from .probe import Run, run_ours, run_timm, run_transformers
+from .compare import Run, run_ours, run_timm, run_transformers
+from .layouts import to_layout
 from .processors import timm_settings, write_transformers_processor
-from .pth import ConvertError
+from .read import LABELS, PRETRAINING, SHARED, run_original
 from .reference import EPS
-from .sources import LABELS, PRETRAINING, SHARED, run_original
 
 # Writes the model and its processor into the folder; gives the run of what a reader finds there.
 Writer = Callable[[Any, MAEImageProcessor, Path], Run]
@@ -35,11 +35,11 @@ def write_vit_mae(model: Any, processor: MAEImageProcessor, folder: Path) -> Run
     from transformers import ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel
 
     if isinstance(model, MAEForImageClassification):
-        raise ConvertError("ViTMAE has no classifier; use --to timm, or --to vit where the class token is pooled")
+        raise UserError("ViTMAE has no classifier; use --to timm, or --to vit where the class token is pooled")
     _refuse_oblong(model, "ViTMAE")
     _refuse_cross_attention(model, "ViTMAE")
     if model.config.mask_strategy != "random" or model.config.mask_cell != 1:
-        raise ConvertError(
+        raise UserError(
             f"ViTMAE masks patch by patch at random: it can't express mask_strategy {model.config.mask_strategy} with "
             f"mask_cell {model.config.mask_cell}; use --to mae or --to original"
         )
@@ -54,7 +54,7 @@ def write_vit(model: Any, processor: MAEImageProcessor, folder: Path) -> Run:
     if not isinstance(model, MAEForImageClassification):
         return _write_transformers(ViTModel, ViTConfig, model, SHARED, processor, folder, add_pooling_layer=False)
     if model.config.pooling != "cls":
-        raise ConvertError("ViTForImageClassification can't express pooling mean, only the class token; use --to timm")
+        raise UserError("ViTForImageClassification can't express pooling mean, only the class token; use --to timm")
     return _write_transformers(ViTForImageClassification, ViTConfig, model, SHARED + LABELS, processor, folder)
 
 
@@ -63,7 +63,7 @@ def write_timm(model: Any, processor: MAEImageProcessor, folder: Path) -> Run:
     try:
         import timm
     except ModuleNotFoundError as error:
-        raise ConvertError("what is written for timm is checked against timm: pip install timm") from error
+        raise UserError("what is written for timm is checked against timm: pip install timm") from error
     config = model.config
     _refuse_other_activations(model, "timm's ViT")
     classifier = isinstance(model, MAEForImageClassification)
@@ -184,15 +184,15 @@ def _refuse_oblong(model: Any, name: str) -> None:
     for key in ("image", "patch"):
         height, width = getattr(model.config, f"{key}_height_width")
         if height != width:
-            raise ConvertError(f"{name} takes squares only, not {key}_size {height}x{width}; use --to vit or --to timm")
+            raise UserError(f"{name} takes squares only, not {key}_size {height}x{width}; use --to vit or --to timm")
         setattr(model.config, f"{key}_size", height)
 
 
 def _refuse_cross_attention(model: Any, name: str) -> None:
     if isinstance(model, MAEForPreTraining) and model.config.decoder_type == "cross":
-        raise ConvertError(f"{name} can't express decoder_type cross; use --to vit or --to timm for the encoder alone")
+        raise UserError(f"{name} can't express decoder_type cross; use --to vit or --to timm for the encoder alone")
 
 
 def _refuse_other_activations(model: Any, name: str) -> None:
     if model.config.hidden_act != "gelu":
-        raise ConvertError(f"{name} can't express hidden_act {model.config.hidden_act}, only gelu; use --to vit_mae")
+        raise UserError(f"{name} can't express hidden_act {model.config.hidden_act}, only gelu; use --to vit_mae")

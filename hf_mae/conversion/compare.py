@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from ..configuration_mae import MAEConfig
+from ..errors import UserError
 from ..modeling_mae import MAEForImageClassification, MAEForPreTraining
-from .pth import ConvertError
 
 # Of the outputs' own scale, where that is above 1.
 TOLERANCE = 1e-5
@@ -87,7 +87,7 @@ def largest_difference(expected: Run, got: Run, config: MAEConfig, pair: str) ->
     """The largest difference between two implementations' outputs, as a share of the outputs' scale if above 1.
 
     Raises:
-        ConvertError: if it is above `TOLERANCE`, or not a number.
+        UserError: if it is above `TOLERANCE`, or not a number.
     """
     probe, largest = make_probe(config), 0.0
     first, second = expected(probe), got(probe)
@@ -95,7 +95,7 @@ def largest_difference(expected: Run, got: Run, config: MAEConfig, pair: str) ->
     for name, value in first.items():
         difference = float((second[name] - value).abs().max() / value.abs().max().clamp(min=1))
         if not difference <= TOLERANCE:
-            raise ConvertError(
+            raise UserError(
                 f"{pair} differ by {difference:.2g} in {name} (at most {TOLERANCE:g} is allowed), nothing was written; "
                 "the source isn't the plain ViT that its names say, or a number of heads is wrong"
             )

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from ..configuration_mae import SIZES, MAEConfig
+from ..errors import UserError
 from ..image_processing_mae import MAEImageProcessor
 from ..modeling_mae import MAEForImageClassification, MAEForPreTraining, MAEModel
 from . import reference
-from .keys import load_layout
-from .probe import Outputs, Probe, Run, run_ours, run_timm, run_transformers
+from .compare import Outputs, Probe, Run, run_ours, run_timm, run_transformers
+from .layouts import load_layout
 from .processors import evaluation_processor, read_processor, read_timm_processor
-from .pth import ConvertError, read_weights
+from .pth import read_weights
 
 RECORD = "conversion.json"
 NON_COMMERCIAL = "cc-by-nc-4.0"
@@ -62,7 +63,7 @@ def open_source(source: str, numbers: Numbers) -> Source:
     """Read a file, a folder or a repository of the Hub.
 
     Raises:
-        ConvertError: if it can't be, or is none of the kinds of model that are known.
+        UserError: if it can't be, or is none of the kinds of model that are known.
     """
     path = _local(source)
     if path.is_dir() and not (path / "config.json").exists() and (path / "model.safetensors").exists():
@@ -85,11 +86,11 @@ def open_source(source: str, numbers: Numbers) -> Source:
 def _read_folder(folder: Path, source: str, numbers: Numbers) -> Source:
     for key in ("num_attention_heads", "decoder_num_attention_heads", "norm_pix_loss"):
         if getattr(numbers, key) is not None:
-            raise ConvertError(f"{source} records its own {key}; leave --{key} out")
+            raise UserError(f"{source} records its own {key}; leave --{key} out")
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
-        raise ConvertError(f"{source} has no config.json that can be read; name a model") from error
+        raise UserError(f"{source} has no config.json that can be read; name a model") from error
     kind = "timm" if "architecture" in config else config.get("model_type")
     readers: dict[str, Callable[[Path, dict[str, Any]], Source]] = {
         "mae": _read_ours,
@@ -98,7 +99,7 @@ def _read_folder(folder: Path, source: str, numbers: Numbers) -> Source:
         "timm": _read_timm,
     }
     if kind not in readers:
-        raise ConvertError(f"{source} is a model of type {kind}; there are {', '.join(readers)}, and .pth files")
+        raise UserError(f"{source} is a model of type {kind}; there are {', '.join(readers)}, and .pth files")
     found = readers[kind](folder, config)
     if any(_FACEBOOKS.search(str(name)) for name in (source, config.get("_name_or_path"))):
         found.licence = NON_COMMERCIAL
@@ -111,7 +112,7 @@ def _local(source: str) -> Path:
     if path.exists():
         return path
     if path.suffix in (".pth", ".pt", ".safetensors", ".bin") or source.count("/") != 1 or source[0] in "./~":
-        raise ConvertError(f"{source} is not there; check the name")
+        raise UserError(f"{source} is not there; check the name")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -122,7 +123,7 @@ def _local(source: str) -> Path:
                 break
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         message = " ".join(str(error).split())[:200]
-        raise ConvertError(f"{source} is neither here nor on the Hub ({message}); check the name") from error
+        raise UserError(f"{source} is neither here nor on the Hub ({message}); check the name") from error
     return folder
 
 
@@ -131,7 +132,7 @@ def _record(folder: Path) -> dict[str, Any] | None:
     try:
         return json.loads(file.read_text()) if file.exists() else None
     except ValueError as error:
-        raise ConvertError(f"{file} is broken ({error}); if you know the licence of the weights, remove it") from error
+        raise UserError(f"{file} is broken ({error}); if you know the licence of the weights, remove it") from error
 
 
 def _sha256(path: Path) -> str:
@@ -148,12 +149,12 @@ def _load(model_class: Any, folder: Path, **options: Any) -> Any:
         model, report = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
     except Exception as error:  # whatever a broken or hostile file makes transformers raise
         message = " ".join(str(error).split())[:300]
-        raise ConvertError(f"{model_class.__name__} can't load {folder}: {message}") from error
+        raise UserError(f"{model_class.__name__} can't load {folder}: {message}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         # A ViT's pooler is no part of what the encoder learnt.
         keys = sorted(str(key) for key in report[what] if not str(key).startswith("pooler."))
         if keys:
-            raise ConvertError(
+            raise UserError(
                 f"{folder} doesn't fit {model_class.__name__}: {what.replace('_', ' ')} {keys[0]} ({len(keys)}); "
                 "give a whole checkpoint"
             )
@@ -166,7 +167,7 @@ def _read_ours(folder: Path, config: dict[str, Any]) -> Source:
     }
     name = (config.get("architectures") or ["MAEForPreTraining"])[0]
     if name not in classes:
-        raise ConvertError(f"{folder} holds a {name}; there are {', '.join(classes)}")
+        raise UserError(f"{folder} holds a {name}; there are {', '.join(classes)}")
     model = _load(classes[name], folder)
     processor = read_processor(folder, model.config)
     return Source("mae", model, processor, run_ours(model), None, {})
@@ -185,7 +186,7 @@ def _read_transformers(folder: Path, config: dict[str, Any]) -> Source:
     default = {"vit_mae": "ViTMAEForPreTraining", "vit": "ViTModel"}[kind]
     name = (config.get("architectures") or [default])[0]
     if name not in classes:
-        raise ConvertError(f"{folder} holds a {name}; there are {', '.join(classes)}")
+        raise UserError(f"{folder} holds a {name}; there are {', '.join(classes)}")
     peer = _load(getattr(transformers, name), folder, **({"add_pooling_layer": False} if name == "ViTModel" else {}))
     keys = SHARED + (PRETRAINING if kind == "vit_mae" else ())
     settings: dict[str, Any] = {key: getattr(peer.config, key) for key in keys}
@@ -201,7 +202,7 @@ def _read_transformers(folder: Path, config: dict[str, Any]) -> Source:
 def _read_original(path: Path, numbers: Numbers) -> Source:
     weights, said = read_weights(path)
     if not {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"} <= weights.keys():
-        raise ConvertError(
+        raise UserError(
             f"{path} has no weights of an MAE by the original's names, but e.g. {', '.join(sorted(weights)[:3])}; "
             "give the original's file, or the folder of a model"
         )
@@ -237,12 +238,12 @@ def make_model(model_class: Any, settings: dict[str, Any], weights: dict[str, to
     """A model of ours with these weights.
 
     Raises:
-        ConvertError: if the numbers or the weights don't go together.
+        UserError: if the numbers or the weights don't go together.
     """
     try:
         model = model_class(MAEConfig(**settings)).eval()
     except ValueError as error:
-        raise ConvertError(" ".join(str(error).split())) from error
+        raise UserError(" ".join(str(error).split())) from error
     load_layout(model, weights, layout)
     return model
 
@@ -263,7 +264,7 @@ def _config_from(weights: dict[str, torch.Tensor], image_size: list[int] | None)
     elif image_size:
         size = image_size if len(image_size) == 2 else image_size * 2
     else:
-        raise ConvertError(f"{N} patches make no square; say which height and width by --image_size H W")
+        raise UserError(f"{N} patches make no square; say which height and width by --image_size H W")
     settings = {
         "hidden_size": D,
         "num_hidden_layers": _depth(weights, "blocks"),
@@ -293,7 +294,7 @@ def _heads(settings: dict[str, Any], prefix: str, numbers: Numbers, said: dict[s
     known = {512: 16} if prefix else {size["hidden_size"]: size["num_attention_heads"] for size in SIZES.values()}
     heads = getattr(numbers, key) or said.get(key) or known.get(width)
     if not heads:
-        raise ConvertError(f"the number of heads of a width of {width} is in no file and no table; give --{key} NUMBER")
+        raise UserError(f"the number of heads of a width of {width} is in no file and no table; give --{key} NUMBER")
     return int(heads)
 
 
@@ -305,7 +306,7 @@ def _norm_pix_loss(path: Path, numbers: Numbers, said: dict[str, Any]) -> bool:
         return str(said["norm_pix_loss"]).lower() == "true"
     if path.name.startswith(("mae_pretrain_vit_", "mae_visualize_vit_")):
         return path.name.startswith("mae_pretrain_vit_")
-    raise ConvertError(f"{path} doesn't say what its decoder predicts; give --norm_pix_loss true or false")
+    raise UserError(f"{path} doesn't say what its decoder predicts; give --norm_pix_loss true or false")
 
 
 # ---------------------------------------------------------------------------------------------- timm
@@ -315,11 +316,11 @@ def _read_timm(folder: Path, config: dict[str, Any]) -> Source:
     try:
         import timm
     except ModuleNotFoundError as error:
-        raise ConvertError("timm's models are checked against timm: pip install timm") from error
+        raise UserError("timm's models are checked against timm: pip install timm") from error
 
     files = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).exists()]
     if not files:
-        raise ConvertError(f"{folder} has neither model.safetensors nor pytorch_model.bin; give a whole model")
+        raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin; give a whole model")
     weights, pretrained = read_weights(files[0])[0], config.get("pretrained_cfg", config)
     options = {key: config[key] for key in ("num_classes", "global_pool") if key in config}
     options |= {k: v for k, v in config.get("model_args", {}).items() if not k.startswith(("pretrained", "checkpoint"))}
@@ -334,7 +335,7 @@ def _read_timm(folder: Path, config: dict[str, Any]) -> Source:
         settings = _config_from(weights, height_width) | {"num_attention_heads": heads, "layer_norm_eps": eps}
     except (RuntimeError, TypeError, AttributeError, KeyError) as error:
         message = " ".join(str(error).split())[:200]
-        raise ConvertError(f"{folder} is no ViT with a class token by timm's names: {message}") from error
+        raise UserError(f"{folder} is no ViT with a class token by timm's names: {message}") from error
     if "head.weight" not in weights:
         settings["pooling"] = "cls" if peer.global_pool == "token" else "mean"
     settings["image_size"] = height_width

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: nothing to save, nothing that depends on the ranks."""
+"""The learning rate as a pure function of the step: it needs no saved state and doesn't depend on the ranks."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -14,11 +14,12 @@ from typing import Any, NoReturn
 from safetensors import SafetensorError
 from transformers import __version__ as transformers_version
 
-from .probe import largest_difference, run_ours
+from ..errors import UserError
+from .compare import largest_difference, run_ours
 from .processors import SETTINGS, adapt_channels, evaluation_processor
-from .pth import ConvertError, read_pth
-from .sources import NON_COMMERCIAL, RECORD, Numbers, Source, open_source
-from .targets import WRITERS, describe_use, part_for
+from .pth import read_pth
+from .read import NON_COMMERCIAL, RECORD, Numbers, Source, open_source
+from .write import WRITERS, describe_use, part_for
 
 NOTE = (
     "The MAE authors published their weights under CC-BY-NC 4.0: no commercial use, name the authors. It holds for "
@@ -40,14 +41,14 @@ class OneLineParser(argparse.ArgumentParser):
     """Raises what argparse would print with a page of usage."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConvertError(f"{message}; see {self.prog} --help")
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def parse_options(arguments: list[str]) -> ConvertOptions:
     """Read the command line.
 
     Raises:
-        ConvertError: for an unknown flag or a bad value.
+        UserError: for an unknown flag or a bad value.
     """
     parser = OneLineParser(prog="hf-mae convert", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("source", help=".pth or .safetensors file, folder, or Hub id")
@@ -77,11 +78,11 @@ def convert(options: ConvertOptions) -> dict[str, Any]:
         What is written to `DEST/conversion.json`, and under `use` the line that loads the result.
 
     Raises:
-        ConvertError: if the source can't be read or expressed, DEST isn't empty, or outputs differ.
+        UserError: if the source can't be read or expressed, DEST isn't empty, or outputs differ.
     """
     dest = Path(options.dest).absolute()
     if dest.is_file() or (dest.is_dir() and any(dest.iterdir())):
-        raise ConvertError(f"{options.dest} is there and not empty; name another folder")
+        raise UserError(f"{options.dest} is there and not empty; name another folder")
     source = open_source(options.source, options)
     config, ours = source.model.config, run_ours(source.model)
     differences = {"read": largest_difference(source.run, ours, config, f"{options.source} and hf_mae")}
@@ -97,7 +98,7 @@ def convert(options: ConvertOptions) -> dict[str, Any]:
         (temporary / RECORD).write_text(json.dumps(record, indent=2) + "\n")
         temporary.replace(dest)
     except (OSError, SafetensorError) as error:
-        raise ConvertError(f"{options.dest} can't be written: {error}; name another folder, or make room") from error
+        raise UserError(f"{options.dest} can't be written: {error}; name another folder, or make room") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return record | {"use": describe_use(options.to, model, options.dest)}
@@ -111,7 +112,7 @@ def _adapt(source: Source, options: ConvertOptions) -> list[str]:
     try:
         source.model.resize_input(list(size) if size[0] != size[1] else size[0], options.num_channels)
     except ValueError as error:
-        raise ConvertError(str(error)) from error
+        raise UserError(str(error)) from error
     if size != old:
         settings = {key: getattr(source.processor, key) for key in SETTINGS}
         source.processor = evaluation_processor(config, **settings)
@@ -159,4 +160,4 @@ def describe_conversion(record: dict[str, Any], dest: str) -> str:
     return "\n".join(lines)
 
 
-__all__ = ["ConvertError", "ConvertOptions", "convert", "describe_conversion", "parse_options", "read_pth"]
+__all__ = ["ConvertOptions", "UserError", "convert", "describe_conversion", "parse_options", "read_pth"]

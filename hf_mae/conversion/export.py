@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import UserError
+from ..hub.check import compare
 from ..modeling_mae import MAEForImageClassification, MAEForPreTraining
-from .check import compare
 from .convert import OneLineParser
-from .pth import ConvertError
-from .sources import Numbers, open_source
+from .read import Numbers, open_source
 
 BATCHES = (1, 2, 5)  # sizes that are compared
 Graph = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
@@ -50,7 +50,7 @@ def parse_options(arguments: list[str]) -> ExportOptions:
     """Read the command line.
 
     Raises:
-        ConvertError: for an unknown flag or a bad value.
+        UserError: for an unknown flag or a bad value.
     """
     parser = OneLineParser(prog="hf-mae export", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("source", help="model: folder or Hub id, or any other source of hf-mae convert")
@@ -67,11 +67,11 @@ def export(options: ExportOptions) -> dict[str, Any]:
         and `use`: the lines that run the result.
 
     Raises:
-        ConvertError: if the source can't be read, DEST isn't empty, or outputs differ by more than 1e-5 of their scale.
+        UserError: if the source can't be read, DEST isn't empty, or outputs differ by more than 1e-5 of their scale.
     """
     dest = Path(options.dest).absolute()
     if dest.is_file() or (dest.is_dir() and any(dest.iterdir())):
-        raise ConvertError(f"{options.dest} is there and not empty; name another folder")
+        raise UserError(f"{options.dest} is there and not empty; name another folder")
     source = open_source(options.source, Numbers())
     model = source.model.mae if isinstance(source.model, MAEForPreTraining) else source.model
     temporary = dest.with_name(f".tmp-{dest.name}")
@@ -86,7 +86,7 @@ def export(options: ExportOptions) -> dict[str, Any]:
         source.processor.save_pretrained(temporary)
         temporary.replace(dest)
     except OSError as error:
-        raise ConvertError(f"{options.dest} can't be written: {error}; name another folder, or make room") from error
+        raise UserError(f"{options.dest} can't be written: {error}; name another folder, or make room") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     outputs = dict(zip(tensors.names, tensors(_images(model, 1)), strict=True))
@@ -155,7 +155,7 @@ def _difference(tensors: Tensors, graph: Graph, batch: int, to: str) -> float:
     try:
         return compare(expected, got)
     except ValueError as error:
-        raise ConvertError(
+        raise UserError(
             f"the model and its {to} graph differ for {batch} images ({error}); nothing was written"
         ) from error
 

@@ -6,13 +6,17 @@ from typing import Any, Literal
 
 from accelerate import Accelerator
 
+from ..data.labels import class_numbers, common_classes, find_classes, read_labels
 from ..data.splits import splits_of
-from ..training.recipe import RecipeError, micro_batch
-from .features import Features, FrozenEncoder, Pooling, ScoreRecipe, extract_table, report_bad
+from ..errors import UserError
+from ..optim.batch import micro_batch
+from ..run_folder import add_result
+from .encoder import FrozenEncoder, Pooling
 from .knn import knn_accuracy
-from .labels import class_numbers, common_classes, find_classes, read_labels
 from .linear_probe import MAX_ITER, PENALTIES, PaperProbe, ProbeRun, fast_linear_accuracy
-from .results import add_result, make_result, named_data
+from .recipes import ScoreRecipe
+from .results import make_result, named_data
+from .table import Features, extract_table, report_bad
 
 PUBLISHED = PaperProbe()
 
@@ -34,9 +38,9 @@ class EvaluateRecipe(ScoreRecipe):
     def check(self) -> None:
         super().check()
         if self.seeds < 1:
-            raise RecipeError(f"seeds {self.seeds} is too small; give 1 or more")
+            raise UserError(f"seeds {self.seeds} is too small; give 1 or more")
         if not 0 < self.fraction <= 1:
-            raise RecipeError(f"fraction {self.fraction} lies outside (0, 1]; give e.g. 0.2")
+            raise UserError(f"fraction {self.fraction} lies outside (0, 1]; give e.g. 0.2")
 
 
 @dataclass
@@ -49,7 +53,7 @@ class KnnRecipe(EvaluateRecipe):
     def check(self) -> None:
         super().check()
         if min(self.k) < 1 or self.temperature <= 0:
-            raise RecipeError(f"k {self.k} or temperature {self.temperature} is not positive; give e.g. 20 and 0.07")
+            raise UserError(f"k {self.k} or temperature {self.temperature} is not positive; give e.g. 20 and 0.07")
 
 
 @dataclass
@@ -69,10 +73,10 @@ class LinearProbeRecipe(EvaluateRecipe):
     def check(self) -> None:
         super().check()
         if self.protocol == "paper" and self.fraction != 1:
-            raise RecipeError("fraction draws from a table of features; with --protocol paper pass --max_samples")
+            raise UserError("fraction draws from a table of features; with --protocol paper pass --max_samples")
         for key, least in (("total_batch_size", 2), ("epochs", 1e-9), ("warmup_epochs", 0), ("blr", 0), ("seed", 0)):
             if getattr(self, key) < least:
-                raise RecipeError(f"{key} {getattr(self, key)} is too small; give {least} or more")
+                raise UserError(f"{key} {getattr(self, key)} is too small; give {least} or more")
 
     @property
     def probe(self) -> PaperProbe:
@@ -89,7 +93,7 @@ class Evaluation:
         pooling: if none was typed.
 
     Raises:
-        DataError, RecipeError: for what a user can mend; one line with the remedy.
+        UserError: for what a user can mend; one line with the remedy.
     """
 
     def __init__(self, recipe: EvaluateRecipe, pooling: Pooling):
@@ -117,7 +121,7 @@ class Evaluation:
         for table, rows in ((train, self.rows), (test, self.eval_rows)):
             report_bad(len(table.keys), rows, table.bad, recipe.max_bad_fraction)
             if not table.values.isfinite().all():
-                raise RecipeError(f"features of --model {recipe.model} are not finite; its training has diverged")
+                raise UserError(f"features of --model {recipe.model} are not finite; its training has diverged")
         return (
             Features(train.values, class_numbers(train.labels, classes)),
             Features(test.values, class_numbers(test.labels, classes)),
@@ -158,7 +162,7 @@ def evaluate_knn(recipe: KnnRecipe) -> dict[str, Any] | None:
     """kNN accuracy of frozen features: the entry of results.json; None on all but the main process.
 
     Raises:
-        DataError, RecipeError: for what a user can mend; one line with the remedy.
+        UserError: for what a user can mend; one line with the remedy.
     """
     evaluation = Evaluation(recipe, "mean")
     device = evaluation.accelerator.device
@@ -175,7 +179,7 @@ def evaluate_linear_probe(recipe: LinearProbeRecipe) -> dict[str, Any] | None:
         The entry of results.json; None on all but the main process.
 
     Raises:
-        DataError, RecipeError: for what a user can mend; one line with the remedy.
+        UserError: for what a user can mend; one line with the remedy.
     """
     if recipe.protocol == "paper":
         return _evaluate_paper_probe(recipe)
@@ -210,7 +214,7 @@ def _evaluate_paper_probe(recipe: LinearProbeRecipe) -> dict[str, Any] | None:
     accelerator, rows, eval_rows = evaluation.accelerator, evaluation.rows, evaluation.eval_rows
     size, _ = micro_batch(recipe.total_batch_size, recipe.per_device_batch_size, accelerator.num_processes, most=512)
     if size == 1:
-        raise RecipeError(
+        raise UserError(
             "per_device_batch_size 1 leaves BatchNorm nothing to normalise; choose a total_batch_size that "
             "larger ones divide"
         )

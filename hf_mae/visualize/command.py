@@ -9,16 +9,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..data.augment import evaluation_view
 from ..data.decode import BadImage, decode_image
-from ..data.labelled import scoring_view
+from ..data.order import Rows
 from ..data.sources import DataError, open_source
-from ..data.stats import make_normalizer
-from ..data.stream import Rows
+from ..data.transform import evaluation_view, make_normalizer, scoring_view
+from ..errors import UserError
 from ..modeling_mae import MAEForPreTraining
-from ..training.recipe import RecipeError
-from ..visualize import Statistics, masked_scores, reconstruct, reconstruction_grid
-from .features import load_with_processor
+from ..pretrained import load_with_processor
+from .grid import reconstruction_grid
+from .reconstruction import Statistics, masked_scores, reconstruct
 
 
 @dataclass
@@ -47,16 +46,16 @@ class ReconstructRecipe:
     cell: int = field(default=128, metadata={"help": "pixels of an image's longer side in the picture"})
 
     def check(self) -> None:
-        """Raise a RecipeError for a value that can't be."""
+        """Raise a UserError for a value that can't be."""
         if Path(self.out).suffix.lower() not in (".png", ".webp", ".jpg", ".jpeg"):
-            raise RecipeError(f"out {self.out} is no name of a picture; give it the ending .png, .webp or .jpg")
+            raise UserError(f"out {self.out} is no name of a picture; give it the ending .png, .webp or .jpg")
         if self.statistics not in get_args(Statistics):
-            raise RecipeError(f"statistics {self.statistics} is none of {', '.join(get_args(Statistics))}")
+            raise UserError(f"statistics {self.statistics} is none of {', '.join(get_args(Statistics))}")
         if self.image_size is not None and len(self.image_size) not in (1, 2):
-            raise RecipeError(f"image_size {self.image_size} has {len(self.image_size)} numbers; give height and width")
+            raise UserError(f"image_size {self.image_size} has {len(self.image_size)} numbers; give height and width")
         for key, least in (("max_images", 1), ("cell", 16), ("seed", 0)):
             if getattr(self, key) < least:
-                raise RecipeError(f"{key} {getattr(self, key)} is too small; give {least} or more")
+                raise UserError(f"{key} {getattr(self, key)} is too small; give {least} or more")
 
 
 class Reconstructor:
@@ -110,7 +109,7 @@ def reconstruct_files(recipe: ReconstructRecipe) -> dict[str, Any]:
         mask ratio, the mean `psnr` (dB) and `ssim` of the hidden part.
 
     Raises:
-        DataError, RecipeError: for what a user can mend; one line with the remedy.
+        UserError: for what a user can mend; one line with the remedy.
     """
     recipe.check()
     reconstructor = Reconstructor(recipe.model, recipe.image_size)
@@ -131,12 +130,12 @@ def reconstruct_files(recipe: ReconstructRecipe) -> dict[str, Any]:
         mean, std = reconstructor.processor.image_mean, reconstructor.processor.image_std
         picture = reconstruction_grid(results, mean, std, recipe.bands, details=True, cell=recipe.cell)
     except ValueError as error:
-        raise RecipeError(str(error)) from error
+        raise UserError(str(error)) from error
     try:
         Path(recipe.out).parent.mkdir(parents=True, exist_ok=True)
         picture.save(recipe.out)
     except OSError as error:
-        raise RecipeError(f"{recipe.out} can't be written: {error}") from error
+        raise UserError(f"{recipe.out} can't be written: {error}") from error
     scores = []
     for result in results:
         psnr, ssim = masked_scores(result, mean, std)

@@ -26,6 +26,7 @@ from huggingface_hub.errors import (
 )
 from safetensors.torch import save_file
 
+from ..errors import UserError
 from ..image_processing_mae import MAEImageProcessor
 from ..modeling_mae import MAEBackbone, MAEForImageClassification, MAEForPreTraining, MAEModel
 from . import check
@@ -35,10 +36,6 @@ MODELS = {cls.__name__: cls for cls in (MAEForPreTraining, MAEForImageClassifica
 PICTURE = "reconstruction.png"
 # What an earlier push may have left, and a model of other parts has not.
 OURS = ["*.safetensors", "*.safetensors.index.json", "conversion.json", "recipe.yaml", PICTURE]
-
-
-class PublishError(ValueError):
-    """A model that can't be published; one line with the remedy."""
 
 
 @dataclass
@@ -70,7 +67,7 @@ def write_card(folder: str, output: str) -> str | None:
         Path of the picture beside it, NAME.png; None if the folder has none.
 
     Raises:
-        PublishError: if the folder is no model of this package, or the card can't be written.
+        UserError: if the folder is no model of this package, or the card can't be written.
     """
     with _whole_folder(Path(folder)):
         card = Card.read(folder)
@@ -83,7 +80,7 @@ def write_card(folder: str, output: str) -> str | None:
             card.picture = f"{file.stem}.png"
         file.write_text(card.text())
     except OSError as error:
-        raise PublishError(f"{output} can't be written: {error}; name another file") from error
+        raise UserError(f"{output} can't be written: {error}; name another file") from error
     return str(file.with_suffix(".png")) if card.picture else None
 
 
@@ -104,7 +101,7 @@ def push(folder: str, repo_id: str, private: bool = False, revision: str | None 
         `url`; `commit`, which was compared; `difference`, the largest of loss, features and pixels.
 
     Raises:
-        PublishError: for what a user can mend.
+        UserError: for what a user can mend.
     """
     with tempfile.TemporaryDirectory() as temporary:
         staged, cache = Path(temporary) / "files", Path(temporary) / "cache"
@@ -189,7 +186,7 @@ def stage(folder: Path, target: Path, repo_id: str | None = None) -> Card:
         The card as written.
 
     Raises:
-        PublishError: if the folder isn't a whole model of this package.
+        UserError: if the folder isn't a whole model of this package.
     """
     with _whole_folder(folder):
         architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
@@ -197,7 +194,7 @@ def stage(folder: Path, target: Path, repo_id: str | None = None) -> Card:
         processor = MAEImageProcessor.from_pretrained(folder)
         card = Card.read(folder, repo_id)
     if loaded["missing_keys"]:
-        raise PublishError(f"{folder} lacks the weights {sorted(loaded['missing_keys'])[:3]} of {architecture}")
+        raise UserError(f"{folder} lacks the weights {sorted(loaded['missing_keys'])[:3]} of {architecture}")
     model.save_pretrained(target, with_code=True)
     processor.save_pretrained(target, with_code=True)
     if card.conversion:
@@ -218,7 +215,7 @@ def _whole_folder(folder: Path) -> Iterator[None]:
         yield
     except Exception as error:
         what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise PublishError(f"{folder} is no whole model folder ({what}); name one that hf-mae has written") from error
+        raise UserError(f"{folder} is no whole model folder ({what}); name one that hf-mae has written") from error
 
 
 def _open_repository(api: HfApi, repo_id: str, private: bool, revision: str | None) -> None:
@@ -226,11 +223,11 @@ def _open_repository(api: HfApi, repo_id: str, private: bool, revision: str | No
     api.create_repo(repo_id, private=private or None, exist_ok=True)
     found = api.model_info(repo_id)
     if private and not found.private:
-        raise PublishError(f"{repo_id} is there already and public; make it private on the Hub, or choose another name")
+        raise UserError(f"{repo_id} is there already and public; make it private on the Hub, or choose another name")
     names = {sibling.rfilename for sibling in found.siblings or []}
     if names - {".gitattributes", "README.md", "LICENSE"} and not names & set(check.CODE):
         some = ", ".join(sorted(names)[:3])
-        raise PublishError(f"{repo_id} is taken by something else ({some}); choose another name, or empty it first")
+        raise UserError(f"{repo_id} is taken by something else ({some}); choose another name, or empty it first")
     if revision:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
 
@@ -243,7 +240,7 @@ def _pull_back(repo_id: str, commit: str, expected: Path, code: Path, cache: Pat
     done = subprocess.run(command, env={**os.environ, **empty}, capture_output=True, text=True, check=False)
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
-        raise PublishError(
+        raise UserError(
             f"{repo_id} was uploaded as {commit[:12]}, but does not come back as it was ({why}); push it again, or "
             "delete it"
         )
@@ -255,10 +252,10 @@ def _one_line(repo_id: str) -> Iterator[None]:
     """Turn what the Hub and the network answer into a line that says what to do."""
     try:
         yield
-    except PublishError:
+    except UserError:
         raise
     except HFValidationError as error:
-        raise PublishError(f"repo_id '{repo_id}' is no name of a repository; write USER/NAME") from error
+        raise UserError(f"repo_id '{repo_id}' is no name of a repository; write USER/NAME") from error
     except HfHubHTTPError as error:
         status = error.response.status_code
         remedy = {
@@ -268,9 +265,9 @@ def _one_line(repo_id: str) -> Iterator[None]:
             409: "something else was written meanwhile; push again",
         }.get(status, "push again, which goes on with what is missing")
         missing = status == 401 and isinstance(error, RepositoryNotFoundError)
-        raise PublishError(f"{repo_id}: the Hub answered {404 if missing else status}: {remedy}") from error
+        raise UserError(f"{repo_id}: the Hub answered {404 if missing else status}: {remedy}") from error
     except (HTTPError, OSError) as error:
         what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise PublishError(f"{repo_id}: the Hub can't be reached ({what}); push again") from error
+        raise UserError(f"{repo_id}: the Hub can't be reached ({what}); push again") from error
     except ValueError as error:  # of the card's metadata
-        raise PublishError(f"{repo_id}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{repo_id}: {' '.join(str(error).split())[:300]}") from error
