@@ -1,7 +1,7 @@
 """The original's forward, on weights by the original's names: what conversions from and to it are checked against.
 
 Written on plain tensors and independently of modeling_mae.py, from the paper; the original's own figures pin it
-(tests/test_convert.py).
+(tests/conversion/test_convert.py).
 """
 
 # Shape letters in this file

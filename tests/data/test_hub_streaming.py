@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from hub_server import HubServer
 from PIL import Image
+from runs import REPOSITORY
 
 pytest.importorskip("datasets")
 
@@ -176,7 +177,7 @@ def run(hub: HubServer, jobs: dict[str, dict[str, Any]], tmp_path: Path) -> dict
     # transformers, which takes longer than all jobs.
     script = tmp_path / "hf-mae.py"
     script.write_text(CHILD)
-    env = hub.env | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    env = hub.env | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run([sys.executable, script], input=json.dumps(list(jobs.values())), env=env, text=True,
                           stdout=subprocess.PIPE, timeout=120)  # fmt: skip
     assert done.returncode == 0

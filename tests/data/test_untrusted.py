@@ -179,7 +179,7 @@ def test_no_source_file_reads_pickles_or_trusts_code():
     files = sorted((REPOSITORY / "hf_mae").rglob("*.py"))
     assert len(files) > 20
     # The card tells its readers how to trust the code; the process that pulls a model back trusts the very bytes that
-    # this package has just pushed, and no others (test_hub_push.py).
+    # this package has just pushed, and no others (tests/hub/test_push.py).
     trusting = {
         "card.py": "snippet([], pinned, 'trust_remote_code=True')",
         "check.py": "measure(repo_id, revision=revision, trust_remote_code=True)",

@@ -1,10 +1,9 @@
 import itertools
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
+from golden import GOLDEN
 from tiny import draw_noise, pixels, tiny
 from torch import nn
 
@@ -12,8 +11,6 @@ from hf_mae import MAEForPreTraining
 from hf_mae.optim.groups import adamw, parameter_groups
 from hf_mae.optim.lars import LARS
 from hf_mae.optim.schedule import lr_at
-
-GOLDEN = json.loads((Path(__file__).parent / "data" / "golden_original.json").read_text())
 
 # ------------------------------------------------------------------------------------------ schedule
 

@@ -6,10 +6,9 @@ import time
 import psutil
 import pytest
 from hub_server import HubServer
-from processes import TORCHRUN, derived, last_step
+from processes import TORCHRUN, derived, last_step, ranks_of
 from runs import arguments, checkpoints, losses, spawn, wait_for_step, weights_hash
-from test_hub_push import FILES
-from test_launch import ranks_of
+from test_push import FILES
 
 pytestmark = pytest.mark.slow
 OPTIONS = {"total_steps": 60, "save_steps": 20, "eval_steps": 60, "keep_checkpoints": 10, "push_to_hub": "user/run"}

@@ -1,17 +1,15 @@
 import itertools
-import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from golden import GOLDEN
 from tiny import pixels, tiny
 
 from hf_mae import MAEConfig, MAEForImageClassification
 from hf_mae.configuration_mae import SIZES
 from hf_mae.optim.groups import layer_decay_groups, train_last_blocks
 
-GOLDEN = json.loads((Path(__file__).parent / "data" / "golden_original.json").read_text())
 OURS = {
     "cls_token": "mae.embeddings.cls_token",
     "pos_embed": "mae.embeddings.position_embeddings.table",

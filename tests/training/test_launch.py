@@ -11,8 +11,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from processes import TORCHRUN, derived, ends, fork, free_port, last_step, torchrun
+from processes import TORCHRUN, derived, ends, fork, free_port, last_step, ranks_of, torchrun
 from runs import (
+    REPOSITORY,
     arguments,
     checkpoints,
     environment,
@@ -146,11 +147,6 @@ def start_torchrun(output_dir: Path, *flags: str, **keys):
     """A run on two processes that goes on while the test does something to it."""
     command = [*TORCHRUN, *flags, "-m", "hf_mae.cli", *arguments(output_dir, **keys)]
     return spawn(command, output_dir.parent / "log", ACCELERATE_USE_CPU="true")
-
-
-def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
-    children = psutil.Process(process.pid).children()
-    return [child for child in children if "hf_mae.cli" in " ".join(child.cmdline())]
 
 
 @contextlib.contextmanager
@@ -313,7 +309,7 @@ def test_the_slurm_script_saves_and_queues_again_before_the_time_limit_and_then_
         ACCELERATE_USE_CPU="true", PATH=f"{tmp_path}:{os.environ['PATH']}", PORT=free_port(), SLURM_JOB_ID="7",
         SLURM_JOB_NODELIST="localhost", SLURM_NNODES="1", SLURM_GPUS_ON_NODE="2",
     )  # fmt: skip
-    script = Path(__file__).parents[1] / "scripts" / "slurm.sh"
+    script = REPOSITORY / "scripts" / "slurm.sh"
     words = arguments(tmp_path / "run", **LONG)[1:]  # without the command's name
 
     def job() -> subprocess.Popen:
