@@ -94,18 +94,20 @@ def training_batches(
         What doesn't depend on ranks and workers: the plan, the fingerprint and the keys of the rows held out.
         The global batches: for each step, the batches of all ranks, with `keys`, `labels`, `images` and `noise`.
     """
+    from hf_mae.data.loader import TrainingStream, each_batch, make_loader
+    from hf_mae.data.order import Rows, StreamPlan
     from hf_mae.data.sources import open_source
-    from hf_mae.data.stream import Rows, StreamPlan, TrainingStream, View, each_batch, make_loader
+    from hf_mae.data.transform import ImageSpec
 
     source = open_source(dataset, streaming=streaming)
     rows, held_out = (Rows(source, part, 0.05) for part in ("train", "held_out"))
     # Always the plan for two ranks with two workers: the order must not depend on who reads.
     plan = StreamPlan.choose(32, 2, 2, len(rows), source.random_access)
     channels = 1 if dataset == "digits" else 3
-    view = View(size=(8, 8), num_channels=channels, dtype="uint8", num_patches=16)
+    spec = ImageSpec(size=(8, 8), num_channels=channels, dtype="uint8", num_patches=16)
     streams = [
         TrainingStream(
-            rows, plan, view, 0, [0] * plan.num_streams, 0, -(-epochs * len(rows) // plan.total_batch_size),
+            rows, plan, spec, 0, [0] * plan.num_streams, 0, -(-epochs * len(rows) // plan.total_batch_size),
             rank, ranks, plan.items_per_step(ranks, workers, 1),
         )
         for rank in range(ranks)
