@@ -1,7 +1,7 @@
 """Run transformers' own common model tests on our classes, and on its Dinov2 for comparison.
 
-    python scripts/check_transformers_common_tests.py            # everything, about five minutes on two cores
-    python scripts/check_transformers_common_tests.py -k init    # tests whose name contains "init"
+    python scripts/checks/transformers_common_tests.py            # everything, about five minutes on two cores
+    python scripts/checks/transformers_common_tests.py -k init    # tests whose name contains "init"
 
 The tests lie in the source distribution of transformers, not in its wheel: the one of the installed version is
 downloaded by pip into a temporary folder, together with nothing else. What the distribution leaves out (the tests of
@@ -316,7 +316,7 @@ def run_suite(root: Path, path: str, expression: str) -> dict[str, tuple[str, st
     """Run one file of tests; returns its tests' names with "passed", "failed" or "skipped", and the reason."""
     report = root / "report.xml"
     report.unlink(missing_ok=True)
-    package = str(Path(__file__).resolve().parent.parent)
+    package = str(Path(__file__).resolve().parents[2])
     paths = os.pathsep.join([package, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "--tb=short", "-rf"]
     subprocess.run(
