@@ -1,7 +1,7 @@
 """Semantic segmentation by transformers' UperNet on a pretrained MAE encoder: a worked example, and ADE20K's numbers.
 
-    python scripts/examples/segmentation.py                                        coloured shapes, from random weights
-    python scripts/examples/segmentation.py --model outputs/mine                   the same, pretrained beside random weights
+    python scripts/examples/segmentation.py                              coloured shapes, from random weights
+    python scripts/examples/segmentation.py --model outputs/mine         the same, pretrained beside random weights
     python scripts/examples/segmentation.py --recipe ade20k_base --model outputs/base --data ADEChallengeData2016
 
 The first two make their images (disks, squares and triangles of any colour on a noisy ground: the outline alone tells

@@ -1,4 +1,4 @@
-"""scripts/examples/segmentation.py: its figures by hand, and a run of a few steps on shapes and on a folder of images."""
+"""The segmentation example: its figures by hand, and a run of a few steps on shapes and on a folder of images."""
 
 import importlib.util
 import sys
