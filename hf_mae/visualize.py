@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from .modeling_mae import MAEForPreTraining, patchify, unpatchify
+from .masking_mae import patchify, unpatchify
+from .modeling_mae import MAEForPreTraining
 
 Statistics = Literal["visible", "true", "raw"]
 GRAY = 0.5

@@ -31,7 +31,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from hf_mae import MAEConfig, MAEForImageClassification, MAEForPreTraining, MAEImageProcessor, MAEModel
-from hf_mae.modeling_mae import sincos_table
+from hf_mae.layers_mae import sincos_table
 from hf_mae.publishing import keys, reference
 
 # Errors are counted in lines; the command turns its bars off, and the tests save models before it.

@@ -9,7 +9,8 @@ from torch import nn
 from transformers import AutoModel, AutoModelForPreTraining
 
 from hf_mae import MAEConfig, MAEForPreTraining, MAEModel
-from hf_mae.modeling_mae import MAEMLP, MAEAttention, normalize_patches, patchify, sincos_table
+from hf_mae.layers_mae import MAEMLP, MAEAttention, sincos_table
+from hf_mae.masking_mae import normalize_patches, patchify
 from hf_mae.visualize import reconstruct
 
 CROSS = {"decoder_type": "cross"}

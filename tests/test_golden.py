@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hf_mae import MAEConfig, MAEForImageClassification, MAEForPreTraining, mae_vit_base
-from hf_mae.modeling_mae import MAEPositions, sincos_table
+from hf_mae.layers_mae import MAEPositions, sincos_table
 from hf_mae.publishing.keys import their_names
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "golden_original.json").read_text())

@@ -13,17 +13,8 @@ from transformers import AutoModel
 from transformers.modeling_utils import AttentionInterface
 
 from hf_mae import MAEBackbone, MAEConfig, MAEForImageClassification, MAEForPreTraining, MAEModel, patchify, unpatchify
-from hf_mae.modeling_mae import (
-    MAEMLP,
-    MAEAttention,
-    MAEDropPath,
-    MAEPositions,
-    block_noise,
-    hashed_noise,
-    normalize_patches,
-    sincos_table,
-    take,
-)
+from hf_mae.layers_mae import MAEMLP, MAEAttention, MAEDropPath, MAEPositions, sincos_table
+from hf_mae.masking_mae import block_noise, choose_patches, gather_tokens, hashed_noise, normalize_patches
 
 ALL_CLASSES = [MAEModel, MAEForPreTraining, MAEForImageClassification, MAEBackbone]
 every_class = pytest.mark.parametrize("model_class", ALL_CLASSES)
@@ -96,7 +87,7 @@ def test_the_kept_patches_are_those_with_the_smallest_noise(mask_ratio):
 def test_ids_restore_puts_the_tokens_back_where_their_patches_were():
     model, images, noise = tiny(MAEModel), pixels(), draw_noise()
     shuffled = model(images, mask_ratio=0, noise=noise)
-    restored = take(shuffled.last_hidden_state[:, 1:], shuffled.ids_restore)
+    restored = gather_tokens(shuffled.last_hidden_state[:, 1:], shuffled.ids_restore)
     torch.testing.assert_close(restored, model(images).last_hidden_state[:, 1:], atol=1e-5, rtol=0)
 
 
@@ -126,8 +117,8 @@ def neighbours_that_differ(mask: torch.Tensor, h: int, w: int) -> float:
 def test_block_masks_hang_together_and_remove_exactly_as_many_patches(mask_ratio):
     boundaries = {}
     for strategy in ("random", "block"):
-        model = MAEModel(tiny_config(image_size=112, mask_strategy=strategy, num_hidden_layers=1))
-        _, mask, _ = model.choose_patches(pixels(64, height=112), (14, 14), mask_ratio, draw_noise(64, 196))
+        config = tiny_config(image_size=112, mask_strategy=strategy)
+        _, mask, _ = choose_patches(config, pixels(64, height=112), (14, 14), mask_ratio, draw_noise(64, 196))
         assert masked_count(mask) == [196 - int(196 * (1 - mask_ratio))] * 64
         boundaries[strategy] = neighbours_that_differ(mask, 14, 14)
     # 364 pairs of neighbours, of which 2 r (1 - r) differ at random.

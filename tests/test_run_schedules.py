@@ -6,7 +6,7 @@ import yaml
 from runs import arguments, evaluations, losses, run, start, weights_difference, weights_hash
 
 from hf_mae import MAEConfig, MAEForPreTraining
-from hf_mae.modeling_mae import sincos_table
+from hf_mae.layers_mae import sincos_table
 from hf_mae.training.pretrain import PretrainRun
 from hf_mae.training.recipe import RecipeError, load_pretrain_recipe
 from hf_mae.training.schedule import read_points, stages, value_at

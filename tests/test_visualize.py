@@ -10,7 +10,7 @@ from tiny import draw_noise, pixels, tiny
 
 from hf_mae import MAEForPreTraining, MAEImageProcessor, MAEImageProcessorPil, MAEModel, patchify
 from hf_mae.evaluation.reconstruct import Reconstructor
-from hf_mae.modeling_mae import normalize_patches
+from hf_mae.masking_mae import normalize_patches
 from hf_mae.visualize import (
     CAPTION,
     HEADER,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
-from ..image_processing_pil_mae import resize_bands
+from ..image_processing_base_mae import resize_bands
 
 BICUBIC = Image.Resampling.BICUBIC
 LONGEST = 100  # times the shorter side

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from ..image_processing_pil_mae import to_opaque
+from ..image_processing_base_mae import to_opaque
 
 try:
     import simplejpeg

@@ -24,7 +24,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..image_processing_pil_mae import resize_bands
+from ..image_processing_base_mae import resize_bands
 from .decode import BadImage, as_bad_image, load_image
 from .remote import DataError, one_line
 from .sources import list_splits, open_source

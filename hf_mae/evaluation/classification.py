@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from transformers import EvalPrediction
 
+from ..classifier_mae import MAEForImageClassification
 from ..data.labelled import scoring_view
 from ..data.labels import Labels
 from ..data.sources import DataError
 from ..data.splits import splits_of
 from ..data.stats import make_normalizer
 from ..data.stream import EvaluationSet, each_batch, make_loader
-from ..modeling_mae import MAEForImageClassification
 from .features import ScoreRecipe, load_with_processor, report_bad
 from .metrics import make_compute_metrics
 from .results import add_result, make_result

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..modeling_mae import MAEForImageClassification, MAEForPreTraining
+from ..classifier_mae import MAEForImageClassification
+from ..modeling_mae import MAEForPreTraining
 from .check import compare
 from .convert import OneLineParser
 from .pth import ConvertError

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..classifier_mae import MAEForImageClassification
 from ..configuration_mae import MAEConfig
-from ..modeling_mae import MAEForImageClassification, MAEForPreTraining
+from ..modeling_mae import MAEForPreTraining
 from .pth import ConvertError
 
 # Of the outputs' own scale, where that is above 1.

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from ..classifier_mae import MAEForImageClassification
 from ..configuration_mae import SIZES, MAEConfig
 from ..image_processing_mae import MAEImageProcessor
-from ..modeling_mae import MAEForImageClassification, MAEForPreTraining, MAEModel
+from ..modeling_mae import MAEForPreTraining, MAEModel
 from . import reference
 from .keys import load_layout
 from .probe import Outputs, Probe, Run, run_ours, run_timm, run_transformers

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ..classifier_mae import MAEForImageClassification
 from ..image_processing_mae import MAEImageProcessor
-from ..modeling_mae import MAEForImageClassification, MAEForPreTraining, MAEModel
+from ..modeling_mae import MAEForPreTraining, MAEModel
 from .keys import to_layout
 from .probe import Run, run_ours, run_timm, run_transformers
 from .processors import timm_settings, write_transformers_processor

@@ -9,6 +9,7 @@ import yaml
 from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
+from ..classifier_mae import MAEForImageClassification
 from ..configuration_mae import MAEConfig
 from ..data.augment import RandAugment
 from ..data.labels import Labels
@@ -16,7 +17,6 @@ from ..data.sources import DataError
 from ..data.stats import probe_rows
 from ..data.stream import Rows, View
 from ..image_processing_mae import MAEImageProcessor
-from ..modeling_mae import MAEForImageClassification
 from .callbacks import EMA_FILE
 from .checkpoint import CheckpointError, list_checkpoints
 from .finetune_recipe import FinetuneRecipe
