@@ -4,6 +4,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from .errors import UserError
+
 COMMANDS = {
     "pretrain": "train a masked autoencoder, from scratch or from a checkpoint",
     "finetune": "train a classifier on a pretrained model, with labels",
@@ -34,17 +36,6 @@ REPEATS = {
     **dict.fromkeys(("pretrain", "finetune"), "go on with --resume auto"),
     "push": "the same command repeats the upload",
 }
-# What a user can mend, by the module that raises it. None of these is imported before a command needs it.
-ERRORS = {
-    "data.decode": "MissingPackage",
-    "data.sources": "DataError",
-    "publishing.hub": "PublishError",
-    "publishing.pth": "ConvertError",
-    "training.checkpoint": "CheckpointError",
-    "training.guard": "NonFiniteError",
-    "training.recipe": "RecipeError",
-}
-
 USAGE = """usage: hf-mae COMMAND [--key value ...]
 
 Masked autoencoders (arXiv:2111.06377) as Hugging Face Transformers models.
@@ -111,14 +102,8 @@ def _run(runner: Callable[[list[str]], int], arguments: list[str]) -> int:
     transformers_logging.disable_progress_bar()
     try:
         return runner(arguments)
-    except _errors() as error:  # evaluated when something was raised
+    except UserError as error:
         return _fail(str(error))
-
-
-def _errors() -> tuple[type[Exception], ...]:
-    """The classes of `ERRORS`; one whose module is not loaded can't have been raised."""
-    loaded = {f"{__package__}.{module}": name for module, name in ERRORS.items()}
-    return tuple(getattr(sys.modules[module], name) for module, name in loaded.items() if module in sys.modules)
 
 
 def _fail(message: str) -> int:
@@ -173,9 +158,9 @@ def _evaluate(arguments: list[str]) -> int:
     from accelerate import PartialState
 
     from .evaluation.classification import ClassificationRecipe, evaluate_classification
-    from .evaluation.protocols import KnnRecipe, LinearProbeRecipe, evaluate_knn, evaluate_linear_probe
+    from .evaluation.commands import KnnRecipe, LinearProbeRecipe, evaluate_knn, evaluate_linear_probe
     from .evaluation.results import describe_result
-    from .training.recipe import RecipeError, parse_dataclass
+    from .training.recipe import parse_dataclass
 
     protocols: dict[str, tuple[Any, Any, str | None]] = {
         "knn": (KnnRecipe, evaluate_knn, None),
@@ -183,7 +168,7 @@ def _evaluate(arguments: list[str]) -> int:
         "classification": (ClassificationRecipe, evaluate_classification, None),
     }
     if not arguments or arguments[0] not in protocols:
-        raise RecipeError(f"evaluate what? hf-mae evaluate {' | '.join(protocols)} --model DIR --dataset DATA")
+        raise UserError(f"evaluate what? hf-mae evaluate {' | '.join(protocols)} --model DIR --dataset DATA")
     keys, evaluate, recipes = protocols[arguments[0]]
     recipe = parse_dataclass(keys, arguments[1:], f"hf-mae evaluate {arguments[0]}", recipes)
     result = evaluate(recipe)
@@ -205,8 +190,8 @@ def _embed(arguments: list[str]) -> int:
 
 
 def _reconstruct(arguments: list[str]) -> int:
-    from .evaluation.reconstruct import ReconstructRecipe, reconstruct_files
     from .training.recipe import parse_dataclass
+    from .visualize.command import ReconstructRecipe, reconstruct_files
 
     drawn = reconstruct_files(parse_dataclass(ReconstructRecipe, arguments, "hf-mae reconstruct"))
     for key, reason in drawn["bad"]:
@@ -239,7 +224,7 @@ def _demo(arguments: list[str]) -> int:
 
 
 def _convert(arguments: list[str]) -> int:
-    from .publishing.convert import convert, describe_conversion, parse_options
+    from .conversion.convert import convert, describe_conversion, parse_options
 
     options = parse_options(arguments)
     print(describe_conversion(convert(options), options.dest))
@@ -247,7 +232,7 @@ def _convert(arguments: list[str]) -> int:
 
 
 def _export(arguments: list[str]) -> int:
-    from .publishing.export import describe_export, export, parse_options
+    from .conversion.export import describe_export, export, parse_options
 
     print(describe_export(export(parse_options(arguments))))
     return 0
@@ -256,7 +241,7 @@ def _export(arguments: list[str]) -> int:
 def _push(arguments: list[str]) -> int:
     from dataclasses import asdict
 
-    from .publishing.hub import PushRecipe, push
+    from .hub.push import PushRecipe, push
     from .training.recipe import parse_dataclass
 
     published = push(**asdict(parse_dataclass(PushRecipe, _keyed(arguments, "folder"), "hf-mae push")))
@@ -268,7 +253,7 @@ def _push(arguments: list[str]) -> int:
 
 
 def _card(arguments: list[str]) -> int:
-    from .publishing.hub import CardRecipe, write_card
+    from .hub.push import CardRecipe, write_card
     from .training.recipe import parse_dataclass
 
     keys = parse_dataclass(CardRecipe, _keyed(arguments, "folder", "output"), "hf-mae card")
@@ -300,9 +285,9 @@ def _prepare(arguments: list[str]) -> int:
 def _stats(arguments: list[str]) -> int:
     import json
 
+    from .data.order import Rows
     from .data.splits import source_of
     from .data.stats import channel_stats, probe_rows
-    from .data.stream import Rows
     from .training.recipe import load_pretrain_recipe
 
     recipe = load_pretrain_recipe(arguments)

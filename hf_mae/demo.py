@@ -13,12 +13,14 @@ from gradio.themes import Default
 from PIL import Image
 
 from .data.decode import BadImage
+from .data.loader import EvaluationSet, each_batch, make_loader
+from .data.order import Rows
 from .data.sources import DataError, open_source
-from .data.stream import EvaluationSet, Rows, each_batch, make_loader
+from .errors import UserError
 from .evaluation.knn import nearest
-from .evaluation.reconstruct import Reconstructor
-from .training.recipe import RecipeError
-from .visualize import FOOTERS, GRAY, Statistics, masked_scores, reconstruct, seeded_noise, to_pictures, to_unit_range
+from .visualize.command import Reconstructor
+from .visualize.grid import FOOTERS, GRAY, to_pictures
+from .visualize.reconstruction import Statistics, masked_scores, reconstruct, seeded_noise, to_unit_range
 
 SIDE, THUMBNAIL, NEIGHBOURS = 384, 96, 8
 PICTURES = {
@@ -263,7 +265,7 @@ def run_demo(recipe: DemoRecipe) -> str | None:
         The folder of the Space, if one was written.
 
     Raises:
-        DataError, RecipeError: for what a user can mend; one line with the remedy.
+        UserError: for what a user can mend; one line with the remedy.
     """
     if recipe.export:
         return export_space(recipe)
@@ -274,7 +276,7 @@ def run_demo(recipe: DemoRecipe) -> str | None:
     try:
         launch(page, server_name=recipe.host, server_port=recipe.port or None)
     except OSError as error:
-        raise RecipeError(f"port {recipe.port} of {recipe.host} can't be had; give another --port, or 0") from error
+        raise UserError(f"port {recipe.port} of {recipe.host} can't be had; give another --port, or 0") from error
     return None
 
 

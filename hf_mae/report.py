@@ -13,8 +13,7 @@ from typing import Any
 import yaml
 
 from .data.sources import DataError
-from .evaluation.results import read_results
-from .training.log import picture_step, read_events
+from .run_folder import picture_step, read_events, read_results
 
 # Key of metrics.jsonl -> title of its curve and a factor.
 CURVES = {

@@ -14,9 +14,11 @@ from bench_common import interleaved, spread, table
 from torchvision import transforms
 
 from hf_mae.data import decode
+from hf_mae.data.loader import TrainingStream, make_loader
+from hf_mae.data.order import Rows, StreamPlan
 from hf_mae.data.prepare import PrepareRecipe, prepare
 from hf_mae.data.sources import open_source
-from hf_mae.data.stream import Rows, StreamPlan, TrainingStream, View, make_loader
+from hf_mae.data.transform import View
 
 VIEW = View(size=(224, 224), num_channels=3, dtype="uint8", num_patches=196)
 BATCH = 64

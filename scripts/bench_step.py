@@ -27,8 +27,8 @@ from transformers import PreTrainedModel, ViTMAEConfig, ViTMAEForPreTraining
 
 from hf_mae import MAEConfig, MAEForPreTraining
 from hf_mae.configuration_mae import SIZES
-from hf_mae.publishing.keys import to_layout
-from hf_mae.training.cpu import tune_for_cpu
+from hf_mae.conversion.layouts import to_layout
+from hf_mae.training.devices import tune_for_cpu
 
 IMAGE, MASK_RATIO = 224, 0.75
 CROSS = {"decoder_type": "cross", "prediction_ratio": 0.25}

@@ -35,10 +35,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from hf_mae import MAEConfig, MAEImageProcessor, MAEModel
 from hf_mae.data.decode import decode_image
+from hf_mae.data.order import Rows
 from hf_mae.data.sources import open_source
-from hf_mae.data.stream import Rows
-from hf_mae.training.optimizer import adamw
-from hf_mae.training.schedule import lr_at
+from hf_mae.optim.groups import adamw
+from hf_mae.optim.schedule import lr_at
 
 METHODS = ("mae", "simclr", "mocov3")
 BLR = {"simclr": 5e-4, "mocov3": 1.5e-4}  # per 256 images, AdamW; MoCo v3's is its paper's for ViT
@@ -257,7 +257,8 @@ def plot(rows: list[dict[str, Any]], output_dir: Path) -> None:
 
 def write_settings(options: argparse.Namespace) -> None:
     """The encoder and the image processor of the recipe, which all methods use."""
-    from hf_mae.training.recipe import load_pretrain_recipe, model_config_of
+    from hf_mae.training.build import model_config_of
+    from hf_mae.training.recipe import load_pretrain_recipe
 
     recipe = load_pretrain_recipe(["--recipe", options.recipe])
     config = model_config_of(recipe, 3)

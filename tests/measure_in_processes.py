@@ -10,10 +10,11 @@ from memory_source import MemorySource
 from torch.distributed.fsdp import fully_shard
 
 from hf_mae import MAEForPreTraining
-from hf_mae.data.stream import Rows
-from hf_mae.evaluation.features import FrozenEncoder, extract_table
+from hf_mae.data.order import Rows
+from hf_mae.evaluation.encoder import FrozenEncoder
 from hf_mae.evaluation.linear_probe import PaperProbe, ProbeRun
 from hf_mae.evaluation.online import OnlineQuality
+from hf_mae.evaluation.table import extract_table
 
 
 def bright_rows(n: int, seed: int = 0, labels: bool = True, classes: int = 3) -> Rows:

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from hf_mae.data.order import Rows
 from hf_mae.data.sources import Row, Source
-from hf_mae.data.stream import Rows
 
 
 class MemorySource(Source):

@@ -113,3 +113,8 @@ def last_step(output_dir: Path) -> int:
     metrics = output_dir / "metrics.jsonl"
     lines = metrics.read_text().splitlines() if metrics.exists() else []
     return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+
+def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
+    children = psutil.Process(process.pid).children()
+    return [child for child in children if "hf_mae.cli" in " ".join(child.cmdline())]

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from hf_mae import MAEForPreTraining
-from hf_mae.publishing.keys import to_layout
+from hf_mae.conversion.layouts import to_layout
 
 
 def make_peer(**overrides) -> ViTMAEForPreTraining:

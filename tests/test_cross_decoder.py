@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoModelForPreTraining
 from hf_mae import MAEConfig, MAEForPreTraining, MAEModel
 from hf_mae.layers_mae import MAEMLP, MAEAttention, sincos_table
 from hf_mae.masking_mae import normalize_patches, patchify
-from hf_mae.visualize import reconstruct
+from hf_mae.visualize.reconstruction import reconstruct
 
 CROSS = {"decoder_type": "cross"}
 QUARTER = {**CROSS, "prediction_ratio": 0.25}

@@ -19,9 +19,9 @@ from tiny import tiny
 
 from hf_mae import MAEForPreTraining, MAEImageProcessor
 from hf_mae.data.decode import BadImage
+from hf_mae.data.order import Rows
 from hf_mae.data.sources import open_source
-from hf_mae.data.stream import Rows
-from hf_mae.visualize import reconstruct, seeded_noise
+from hf_mae.visualize.reconstruction import reconstruct, seeded_noise
 
 gradio = pytest.importorskip("gradio", reason="gradio, of the extra [demo], is not installed")
 from hf_mae.demo import Demo, Session  # noqa: E402  # needs gradio

@@ -1,18 +1,15 @@
-"""Figures of the original implementation (tests/data/golden_original.json) on weights that a formula gives."""
+"""Figures of the original implementation (golden_original.json) on weights that a formula gives."""
 
-import json
-from pathlib import Path
 from zlib import crc32
 
 import pytest
 import torch
+from golden import GOLDEN
 from torch import nn
 
 from hf_mae import MAEConfig, MAEForImageClassification, MAEForPreTraining, mae_vit_base
+from hf_mae.conversion.layouts import their_names
 from hf_mae.layers_mae import MAEPositions, sincos_table
-from hf_mae.publishing.keys import their_names
-
-GOLDEN = json.loads((Path(__file__).parent / "data" / "golden_original.json").read_text())
 
 # "img 64, patch 16, width 96, 3 blocks, 4 heads, decoder 48, 2 blocks, 4 heads, mlp ratio 4"
 NUMBERS = {

@@ -22,8 +22,8 @@ ELSEWHERE = {
     "FinetuneRecipe": "test_readme_finetune.py",
     "load_dataset": "test_readme_finetune.py",
     "peft": "test_readme_finetune.py",
-    "onnxruntime": "test_export.py",
-    "trust_remote_code": "test_hub_push.py",
+    "onnxruntime": "conversion/test_export.py",
+    "trust_remote_code": "hub/test_push.py",
 }
 HERE = [code for code in PYTHON if not any(word in code for word in ELSEWHERE)]
 # All lines of the command blocks, and what is added to them so that they take seconds.
@@ -47,14 +47,14 @@ ADDED = {
 LAUNCHERS = re.compile(r"^(torchrun .*|accelerate launch .*) -m hf_mae.cli|^sbatch scripts/slurm.sh(?= --)")
 # Lines that other tests run, with the word that is looked for in them.
 RUN_ELSEWHERE = {
-    "hf-mae convert": ("test_convert.py", "convert"),
-    "hf-mae export": ("test_export.py", "export"),
-    "hf-mae push": ("test_hub_push.py", "push"),
-    "python scripts/segmentation.py": ("test_segmentation_script.py", "segmentation.py"),
-    "python scripts/study_mask_ratio.py": ("test_studies.py", "study_mask_ratio.py"),
-    "python scripts/compare_contrastive.py": ("test_studies.py", "compare_contrastive"),
-    "bash scripts/quickstart.sh": ("test_scripts.py", "quickstart.sh"),
-    "python scripts/chaos_drill.py": ("test_scripts.py", "chaos_drill.py"),
+    "hf-mae convert": ("conversion/test_convert.py", "convert"),
+    "hf-mae export": ("conversion/test_export.py", "export"),
+    "hf-mae push": ("hub/test_push.py", "push"),
+    "python scripts/segmentation.py": ("scripts/test_segmentation_script.py", "segmentation.py"),
+    "python scripts/study_mask_ratio.py": ("scripts/test_studies.py", "study_mask_ratio.py"),
+    "python scripts/compare_contrastive.py": ("scripts/test_studies.py", "compare_contrastive"),
+    "bash scripts/quickstart.sh": ("scripts/test_scripts.py", "quickstart.sh"),
+    "python scripts/chaos_drill.py": ("scripts/test_scripts.py", "chaos_drill.py"),
 }
 NOT_OURS = ("hf auth login", "bash scripts/test.sh")  # the second is what runs this
 LINES = [LAUNCHERS.sub("hf-mae" if " -m " in line else "hf-mae pretrain", line) for line in LINES]

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from ..errors import MissingPackage
 from ..image_processing_base_mae import to_opaque
 
 try:
@@ -63,10 +64,6 @@ class BadImage(ValueError):
 
     def __reduce__(self):
         return type(self), (str(self), self.reason)
-
-
-class MissingPackage(ImportError):
-    """tifffile, of the extra [train], is not installed: the user's to mend, so not a `BadImage`."""
 
 
 def decode_image(

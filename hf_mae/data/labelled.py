@@ -8,37 +8,19 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ..configuration_mae import MAEConfig
 from ..image_processing_mae import MAEImageProcessor
-from .augment import Mixing, RandAugment, RandomErasing, evaluation_view, sample_rng, training_view
+from .augment import sample_rng, training_view
 from .decode import BadImage, decode_image
+from .loader import each_batch, ignore_termination
+from .mix import Mixing, RandAugment, RandomErasing
+from .order import Rows
 from .sources import DataError, Row
-from .stats import RESCALE_FACTORS
-from .stream import Rows, View, each_batch, ignore_termination
+from .transform import RESCALE_FACTORS, View, evaluation_view
 
 # A data set of which so many random rows in a row are bad is not one with a few bad images.
 TRIES = 10
 
 BadSample = tuple[str, str]  # key and reason
-
-
-def pixel_dtype(processor: MAEImageProcessor) -> str:
-    """The type of the images that a processor was made for: "uint8", "uint16" or "float32"."""
-    if not processor.do_rescale:
-        return "float32"
-    return next((dtype for dtype, factor in RESCALE_FACTORS.items() if factor == processor.rescale_factor), "float32")
-
-
-def scoring_view(config: MAEConfig, processor: MAEImageProcessor) -> View:
-    """The evaluation view that a processor describes, for the model that it belongs to."""
-    size: Any = processor.size
-    return View(
-        size=config.image_height_width,
-        num_channels=config.num_channels,
-        dtype=pixel_dtype(processor),
-        num_patches=config.num_patches,
-        eval_resize=size.shortest_edge or (size.height, size.width),
-    )
 
 
 class LabelledImages(Dataset):

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .remote import DataError, SourceUnavailable, is_remote, one_line, with_retries
+from ..errors import DataError, SourceUnavailable
+from .remote import is_remote, one_line, with_retries
 
 logger = logging.getLogger(__name__)
 

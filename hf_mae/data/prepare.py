@@ -24,11 +24,13 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ..errors import DataError
 from ..image_processing_base_mae import resize_bands
 from .decode import BadImage, as_bad_image, load_image
-from .remote import DataError, one_line
+from .loader import each_batch, ignore_termination
+from .order import Rows
+from .remote import one_line
 from .sources import list_splits, open_source
-from .stream import Rows, each_batch, ignore_termination
 
 BICUBIC = Image.Resampling.BICUBIC
 ROW_GROUP = 100  # rows; what is fetched at once where the data is streamed

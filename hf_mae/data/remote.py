@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, TypeVar, cast
 
+from ..errors import DataError, SourceUnavailable
+
 logger = logging.getLogger(__name__)
 
 RETRY_TRIES = 6  # reads, the first included
@@ -26,14 +28,6 @@ _NO_RANGES = "does not let parts of it be read; download it and give the local p
 # Not the caller's global generator, which a pause must not advance, nor one that forked workers share.
 _jitter = random.SystemRandom()
 _Result = TypeVar("_Result")
-
-
-class DataError(ValueError):
-    """A mistake in what the user asked for, or something missing: one line, with the remedy."""
-
-
-class SourceUnavailable(DataError):
-    """The network failed at every try."""
 
 
 def is_remote(url: str) -> bool:

@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import DataError, SourceUnavailable
 from .locate import SPLIT_FOLDERS, Place, common_folder, load_builder, locate
-from .remote import DataError, SourceUnavailable, is_remote, one_line, with_retries
-from .shards import ArraySource, ArrowSource, FileSource, ParquetSource, Row, Source, find_columns, in_threads
+from .parquet import ArrowSource, ParquetSource, find_columns
+from .remote import is_remote, one_line, with_retries
+from .shards import ArraySource, FileSource, Row, Source, in_threads
 from .tars import TarSource
 
 __all__ = ["DataError", "Row", "Source", "SourceUnavailable", "list_splits", "open_source"]

@@ -2,8 +2,8 @@
 
 from typing import Any, Protocol
 
+from .order import Rows
 from .sources import Source, list_splits, open_source
-from .stream import Rows
 
 HELD_OUT = 0.05
 

@@ -1,20 +1,16 @@
 """Per-channel mean and standard deviation of a data set, as the image processor needs them."""
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 
 from .decode import BadImage, decode_image, probe_image
+from .order import Rows
 from .sources import DataError
-from .stream import Rows
+from .transform import RESCALE_FACTORS
 
 logger = logging.getLogger(__name__)
-
-# What brings each pixel type to about [0, 1]; float images are left as they are.
-RESCALE_FACTORS = {"uint8": 1 / 255, "uint16": 1 / 65535, "float32": 1.0}
 
 
 def probe_rows(rows: Rows, most: int = 16) -> tuple[int, str]:
@@ -96,19 +92,3 @@ def _spread(rows: Rows, most: int) -> np.ndarray:
     if not rows.source.random_access:
         return rows.index[:most]
     return rows.index[np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(np.int64)]
-
-
-def make_normalizer(processor: Any, dtype: str, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function from images in the source's dtype to pixel_values, scaled and normalised on the device.
-
-    Args:
-        processor: image processor; it has mean and standard deviation.
-        dtype: of the images: "uint8", "uint16" or "float32".
-        device: of the images.
-    """
-    # In the images' own units, so that scaling and normalising are one pass.
-    mean, std = (
-        torch.tensor(values, device=device).view(1, -1, 1, 1) / RESCALE_FACTORS[dtype]
-        for values in (processor.image_mean, processor.image_std)
-    )
-    return lambda images: (images.float() - mean) / std

@@ -17,9 +17,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ..errors import DataError
 from .decode import BadImage
 from .locate import IMAGE_EXTENSIONS
-from .remote import DataError, is_remote, one_line, open_bytes, with_retries
+from .remote import is_remote, one_line, open_bytes, with_retries
 from .shards import Row, Source, in_threads
 
 logger = logging.getLogger(__name__)

@@ -7,15 +7,17 @@ import torch
 from transformers import EvalPrediction
 
 from ..classifier_mae import MAEForImageClassification
-from ..data.labelled import scoring_view
 from ..data.labels import Labels
+from ..data.loader import EvaluationSet, each_batch, make_loader
 from ..data.sources import DataError
 from ..data.splits import splits_of
-from ..data.stats import make_normalizer
-from ..data.stream import EvaluationSet, each_batch, make_loader
-from .features import ScoreRecipe, load_with_processor, report_bad
+from ..data.transform import make_normalizer, scoring_view
+from ..pretrained import load_with_processor
+from ..run_folder import add_result
 from .metrics import make_compute_metrics
-from .results import add_result, make_result
+from .recipes import ScoreRecipe
+from .results import make_result
+from .table import report_bad
 
 
 @dataclass
@@ -31,7 +33,7 @@ def evaluate_classification(recipe: ClassificationRecipe) -> dict[str, Any]:
         The entry of results.json.
 
     Raises:
-        DataError, RecipeError: if the model or the data can't be read, or their labels don't go together; one line with
+        UserError: if the model or the data can't be read, or their labels don't go together; one line with
             the remedy.
     """
     recipe.check()

@@ -12,10 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from accelerate import Accelerator
 
+from ..data.order import Rows
 from ..data.splits import source_of
-from ..data.stream import Rows
-from ..training.recipe import RecipeError
-from .features import FeatureRecipe, FrozenEncoder, encoded_batches, report_bad
+from ..errors import UserError
+from .encoder import FrozenEncoder
+from .recipes import FeatureRecipe
+from .table import encoded_batches, report_bad
 
 
 @dataclass
@@ -30,9 +32,7 @@ class EmbedRecipe(FeatureRecipe):
     def check(self) -> None:
         super().check()
         if Path(self.output).suffix not in WRITERS:
-            raise RecipeError(
-                f"output {self.output} is no name of a {' or '.join(WRITERS)} file; give it such an ending"
-            )
+            raise UserError(f"output {self.output} is no name of a {' or '.join(WRITERS)} file; give it such an ending")
 
 
 def embed(recipe: EmbedRecipe) -> dict[str, Any]:
@@ -46,12 +46,12 @@ def embed(recipe: EmbedRecipe) -> dict[str, Any]:
         `path`; `images` that were written; `width`, the shape of one image's features.
 
     Raises:
-        DataError, RecipeError: for what a user can mend; one line with the remedy.
+        UserError: for what a user can mend; one line with the remedy.
     """
     recipe.check()
     accelerator = Accelerator()
     if accelerator.num_processes > 1:
-        raise RecipeError(f"{accelerator.num_processes} processes would write one file; start hf-mae embed once")
+        raise UserError(f"{accelerator.num_processes} processes would write one file; start hf-mae embed once")
     encoder = FrozenEncoder(recipe.model, recipe.pooling, recipe.mixed_precision).to(accelerator.device)
     source = source_of(recipe)
     rows = Rows(source, max_samples=recipe.max_samples)
@@ -70,7 +70,7 @@ def embed(recipe: EmbedRecipe) -> dict[str, Any]:
             report_bad(images, rows, bad, recipe.max_bad_fraction)
             writer.finish()
     except (OSError, pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise RecipeError(f"{path} can't be written: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{path} can't be written: {' '.join(str(error).split())[:300]}") from error
     return {"path": str(path), "images": images, "width": width}
 
 

@@ -6,7 +6,7 @@
 import torch
 import torch.nn.functional as F
 
-from .features import Features
+from .table import Features
 
 # 1,024 x 65,536 similarities are 256 MiB.
 QUERIES, BANK = 1024, 65_536

@@ -15,11 +15,13 @@ from accelerate.utils import gather_object
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data.stream import Rows, StreamPlan, TrainingStream, each_batch, make_loader
-from ..training.optimizer import LARS
-from ..training.schedule import lr_at
-from .features import Features, FrozenEncoder, encoded_batches, report_bad
-from .labels import class_numbers, top_k_correct
+from ..data.labels import class_numbers
+from ..data.loader import TrainingStream, each_batch, make_loader
+from ..data.order import Rows, StreamPlan
+from ..optim.lars import LARS
+from ..optim.schedule import lr_at
+from .encoder import FrozenEncoder
+from .table import Features, encoded_batches, report_bad, top_k_correct
 
 # ---------------------------------------------------------------------------------------------- fast
 

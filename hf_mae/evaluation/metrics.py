@@ -13,7 +13,7 @@ from datasets import Features, List, Value
 from sklearn.metrics import average_precision_score, roc_auc_score
 from transformers import EvalPrediction
 
-from .labels import top_k_correct
+from .table import top_k_correct
 
 
 class TopK(evaluate.Metric):

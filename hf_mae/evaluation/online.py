@@ -10,13 +10,13 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
+from ..data.labels import class_numbers, common_classes
+from ..data.order import Rows
 from ..data.sources import DataError
-from ..data.stream import Rows, View
-from .features import Features, Table, extract_table
+from ..data.transform import View
 from .knn import knn_accuracy
-from .labels import class_numbers, common_classes
 from .linear_probe import fast_linear_accuracy
-from .rankme import rankme
+from .table import Features, Table, extract_table, rankme
 
 NEIGHBOURS = 20
 

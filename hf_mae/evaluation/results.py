@@ -4,13 +4,11 @@ import hashlib
 import json
 import statistics
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from transformers.utils.hub import cached_file
 
 from .. import __version__
-from ..data.sources import DataError
 from ..data.splits import SplitKeys
 
 PACKAGES = ("torch", "transformers", "datasets", "scikit-learn", "numpy", "pillow")
@@ -67,40 +65,6 @@ def make_result(
         result["ranges"] = {key: [min(found), max(found)] for key, found in values.items()}
     result["versions"] = {"hf_mae": __version__, **{package: version(package) for package in PACKAGES}}
     return json.loads(json.dumps(result))
-
-
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """The entries of a results.json; none if there is no such file.
-
-    Raises:
-        DataError: if the file is something else.
-    """
-    if not path.exists():
-        return []
-    try:
-        results = json.loads(path.read_text())
-    except (ValueError, OSError):
-        results = None
-    if not isinstance(results, list) or not all(isinstance(entry, dict) and "figures" in entry for entry in results):
-        raise DataError(f"{path} is no list of results of hf-mae; name another file by --results")
-    return results
-
-
-def add_result(result: dict[str, Any], path: Path) -> None:
-    """Add an entry to a results.json, in place of one with the same protocol, data and weights.
-
-    Raises:
-        DataError: if the file is something else, or can't be written.
-    """
-    same = ("protocol", "data", "checkpoint")
-    others = [entry for entry in read_results(path) if any(entry.get(key) != result[key] for key in same)]
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps([*others, result], indent=1) + "\n")
-        temporary.replace(path)
-    except OSError as error:
-        raise DataError(f"{path} can't be written ({error}); name another file by --results") from error
 
 
 def describe_result(result: dict[str, Any]) -> str:

@@ -10,9 +10,9 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..data.labelled import LabelledImages
+from ..errors import UserError
 from .checkpoint import load_tensors, save_tensors
 from .log import RunLog
-from .recipe import RecipeError
 
 EMA_FILE = "ema.safetensors"
 
@@ -121,7 +121,7 @@ class LogCallback(TrainerCallback):
         if "loss" not in numbers:
             return
         if not math.isfinite(numbers["loss"]):
-            raise RecipeError(f"the loss is {numbers['loss']} at step {step}; lower --blr, or set --mixed_precision no")
+            raise UserError(f"the loss is {numbers['loss']} at step {step}; lower --blr, or set --mixed_precision no")
         self.speed = (step - self.logged) * self.total_batch_size / self.seconds
         wait, loss, lr = self.waited / self.seconds, numbers["loss"], numbers["learning_rate"]
         self.log.event(

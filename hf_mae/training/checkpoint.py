@@ -7,16 +7,11 @@
 Safetensors and JSON only: reading a checkpoint can run nothing.
 """
 
-import errno
-import hashlib
 import json
 import logging
-import os
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,17 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from .. import files
+from ..errors import CheckpointError, DiskFullError
+from ..run_folder import checkpoint_step, list_checkpoints
+
 logger = logging.getLogger(__name__)
 
 MANIFEST = "COMPLETE"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, broken, or of another run; one line with the remedy."""
-
-
-class DiskFullError(CheckpointError):
-    """There was no room for a checkpoint; those before it are as they were."""
 
 
 def write_checkpoint(
@@ -68,7 +59,7 @@ def write_checkpoint(
         _seal(temporary)
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if _is_disk_full(error):
+        if files.is_disk_full(error):
             message = f"there is no room for {final} ({error}), the checkpoints before it are whole; make room"
             raise DiskFullError(message) from error
         raise
@@ -77,8 +68,8 @@ def write_checkpoint(
     if final.exists():
         shutil.rmtree(final)
     temporary.rename(final)
-    _fsync(output_dir)
-    older = [path for path in list_checkpoints(output_dir) if _step_of(path) <= step]
+    files.fsync(output_dir)
+    older = [path for path in list_checkpoints(output_dir) if checkpoint_step(path) <= step]
     for old in older[:-keep]:
         shutil.rmtree(old)
     return final
@@ -88,52 +79,11 @@ def _seal(folder: Path) -> None:
     """Get all files onto the disk, and the manifest after them."""
     manifest = {}
     for file in sorted(path for path in folder.iterdir() if path.is_file()):
-        manifest[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-        settle(file)
+        manifest[file.name] = {"bytes": file.stat().st_size, "sha256": files.sha256(file)}
+        files.settle(file)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    settle(folder / MANIFEST)
-    _fsync(folder)
-
-
-def _is_disk_full(error: Exception) -> bool:
-    """Whether the disk, a quota or a limit on files is at its end. Safetensors says so in its text alone."""
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return getattr(error, "errno", None) in full or any(f"os error {number}" in str(error) for number in full)
-
-
-def replace_files(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write files into a folder so that each of them is the old or the new one at every instant.
-
-    Args:
-        folder: where they belong.
-        write: writes them into the folder that it is given.
-    """
-    temporary = folder / ".tmp-files"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    write(temporary)
-    for file in sorted(temporary.iterdir()):
-        settle(file)
-        file.replace(folder / file.name)
-    temporary.rmdir()
-    _fsync(folder)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file, the old or the new one at every instant."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Folders named `checkpoint-STEP` of a run, oldest first, complete or not."""
-    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=_step_of)
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name.split("-")[1])
+    files.settle(folder / MANIFEST)
+    files.fsync(folder)
 
 
 def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
@@ -184,7 +134,7 @@ def verify_checkpoint(path: Path) -> None:
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{file} is missing")
-        if expected != {"bytes": file.stat().st_size, "sha256": _sha256(file)}:
+        if expected != {"bytes": file.stat().st_size, "sha256": files.sha256(file)}:
             raise CheckpointError(f"{file} is not what was saved (its sha256 differs)")
 
 
@@ -253,31 +203,5 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def write_json(value: Any, path: Path) -> None:
-    """Write indented JSON."""
-    path.write_text(json.dumps(value, indent=1) + "\n")
-
-
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def settle(path: Path) -> None:
-    """Get a file onto the disk, as readable as the user's others: safetensors writes for the owner alone."""
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
-    _fsync(path)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,16 +17,20 @@ import yaml
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from .. import __version__
-from ..data.augment import Mixing
-from ..data.labelled import Collator, LabelledImages, scoring_view, without_bad
+from ..data.labelled import Collator, LabelledImages, without_bad
 from ..data.labels import find_labels, labels_of
+from ..data.loader import one_line_errors
+from ..data.mix import Mixing
+from ..data.order import Rows
 from ..data.splits import splits_of
-from ..data.stream import Rows, one_line_errors
+from ..data.transform import scoring_view
 from ..evaluation.metrics import make_compute_metrics
-from ..evaluation.results import add_result, make_result, named_data, read_results
+from ..evaluation.results import make_result, named_data
+from ..files import replace_files, write_text
+from ..optim.groups import layer_decay_groups
+from ..run_folder import add_result, list_checkpoints, read_results
 from .callbacks import EMACallback, EpochCallback, LogCallback
-from .checkpoint import list_checkpoints, replace_files, write_text
-from .cpu import tune_for_cpu
+from .devices import choose_precision, describe_hardware, tune_for_cpu
 from .finetune_recipe import FinetuneRecipe
 from .finetune_setup import (
     build_classifier,
@@ -37,8 +41,7 @@ from .finetune_setup import (
     find_trainer_checkpoint,
     training_arguments,
 )
-from .optimizer import layer_decay_groups
-from .setup import check_folder, choose_precision, describe_hardware
+from .resume import check_folder
 
 PROTOCOL = "fine-tuning"
 
@@ -53,7 +56,7 @@ def finetune(recipe: FinetuneRecipe) -> dict[str, Any] | None:
         The entry of results.json; None on other processes than the main one, and after a dry run.
 
     Raises:
-        RecipeError, DataError, CheckpointError: for what a user can mend; one line with the remedy.
+        UserError: for what a user can mend; one line with the remedy.
     """
     recipe = recipe.finish("finetune")
     results = Path(str(recipe.output_dir)) / "results.json"
@@ -73,7 +76,7 @@ def trainer_parts(recipe: FinetuneRecipe) -> dict[str, Any]:
         recipe: e.g. `FinetuneRecipe(model="outputs/quickstart", dataset="path/to/images")`.
 
     Raises:
-        RecipeError, DataError: as `finetune`.
+        UserError: as `finetune`.
     """
     return FinetuneRun(recipe.finish("finetune")).trainer_parts()
 

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .recipe import RecipeError, RunRecipe, _key, check_crop_pct, check_range, config_value, parse_dataclass
+from ..errors import UserError
+from .recipe import RunRecipe, _key, check_crop_pct, check_range, config_value, parse_dataclass
 
 
 @dataclass
@@ -58,16 +59,16 @@ class FinetuneRecipe(RunRecipe):
         if self.eval_crop_pct is not None:
             check_crop_pct(self.eval_crop_pct)
         if self.model is None:
-            raise RecipeError("no model is given; pass --model with the folder or Hub id of a pretrained one")
+            raise UserError("no model is given; pass --model with the folder or Hub id of a pretrained one")
         if self.blr <= 0:
-            raise RecipeError(f"blr {self.blr} is not positive; the paper's recipes have 5e-4 and 1e-3")
+            raise UserError(f"blr {self.blr} is not positive; the paper's recipes have 5e-4 and 1e-3")
         for key in ("mixup", "cutmix"):
             check_range(self, key, 0)
         for key in ("random_erasing", "label_smoothing", "drop_path_rate", "layer_decay", "ema_decay"):
             check_range(self, key, 0, 1)
         mixed = [key for key in ("mixup", "cutmix", "label_smoothing") if getattr(self, key)]
         if mixed and self.problem_type != "single_label_classification":
-            raise RecipeError(f"{mixed[0]} is for one class an image, not for {self.problem_type}; pass --{mixed[0]} 0")
+            raise UserError(f"{mixed[0]} is for one class an image, not for {self.problem_type}; pass --{mixed[0]} 0")
 
 
 def load_finetune_recipe(arguments: list[str]) -> FinetuneRecipe:
@@ -77,6 +78,6 @@ def load_finetune_recipe(arguments: list[str]) -> FinetuneRecipe:
         arguments: of the command line, e.g. `["--recipe", "finetune_vit_base_in1k", "--model", "outputs/base"]`.
 
     Raises:
-        RecipeError: for an unknown recipe or key (it names the nearest) or an impossible value.
+        UserError: for an unknown recipe or key (it names the nearest) or an impossible value.
     """
     return parse_dataclass(FinetuneRecipe, arguments, "hf-mae finetune", "finetune_").finish("finetune")

@@ -11,26 +11,21 @@ from transformers.utils import logging as transformers_logging
 
 from ..classifier_mae import MAEForImageClassification
 from ..configuration_mae import MAEConfig
-from ..data.augment import RandAugment
 from ..data.labels import Labels
+from ..data.mix import RandAugment
+from ..data.order import Rows
 from ..data.sources import DataError
 from ..data.stats import probe_rows
-from ..data.stream import Rows, View
+from ..data.transform import View, crop_settings
+from ..errors import CheckpointError, UserError
 from ..image_processing_mae import MAEImageProcessor
+from ..optim.groups import train_last_blocks
+from ..run_folder import list_checkpoints
+from .build import describe_failure
 from .callbacks import EMA_FILE
-from .checkpoint import CheckpointError, list_checkpoints
+from .devices import check_trackers, choose_precision, make_deterministic
 from .finetune_recipe import FinetuneRecipe
-from .optimizer import train_last_blocks
-from .recipe import RecipeError
-from .setup import (
-    FREE_KEYS,
-    check_same_recipe,
-    check_trackers,
-    choose_precision,
-    crop_settings,
-    describe_failure,
-    make_deterministic,
-)
+from .resume import FREE_KEYS, check_same_recipe
 
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
 # What a classifier has and a pretrained model hasn't.
@@ -71,18 +66,18 @@ def training_arguments(recipe: FinetuneRecipe, stored: Path | None) -> TrainingA
         stored: the checkpoint that it goes on from, if any.
 
     Raises:
-        RecipeError: for a machine that the recipe doesn't fit.
+        UserError: for a machine that the recipe doesn't fit.
     """
     check_trackers(recipe)
     if recipe.deterministic:
         make_deterministic()
     ranks, precision = int(os.environ.get("WORLD_SIZE", "1")), choose_precision(recipe)
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
-        raise RecipeError("fine-tuning runs under DDP, not FSDP; start it by torchrun")
+        raise UserError("fine-tuning runs under DDP, not FSDP; start it by torchrun")
     asked_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true")
     use_cpu = asked_for_cpu or not torch.accelerator.is_available()
     if precision == "fp16" and use_cpu:
-        raise RecipeError("mixed_precision fp16 needs a GPU; use bf16 or no")
+        raise UserError("mixed_precision fp16 needs a GPU; use bf16 or no")
     micro_batch, grad_accum_steps = recipe.micro_batch(ranks)
     args = TrainingArguments(
         output_dir=str(recipe.output_dir),
@@ -115,7 +110,7 @@ def training_arguments(recipe: FinetuneRecipe, stored: Path | None) -> TrainingA
         ddp_broadcast_buffers=False,
     )
     if args.world_size != ranks:
-        raise RecipeError(
+        raise UserError(
             f"{ranks} processes were started, {args.world_size} work together; use torchrun, on CPUs with "
             "ACCELERATE_USE_CPU=true"
         )
@@ -128,7 +123,7 @@ def build_classifier(recipe: FinetuneRecipe, labels: Labels) -> MAEForImageClass
     """A classifier on a pretrained encoder, or one that was fine-tuned before, with what the recipe freezes frozen.
 
     Raises:
-        RecipeError: if the model can't be loaded, or knows other classes than the data has.
+        UserError: if the model can't be loaded, or knows other classes than the data has.
     """
     names = dict(enumerate(labels.names))
     options: dict[str, Any] = {
@@ -152,22 +147,22 @@ def build_classifier(recipe: FinetuneRecipe, labels: Labels) -> MAEForImageClass
         known = MAEConfig.from_pretrained(str(recipe.model))
         fine_tuned = "MAEForImageClassification" in (known.architectures or [])
         if fine_tuned and not recipe.reset_head and list(known.id2label.values()) != list(labels.names):
-            raise RecipeError(
+            raise UserError(
                 f"{recipe.model} knows the classes {_some(known.id2label.values())}, {recipe.dataset} has "
                 f"{_some(labels.names)}; pass --reset_head true for a new head"
             )
         model, info = MAEForImageClassification.from_pretrained(
             recipe.model, output_loading_info=True, ignore_mismatched_sizes=recipe.reset_head, **options
         )
-    except RecipeError:
+    except UserError:
         raise
     except (ImportError, KeyError, OSError, ValueError, RuntimeError) as error:
-        raise RecipeError(describe_failure(f"--model {recipe.model} can't be loaded", recipe, error)) from error
+        raise UserError(describe_failure(f"--model {recipe.model} can't be loaded", recipe, error)) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     missing = sorted(name for name in info["missing_keys"] if not name.startswith(HEAD))
     if missing:
-        raise RecipeError(
+        raise UserError(
             f"--model {recipe.model} lacks {len(missing)} of the encoder's weights, {missing[0]} among them; it is no "
             "MAE model of this package"
         )
@@ -179,7 +174,7 @@ def build_classifier(recipe: FinetuneRecipe, labels: Labels) -> MAEForImageClass
     try:
         train_last_blocks(model, recipe.trainable_blocks)
     except ValueError as error:
-        raise RecipeError(str(error)) from error
+        raise UserError(str(error)) from error
     return model
 
 
@@ -192,7 +187,7 @@ def build_processor(recipe: FinetuneRecipe, config: MAEConfig) -> MAEImageProces
     """The pretrained model's processor, for the recipe's scoring crop: resize (bicubic), then the centre.
 
     Raises:
-        RecipeError: if the model has none.
+        UserError: if the model has none.
     """
     size = config.image_height_width
     # The original's rule: 224 of 256, and the whole image above 224 pixels.
@@ -201,7 +196,7 @@ def build_processor(recipe: FinetuneRecipe, config: MAEConfig) -> MAEImageProces
     try:
         return MAEImageProcessor.from_pretrained(str(recipe.model), **crop_settings(size, crop_pct), **settings)
     except (OSError, ValueError) as error:
-        raise RecipeError(
+        raise UserError(
             f"--model {recipe.model} has no image processor: {' '.join(str(error).split())[:200]}; save one with it"
         ) from error
 
@@ -210,19 +205,19 @@ def build_rand_augment(recipe: FinetuneRecipe, view: View, processor: MAEImagePr
     """RandAugment as the recipe has it.
 
     Raises:
-        RecipeError: if timm doesn't know it, or the images are not 8-bit gray or colour.
+        UserError: if timm doesn't know it, or the images are not 8-bit gray or colour.
     """
     if recipe.rand_augment == "none":
         return None
     if view.dtype != "uint8" or view.num_channels not in (1, 3):
-        raise RecipeError(
+        raise UserError(
             f"rand_augment is for 8-bit gray or colour images, these have {view.num_channels} channels of {view.dtype};"
             " pass --rand_augment none"
         )
     try:
         return RandAugment(recipe.rand_augment, view.size, list(processor.image_mean))
     except ValueError as error:
-        raise RecipeError(str(error)) from error
+        raise UserError(str(error)) from error
 
 
 def check_images(rows: Rows, view: View) -> None:

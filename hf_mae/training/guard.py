@@ -12,11 +12,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from ..errors import UserError
+
 MOST_IN_A_ROW = 10
-
-
-class NonFiniteError(ValueError):
-    """Step after step with a loss or gradient that is no number; one line with the remedy."""
 
 
 @dataclass
@@ -88,9 +86,9 @@ class StepGuard:
         return result
 
     def check(self) -> None:
-        """Raise a NonFiniteError after ten steps in a row that were left out."""
+        """Raise a UserError after ten steps in a row that were left out."""
         if self.skipped_in_a_row >= MOST_IN_A_ROW:
-            raise NonFiniteError(
+            raise UserError(
                 f"{self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite and were left out; "
                 "the last checkpoint is the last good one: look at the samples that metrics.jsonl names, or start "
                 "again with a lower --blr, with --clip_grad 1, or with --mixed_precision bf16 or no"

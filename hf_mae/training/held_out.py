@@ -11,11 +11,14 @@ from accelerate.utils import gather_object
 from PIL import Image
 from torch import nn
 
+from ..data.loader import EvaluationSet, each_batch, make_loader
+from ..data.order import Rows
 from ..data.sources import DataError
-from ..data.stream import EvaluationSet, Rows, View, each_batch, make_loader
+from ..data.transform import View
 from ..image_processing_mae import MAEImageProcessor
 from ..modeling_mae import MAEForPreTraining
-from ..visualize import reconstruct, reconstruction_grid
+from ..visualize.grid import reconstruction_grid
+from ..visualize.reconstruction import reconstruct
 
 PICTURES = 12
 

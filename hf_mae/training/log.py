@@ -15,8 +15,9 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..visualize import with_title
-from .checkpoint import write_text
+from ..files import write_text
+from ..run_folder import picture_step, read_events
+from ..visualize.grid import with_title
 
 logger = logging.getLogger(__name__)
 
@@ -118,22 +119,6 @@ class RunLog:
         self.bar.close()
         for tracker in self.accelerator.trackers:
             tracker.finish()
-
-
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """The events of a metrics.jsonl; a last line that was cut off is left out."""
-    events = []
-    for line in path.read_text().splitlines():
-        try:
-            events.append(json.loads(line))
-        except ValueError:
-            logger.warning("%s: a line that was cut off is left out: %.40s", path, line)
-    return events
-
-
-def picture_step(path: Path) -> int:
-    """The step of a step-STEP.png."""
-    return int(path.stem.removeprefix("step-"))
 
 
 def _is_nan(value: Any) -> bool:

@@ -18,45 +18,32 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .. import __version__
+from ..data.loader import Batch, TrainingStream, each_batch, make_loader
 from ..data.sources import DataError
-from ..data.stats import make_normalizer
-from ..data.stream import Batch, TrainingStream, each_batch, make_loader
+from ..data.transform import make_normalizer
+from ..errors import CheckpointError, DiskFullError
 from ..evaluation.online import OnlineQuality
+from ..files import replace_files, write_json, write_text
+from ..hub.push import BackgroundPush
 from ..modeling_mae import MAEForPreTraining
-from ..publishing.hub import BackgroundPush
+from ..optim.groups import adamw
+from ..optim.schedule import lr_at, stages, value_at
+from .build import build_model, build_processor, make_training_views, make_view, open_data, plan_stream
 from .checkpoint import (
-    CheckpointError,
-    DiskFullError,
     full_state_dict,
     load_optimizer_tensors,
     load_tensors,
     optimizer_tensors,
-    replace_files,
     same_tensors,
     save_tensors,
     write_checkpoint,
-    write_json,
-    write_text,
 )
-from .cpu import tune_for_cpu
+from .devices import describe_hardware, make_accelerator, tune_for_cpu
 from .guard import StepGuard
 from .held_out import HeldOut
 from .log import BadSamples, RunLog, Stopwatch
-from .optimizer import adamw
 from .recipe import PretrainRecipe
-from .schedule import lr_at, stages, value_at
-from .setup import (
-    build_model,
-    build_processor,
-    describe_hardware,
-    find_stored,
-    make_accelerator,
-    make_training_views,
-    make_view,
-    open_data,
-    plan_stream,
-    read_state,
-)
+from .resume import find_stored, read_state
 
 STRATEGIES = {
     DistributedType.NO: "one process",
@@ -78,7 +65,7 @@ def pretrain(recipe: PretrainRecipe) -> dict[str, Any]:
         there is not.
 
     Raises:
-        RecipeError, DataError, CheckpointError, NonFiniteError: for what a user can mend; one line with the remedy.
+        UserError: for what a user can mend; one line with the remedy.
     """
     run = PretrainRun(recipe)
     run.describe()
@@ -283,7 +270,7 @@ class PretrainRun:
         """Tell of the steps that were left out; whether to stop.
 
         Raises:
-            NonFiniteError: if there were too many in a row.
+            UserError: if there were too many in a row.
         """
         stop = self.stop_requested and self.accelerator.num_processes == 1  # no one else has to be told
         for verdict in self.guard.verdicts(up_to_now):

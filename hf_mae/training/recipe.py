@@ -12,14 +12,12 @@ from typing import Any, Literal, NoReturn, Self, TypeVar, cast
 import yaml
 from transformers import HfArgumentParser
 
-from ..configuration_mae import SIZES, MAEConfig
-from .schedule import read_points
+from ..configuration_mae import MAEConfig
+from ..errors import UserError
+from ..optim.batch import micro_batch
+from ..optim.schedule import read_points
 
 T = TypeVar("T")
-
-
-class RecipeError(ValueError):
-    """A key or value that a user gave and that can't be; one line with the remedy."""
 
 
 def _key(default: Any, text: str) -> Any:
@@ -95,11 +93,11 @@ class RunRecipe:
             num_samples: training images of an epoch.
 
         Raises:
-            RecipeError: if neither steps nor epochs are given.
+            UserError: if neither steps nor epochs are given.
         """
         per_epoch = num_samples / self.images_per_step
         if self.total_steps is None and self.epochs is None:
-            raise RecipeError("neither total_steps nor epochs is given; pass e.g. --epochs 800")
+            raise UserError("neither total_steps nor epochs is given; pass e.g. --epochs 800")
         total = self.total_steps or max(1, round((self.epochs or 0) * per_epoch))
         if self.warmup_steps is not None:
             return total, self.warmup_steps
@@ -112,7 +110,7 @@ class RunRecipe:
             ranks: processes.
 
         Raises:
-            RecipeError: if they don't make up the total; it names the sizes that do.
+            UserError: if they don't make up the total; it names the sizes that do.
         """
         return micro_batch(self.total_batch_size, self.per_device_batch_size, ranks)
 
@@ -127,7 +125,7 @@ class RunRecipe:
             command: what the folder is called after where there is no recipe.
 
         Raises:
-            RecipeError: as `check`.
+            UserError: as `check`.
         """
         if self.output_dir is None:
             self.output_dir = f"outputs/{Path(self.recipe).stem if self.recipe else command}"
@@ -135,28 +133,26 @@ class RunRecipe:
         return self
 
     def check(self) -> None:
-        """Raise a RecipeError for a value that no run can have."""
+        """Raise a UserError for a value that no run can have."""
         for key in (
             "total_batch_size", "per_device_batch_size", "log_steps", "keep_checkpoints", "total_steps", "save_steps",
             "eval_steps", "max_samples", "max_eval_samples",
         ):  # fmt: skip
             value = getattr(self, key)
             if value is not None and value < (2 if key == "keep_checkpoints" else 1):
-                raise RecipeError(f"{key} {value} is too small; give {2 if key == 'keep_checkpoints' else 1} or more")
+                raise UserError(f"{key} {value} is too small; give {2 if key == 'keep_checkpoints' else 1} or more")
         if self.epochs is not None and self.epochs <= 0:
-            raise RecipeError(f"epochs {self.epochs} is not positive; give e.g. 800, or total_steps")
+            raise UserError(f"epochs {self.epochs} is not positive; give e.g. 800, or total_steps")
         if self.seed < 0:
-            raise RecipeError(f"seed {self.seed} is negative; give 0 or more")
+            raise UserError(f"seed {self.seed} is negative; give 0 or more")
         if self.num_workers < 0:
-            raise RecipeError(f"num_workers {self.num_workers} is negative; 0 loads in the training process")
+            raise UserError(f"num_workers {self.num_workers} is negative; 0 loads in the training process")
         for key in ("blr", "min_lr", "weight_decay", "clip_grad", "warmup_epochs", "warmup_steps"):
             check_range(self, key, 0)
         for key, high in (("adam_beta1", 0.9999), ("adam_beta2", 0.999999)):
             check_range(self, key, 0, high)
         if len(self.crop_scale) not in (1, 2) or not 0 < self.crop_scale[0] <= self.crop_scale[-1] <= 1:
-            raise RecipeError(
-                f"crop_scale {self.crop_scale} is not 0 < smallest <= largest <= 1; the paper has 0.2 1.0"
-            )
+            raise UserError(f"crop_scale {self.crop_scale} is not 0 < smallest <= largest <= 1; the paper has 0.2 1.0")
 
 
 @dataclass
@@ -215,7 +211,7 @@ class PretrainRecipe(RunRecipe):
         _ = self.image_sizes, self.mask_ratios  # raise if they can't be read
         check_range(self, "masks_per_image", 1)
         if self.total_batch_size % self.masks_per_image:
-            raise RecipeError(
+            raise UserError(
                 f"total_batch_size {self.total_batch_size} is not a multiple of masks_per_image "
                 f"{self.masks_per_image}; it counts each image as often as it is masked"
             )
@@ -228,21 +224,21 @@ def _points(key: str, words: list[str] | None, read: Callable[[str], T]) -> list
     try:
         return read_points(words, read) if words is not None else []
     except ValueError as error:
-        raise RecipeError(f"{key} {error}") from error
+        raise UserError(f"{key} {error}") from error
 
 
 def check_range(recipe: RunRecipe, key: str, low: float, high: float | None = None) -> None:
-    """Raise a RecipeError for a number that is not finite or not in [low, high]; None is in order."""
+    """Raise a UserError for a number that is not finite or not in [low, high]; None is in order."""
     value = getattr(recipe, key)
     if value is not None and not (math.isfinite(value) and low <= value <= (value if high is None else high)):
         limits = f"{low} or more" if high is None else f"in [{low}, {high}]"
-        raise RecipeError(f"{key} {value} is out of range; give a number {limits}")
+        raise UserError(f"{key} {value} is out of range; give a number {limits}")
 
 
 def check_crop_pct(eval_crop_pct: float) -> None:
-    """Raise a RecipeError for a share that is none."""
+    """Raise a UserError for a share that is none."""
     if not 0 < eval_crop_pct <= 1:
-        raise RecipeError(f"eval_crop_pct {eval_crop_pct} lies outside (0, 1]; 0.875 is the usual one")
+        raise UserError(f"eval_crop_pct {eval_crop_pct} lies outside (0, 1]; 0.875 is the usual one")
 
 
 # Keys of MAEConfig that concern other uses of a model than pretraining are keys all the same.
@@ -254,7 +250,7 @@ class _Parser(HfArgumentParser):
     """Raises what argparse would print with a page of usage."""
 
     def error(self, message: str) -> NoReturn:
-        raise RecipeError(f"{message}; see {self.prog} --help")
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def pretrain_parser() -> ArgumentParser:
@@ -271,39 +267,6 @@ def pretrain_parser() -> ArgumentParser:
     return parser
 
 
-def micro_batch(
-    total_batch_size: int, per_device_batch_size: int | None, ranks: int, most: int = 64, masks: int = 1
-) -> tuple[int, int]:
-    """Images at once on a device, and how many such micro-batches make a step of one process.
-
-    Args:
-        total_batch_size: images of a step, over all processes.
-        per_device_batch_size: images at once, if a process has so many; the largest that fits, up to `most`, when None.
-        ranks: processes.
-        most: see above.
-        masks: images that belong together, since they are one with so many masks.
-
-    Raises:
-        RecipeError: if they don't make up the total; it names the sizes that do.
-    """
-    share, remainder = divmod(total_batch_size // masks, ranks)
-    if remainder:
-        fitting = [n for n in range(1, ranks + 1) if total_batch_size // masks % n == 0]
-        raise RecipeError(
-            f"total_batch_size {total_batch_size} can't be dealt to {ranks} processes; use {fitting} "
-            f"processes, or a multiple of {ranks * masks} images"
-        )
-    fitting = [masks * n for n in range(1, share + 1) if share % n == 0]
-    # More than a process has of a step is all that it has: on more processes a recipe needs no other number.
-    size = min(per_device_batch_size or max(n for n in fitting if n <= max(most, masks)), masks * share)
-    if size not in fitting:
-        raise RecipeError(
-            f"total_batch_size {total_batch_size} is not a multiple of per_device_batch_size {size} x {ranks} "
-            f"processes; sizes that fit: {', '.join(map(str, fitting[-12:]))}"
-        )
-    return size, share * masks // size
-
-
 def load_pretrain_recipe(arguments: list[str]) -> PretrainRecipe:
     """Merge defaults, recipe file and command line.
 
@@ -311,14 +274,14 @@ def load_pretrain_recipe(arguments: list[str]) -> PretrainRecipe:
         arguments: of the command line, e.g. `["--recipe", "quickstart", "--seed", "1"]`.
 
     Raises:
-        RecipeError: for an unknown recipe or key (it names the nearest) or an impossible value.
+        UserError: for an unknown recipe or key (it names the nearest) or an impossible value.
     """
     parser = pretrain_parser()
     _merge_recipe(parser, arguments, RECIPE_KEYS, CONFIG_KEYS)
     namespace, rest = parser.parse_known_args(arguments)
     if rest:
         keys = [f"--{key}" for key in RECIPE_KEYS + CONFIG_KEYS]
-        raise RecipeError(f"unknown argument '{rest[0]}'{_nearest(rest[0].split('=')[0], keys)}")
+        raise UserError(f"unknown argument '{rest[0]}'{_nearest(rest[0].split('=')[0], keys)}")
     return _recipe_from(namespace)
 
 
@@ -341,7 +304,7 @@ def _merge_recipe(
     known = [*keys, *untyped]
     for key, value in values.items():
         if key not in known:
-            raise RecipeError(f"unknown key '{key}' in recipe {name}{_nearest(str(key), known)}")
+            raise UserError(f"unknown key '{key}' in recipe {name}{_nearest(str(key), known)}")
         if key in keys and value is not None:
             values[key] = _typed(parser, key, value, name)
     parser.set_defaults(**values)
@@ -361,7 +324,7 @@ def _typed(parser: ArgumentParser, key: str, value: Any, name: str | None) -> An
             raise ArgumentError(action, f"expected one value, not {value}")
         return parser._get_values(action, words)
     except ArgumentError as error:
-        raise RecipeError(f"recipe {name}: {error}") from error
+        raise UserError(f"recipe {name}: {error}") from error
 
 
 def _recipe_from(namespace: Namespace) -> PretrainRecipe:
@@ -380,7 +343,7 @@ def parse_dataclass(kind: type[T], arguments: list[str], prog: str, recipes: str
         recipes: what the names of the package's recipes for this command start with; None: it takes no recipe.
 
     Raises:
-        RecipeError: for an unknown key (it names the nearest), a missing one or a bad value.
+        UserError: for an unknown key (it names the nearest), a missing one or a bad value.
     """
     parser = _Parser(cast(Any, kind), prog=prog, allow_abbrev=False)
     keys = [key.name for key in fields(cast(Any, kind))]
@@ -389,7 +352,7 @@ def parse_dataclass(kind: type[T], arguments: list[str], prog: str, recipes: str
     namespace, rest = parser.parse_known_args(arguments)
     if rest:
         flags = [f"--{key}" for key in keys]
-        raise RecipeError(f"unknown argument '{rest[0]}'{_nearest(rest[0].split('=')[0], flags)}")
+        raise UserError(f"unknown argument '{rest[0]}'{_nearest(rest[0].split('=')[0], flags)}")
     return kind(**vars(namespace))
 
 
@@ -408,7 +371,7 @@ def read_recipe(name: str, kind: str = "") -> dict[str, Any]:
     """The keys of a recipe of the package, or of a YAML file given by its path; `kind` as for `recipe_names`.
 
     Raises:
-        RecipeError: if there is none, naming the nearest, or the file is not a table of keys.
+        UserError: if there is none, naming the nearest, or the file is not a table of keys.
     """
     names = recipe_names(kind)
     if name in names:
@@ -417,22 +380,14 @@ def read_recipe(name: str, kind: str = "") -> dict[str, Any]:
         text = Path(name).read_text()
     else:
         known = ", ".join(names)
-        raise RecipeError(f"unknown recipe '{name}'{_nearest(name, names)}; there are {known}, or a .yaml file")
+        raise UserError(f"unknown recipe '{name}'{_nearest(name, names)}; there are {known}, or a .yaml file")
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise RecipeError(f"recipe {name} is not YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"recipe {name} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise RecipeError(f"recipe {name} is not a table of keys; write lines such as 'epochs: 800'")
+        raise UserError(f"recipe {name} is not a table of keys; write lines such as 'epochs: 800'")
     return values
-
-
-def model_config_of(recipe: PretrainRecipe, num_channels: int) -> MAEConfig:
-    """The configuration of a model from scratch: table of sizes < data's channels < the recipe's keys."""
-    try:
-        return MAEConfig(**{**SIZES[recipe.model_size], "num_channels": num_channels, **recipe.model_config})
-    except Exception as error:
-        raise RecipeError(" ".join(str(error).split())) from error
 
 
 def _nearest(word: str, words: list[str]) -> str:

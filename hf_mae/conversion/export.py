@@ -1,0 +1,178 @@
+"""`hf-mae export`: an encoder or a classifier as a graph, for ONNX runtimes or for `torch.export.load`.
+
+The batch may have any size, images have the model's. The graph is read back from the file and compared with the model
+on several batches before the folder gets its name.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..classifier_mae import MAEForImageClassification
+from ..errors import UserError
+from ..hub.check import compare
+from ..modeling_mae import MAEForPreTraining
+from .convert import OneLineParser
+from .read import Numbers, open_source
+
+BATCHES = (1, 2, 5)  # sizes that are compared
+Graph = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
+
+
+@dataclass
+class ExportOptions:
+    """The command line of `hf-mae export`; see `parse_options`."""
+
+    source: str
+    dest: str
+    to: str
+
+
+class Tensors(nn.Module):
+    """A model with tensors for outputs, which is what a graph has."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        classifies = isinstance(model, MAEForImageClassification)
+        self.names = ["logits"] if classifies else ["last_hidden_state", "pooler_output"]
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        output = self.model(pixel_values)
+        return tuple(output[name] for name in self.names)
+
+
+def parse_options(arguments: list[str]) -> ExportOptions:
+    """Read the command line.
+
+    Raises:
+        UserError: for an unknown flag or a bad value.
+    """
+    parser = OneLineParser(prog="hf-mae export", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser.add_argument("source", help="model: folder or Hub id, or any other source of hf-mae convert")
+    parser.add_argument("dest", help="folder to write; must not exist, or be empty")
+    parser.add_argument("--to", choices=list(WRITERS), default="onnx", help="kind of graph (default: %(default)s)")
+    return ExportOptions(**vars(parser.parse_args(arguments)))
+
+
+def export(options: ExportOptions) -> dict[str, Any]:
+    """Export a model, or write nothing.
+
+    Returns:
+        `part` ("encoder" or "classifier"), `file`, `inputs` and `outputs` (name -> shape), `difference` (the largest),
+        and `use`: the lines that run the result.
+
+    Raises:
+        UserError: if the source can't be read, DEST isn't empty, or outputs differ by more than 1e-5 of their scale.
+    """
+    dest = Path(options.dest).absolute()
+    if dest.is_file() or (dest.is_dir() and any(dest.iterdir())):
+        raise UserError(f"{options.dest} is there and not empty; name another folder")
+    source = open_source(options.source, Numbers())
+    model = source.model.mae if isinstance(source.model, MAEForPreTraining) else source.model
+    temporary = dest.with_name(f".tmp-{dest.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        file, write = WRITERS[options.to]
+        tensors = Tensors(model).eval()
+        graph = write(tensors, _images(model, 2), temporary / file)
+        difference = max(_difference(tensors, graph, batch, options.to) for batch in BATCHES)
+        model.config.save_pretrained(temporary)
+        source.processor.save_pretrained(temporary)
+        temporary.replace(dest)
+    except OSError as error:
+        raise UserError(f"{options.dest} can't be written: {error}; name another folder, or make room") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    outputs = dict(zip(tensors.names, tensors(_images(model, 1)), strict=True))
+    return {
+        "part": "classifier" if isinstance(model, MAEForImageClassification) else "encoder",
+        "file": f"{options.dest}/{file}",
+        "inputs": {"pixel_values": ["batch", *_images(model, 1).shape[1:]]},
+        "outputs": {name: ["batch", *value.shape[1:]] for name, value in outputs.items()},
+        "difference": difference,
+        "use": USES[options.to].format(file=f"{options.dest}/{file}"),
+    }
+
+
+def write_onnx(tensors: Tensors, images: torch.Tensor, file: Path) -> Graph:
+    """An ONNX file, with a second one for weights above 2 GB; runs in onnxruntime."""
+    import onnx  # noqa: F401  # this and the next for torch's exporter, which would miss them late
+    import onnxruntime
+    import onnxscript  # noqa: F401
+
+    program: Any = torch.onnx.export(
+        tensors,
+        (images,),
+        dynamo=True,
+        verbose=False,
+        input_names=["pixel_values"],
+        output_names=tensors.names,
+        dynamic_shapes={"pixel_values": {0: "batch"}},
+    )
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # where on this machine each line of code lies
+    program.save(file, external_data=sum(p.numel() for p in tensors.parameters()) * 4 > 2e9)
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    return lambda batch: tuple(map(torch.from_numpy, session.run(tensors.names, {"pixel_values": batch.numpy()})))
+
+
+def write_torch_export(tensors: Tensors, images: torch.Tensor, file: Path) -> Graph:
+    """A .pt2 file of `torch.export`; runs without this package."""
+    shapes = {"pixel_values": {0: torch.export.Dim("batch", min=1)}}
+    program = torch.export.export(tensors, (images,), dynamic_shapes=shapes)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # where on this machine each line of code lies
+    torch.export.save(program, file)
+    return torch.export.load(file).module()
+
+
+WRITERS: dict[str, tuple[str, Callable[[Tensors, torch.Tensor, Path], Graph]]] = {
+    "onnx": ("model.onnx", write_onnx),
+    "torch_export": ("model.pt2", write_torch_export),
+}
+USES = {
+    "onnx": "import onnxruntime; onnxruntime.InferenceSession({file!r}).run(None, {{'pixel_values': numpy_array}})",
+    "torch_export": "import torch; torch.export.load({file!r}).module()(pixel_values)",
+}
+
+
+def _images(model: Any, batch: int) -> torch.Tensor:
+    """(B, C, H, W) of noise, the same ones for a shape."""
+    shape = batch, model.config.num_channels, *model.config.image_height_width
+    return torch.randn(shape, generator=torch.Generator().manual_seed(batch))
+
+
+@torch.no_grad()
+def _difference(tensors: Tensors, graph: Graph, batch: int, to: str) -> float:
+    images = _images(tensors.model, batch)
+    expected, got = (dict(zip(tensors.names, run(images), strict=True)) for run in (tensors, graph))
+    try:
+        return compare(expected, got)
+    except ValueError as error:
+        raise UserError(
+            f"the model and its {to} graph differ for {batch} images ({error}); nothing was written"
+        ) from error
+
+
+def describe_export(result: dict[str, Any]) -> str:
+    """What the command prints of it."""
+    (name, shape), *_ = result["inputs"].items()
+    outputs = ", ".join(f"{name} {_shape(shape)}" for name, shape in result["outputs"].items())
+    return (
+        f"{result['part']} with {name} {_shape(shape)} -> {outputs}: any batch, this image size\n"
+        f"compared with the model on batches of {', '.join(map(str, BATCHES))}: largest difference "
+        f"{result['difference']:.1g}\n"
+        f"written  {result['file']}\n"
+        f"run it   {result['use']}"
+    )
+
+
+def _shape(shape: list[Any]) -> str:
+    return f"({', '.join(map(str, shape))})"

@@ -1,0 +1,88 @@
+"""Names and shapes of weights in the original's (and timm's) layout and in transformers', against ours.
+
+One table a layout, from our names to theirs; the way back goes through the names that a model of ours expects.
+"""
+
+import re
+
+import torch
+from torch import nn
+
+from ..errors import UserError
+
+# Our names -> the original's, in this order. timm's encoders and classifiers have the same.
+_ORIGINAL = (
+    (r"^mae\.", ""),
+    (r"^decoder\.", ""),
+    (r"^embeddings\.position_embeddings\.table$", "pos_embed"),
+    (r"^decoder_pos_embed\.table$", "decoder_pos_embed"),
+    (r"^embeddings\.cls_token$", "cls_token"),
+    (r"^embeddings\.patch_embed\.", "patch_embed.proj."),
+    (r"^decoder_layers\.", "decoder_blocks."),
+    (r"^layers\.", "blocks."),
+    (r"\.attention\.", ".attn."),
+    (r"^classifier\.", "head."),
+)
+
+# Our names -> those of transformers' ViTMAE and ViT; "qkv" becomes three, see `their_names`.
+_TRANSFORMERS = (
+    (r"^mae\.", "vit."),
+    (r"\.table$", ""),
+    (r"embeddings\.patch_embed\.", "embeddings.patch_embeddings.projection."),
+    (r"^(vit\.|)norm\.", r"\1layernorm."),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"\.attention\.proj\.", ".attention.o_proj."),
+)
+
+LAYOUTS = {"original": _ORIGINAL, "transformers": _TRANSFORMERS}
+
+
+def their_names(name: str, layout: str) -> list[str]:
+    """What a weight of ours is called there; three names where theirs keeps query, key and value apart.
+
+    Args:
+        name: e.g. `mae.layers.0.attention.qkv.weight`.
+        layout: "original" or "transformers".
+    """
+    for pattern, replacement in LAYOUTS[layout]:
+        name = re.sub(pattern, replacement, name)
+    if layout == "transformers" and ".qkv." in name:
+        return [name.replace(".qkv.", f".{letter}_proj.") for letter in "qkv"]
+    return [name]
+
+
+def to_layout(ours: dict[str, torch.Tensor], layout: str) -> dict[str, torch.Tensor]:
+    """Weights of ours (or their gradients) by their names: tables get a batch axis, a fused qkv may be split."""
+    theirs = {}
+    for name, value in ours.items():
+        names = their_names(name, layout)
+        parts = value[None] if name.endswith(".table") else value
+        theirs.update(zip(names, parts.chunk(len(names)), strict=True))
+    return theirs
+
+
+def load_layout(model: nn.Module, theirs: dict[str, torch.Tensor], layout: str) -> None:
+    """Fill a model of ours with weights in another layout, in place.
+
+    Raises:
+        UserError: if one is missing, left over or of another shape; it names the first.
+    """
+    wanted = {name: their_names(name, layout) for name in model.state_dict()}
+    expected = {their for names in wanted.values() for their in names}
+    for what, keys in (("lacks", expected - theirs.keys()), ("has", theirs.keys() - expected)):
+        if keys:
+            raise UserError(
+                f"the source {what} {sorted(keys)[0]} ({len(keys)} such names), unlike a {type(model).__name__} of its "
+                "kind; only plain ViTs as in the paper can be converted"
+            )
+    ours = {}
+    for name, value in model.state_dict().items():
+        tensor = torch.cat([theirs[their] for their in wanted[name]])
+        ours[name] = tensor[0] if name.endswith(".table") else tensor
+        if ours[name].shape != value.shape:
+            raise UserError(
+                f"the source's {wanted[name][0]} has shape {tuple(ours[name].shape)} where {tuple(value.shape)} fits; "
+                "check --image_size and the numbers of heads"
+            )
+    model.load_state_dict(ours)

@@ -1,0 +1,71 @@
+"""Weights from files, of which none is trusted: nothing in them is run."""
+
+import argparse
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..errors import UserError
+
+# What the original's own checkpoints hold besides tensors and plain values: the options that they were trained with.
+_ALLOWED: list[Any] = [argparse.Namespace]
+
+
+def read_pth(path: str | Path) -> Any:
+    """What a `.pth` file holds, on the host. Nothing in it is run, whatever it says.
+
+    Args:
+        path: of a file that `torch.save` wrote, in its newer or older form.
+
+    Raises:
+        UserError: if it isn't one, or asks for code other than tensors, plain values and `argparse.Namespace`.
+    """
+    try:
+        with torch.serialization.safe_globals(_ALLOWED):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is not there; check the name") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} is refused: it holds {_what_else(path)}, which could run code; ask for a file "
+            "with its tensors alone"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
+        message = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is no whole .pth file ({message}); fetch it again") from error
+
+
+def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors of a `.safetensors` or `.pth` file as float32, and what it says about them.
+
+    Of a `.pth`, the entry `model` is taken if there is one, and its options are those of the entry `args`.
+
+    Raises:
+        UserError: if the file can't be read, or holds something else.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                weights, said = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is no whole .safetensors file ({error}); fetch it again") from error
+    else:
+        content = read_pth(path)
+        inner = content.get("model", content) if isinstance(content, dict) else content
+        options = content.get("args") if inner is not content else None
+        weights, said = inner, vars(options) if isinstance(options, argparse.Namespace) else {}
+    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise UserError(f"{path} doesn't hold a model's weights by name; give a file that does")
+    return {key: value.detach().float().contiguous() for key, value in weights.items()}, said
+
+
+def _what_else(path: str | Path) -> str:
+    """Names of the code that a file asks for; only zip files can be asked without running them."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except (ValueError, RuntimeError):
+        names = []
+    return ", ".join(sorted(names)) or "more than tensors and plain values"

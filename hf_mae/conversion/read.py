@@ -1,0 +1,345 @@
+"""Models of other packages -> ours in memory, each with its own implementation to be checked against."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..classifier_mae import MAEForImageClassification
+from ..configuration_mae import SIZES, MAEConfig
+from ..errors import UserError
+from ..image_processing_mae import MAEImageProcessor
+from ..modeling_mae import MAEForPreTraining, MAEModel
+from . import reference
+from .compare import Outputs, Probe, Run, run_ours, run_timm, run_transformers
+from .layouts import load_layout
+from .processors import evaluation_processor, read_processor, read_timm_processor
+from .pth import read_weights
+
+RECORD = "conversion.json"
+NON_COMMERCIAL = "cc-by-nc-4.0"
+# The repositories of the original's authors, copies of them, and their places in a cache.
+_FACEBOOKS = re.compile(r"(^|/|--)vit-mae-(base|large|huge)(/|$)")
+SHARED = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "initializer_range",
+    "layer_norm_eps", "image_size", "patch_size", "num_channels", "qkv_bias",
+)  # fmt: skip
+PRETRAINING = (
+    "decoder_hidden_size", "decoder_num_hidden_layers", "decoder_num_attention_heads", "decoder_intermediate_size",
+    "mask_ratio", "norm_pix_loss",
+)  # fmt: skip
+LABELS = ("id2label", "label2id", "problem_type")
+
+
+@dataclass
+class Numbers:
+    """What weights don't say about themselves; None: not given."""
+
+    image_size: list[int] | None = None
+    num_attention_heads: int | None = None
+    decoder_num_attention_heads: int | None = None
+    norm_pix_loss: bool | None = None
+
+
+@dataclass
+class Source:
+    """A model of ours, in float32 and eval mode, and where it came from."""
+
+    format: str
+    model: Any
+    processor: MAEImageProcessor
+    run: Run  # by the source's own implementation
+    licence: str | None
+    sha256: dict[str, str]
+    revision: str | None = None  # commit of a Hub repository
+    before: dict[str, Any] | None = None  # what an earlier conversion recorded
+
+
+def open_source(source: str, numbers: Numbers) -> Source:
+    """Read a file, a folder or a repository of the Hub.
+
+    Raises:
+        UserError: if it can't be, or is none of the kinds of model that are known.
+    """
+    path = _local(source)
+    if path.is_dir() and not (path / "config.json").exists() and (path / "model.safetensors").exists():
+        path = path / "model.safetensors"
+    if path.is_dir():
+        folder, found = path, _read_folder(path, source, numbers)
+        files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".pth"))
+    else:
+        folder, found = path.parent, _read_original(path, numbers)
+        files = [path]
+    found.revision = folder.name if not Path(source).exists() else None  # snapshots/COMMIT, in the Hub's cache
+    found.sha256 = {file.name: _sha256(file) for file in files}
+    # Nothing that we wrote is a .pth, whatever lies beside it.
+    record = _record(folder) if path.is_dir() or path.suffix == ".safetensors" else None
+    if record is not None:
+        found.before, found.licence = record, record.get("licence")
+    return found
+
+
+def _read_folder(folder: Path, source: str, numbers: Numbers) -> Source:
+    for key in ("num_attention_heads", "decoder_num_attention_heads", "norm_pix_loss"):
+        if getattr(numbers, key) is not None:
+            raise UserError(f"{source} records its own {key}; leave --{key} out")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source} has no config.json that can be read; name a model") from error
+    kind = "timm" if "architecture" in config else config.get("model_type")
+    readers: dict[str, Callable[[Path, dict[str, Any]], Source]] = {
+        "mae": _read_ours,
+        "vit_mae": _read_transformers,
+        "vit": _read_transformers,
+        "timm": _read_timm,
+    }
+    if kind not in readers:
+        raise UserError(f"{source} is a model of type {kind}; there are {', '.join(readers)}, and .pth files")
+    found = readers[kind](folder, config)
+    if any(_FACEBOOKS.search(str(name)) for name in (source, config.get("_name_or_path"))):
+        found.licence = NON_COMMERCIAL
+    return found
+
+
+def _local(source: str) -> Path:
+    """The path itself; or a folder with what a repository of the Hub has of configuration and weights."""
+    path = Path(source)
+    if path.exists():
+        return path
+    if path.suffix in (".pth", ".pt", ".safetensors", ".bin") or source.count("/") != 1 or source[0] in "./~":
+        raise UserError(f"{source} is not there; check the name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        for weights in ("*.safetensors", "pytorch_model*.bin"):
+            folder = Path(snapshot_download(source, allow_patterns=["*.json", weights], ignore_patterns=["*/*"]))
+            if list(folder.glob(weights)):
+                break
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        message = " ".join(str(error).split())[:200]
+        raise UserError(f"{source} is neither here nor on the Hub ({message}); check the name") from error
+    return folder
+
+
+def _record(folder: Path) -> dict[str, Any] | None:
+    file = folder / RECORD
+    try:
+        return json.loads(file.read_text()) if file.exists() else None
+    except ValueError as error:
+        raise UserError(f"{file} is broken ({error}); if you know the licence of the weights, remove it") from error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------- ours, transformers'
+
+
+def _load(model_class: Any, folder: Path, **options: Any) -> Any:
+    """`from_pretrained` in float32, nothing missing and nothing left over."""
+    try:
+        model, report = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
+    except Exception as error:  # whatever a broken or hostile file makes transformers raise
+        message = " ".join(str(error).split())[:300]
+        raise UserError(f"{model_class.__name__} can't load {folder}: {message}") from error
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        # A ViT's pooler is no part of what the encoder learnt.
+        keys = sorted(str(key) for key in report[what] if not str(key).startswith("pooler."))
+        if keys:
+            raise UserError(
+                f"{folder} doesn't fit {model_class.__name__}: {what.replace('_', ' ')} {keys[0]} ({len(keys)}); "
+                "give a whole checkpoint"
+            )
+    return model.eval()
+
+
+def _read_ours(folder: Path, config: dict[str, Any]) -> Source:
+    classes: dict[str, Any] = {
+        model.__name__: model for model in (MAEForPreTraining, MAEForImageClassification, MAEModel)
+    }
+    name = (config.get("architectures") or ["MAEForPreTraining"])[0]
+    if name not in classes:
+        raise UserError(f"{folder} holds a {name}; there are {', '.join(classes)}")
+    model = _load(classes[name], folder)
+    processor = read_processor(folder, model.config)
+    return Source("mae", model, processor, run_ours(model), None, {})
+
+
+def _read_transformers(folder: Path, config: dict[str, Any]) -> Source:
+    import transformers
+
+    classes: dict[str, Any] = {
+        "ViTMAEForPreTraining": MAEForPreTraining,
+        "ViTMAEModel": MAEModel,
+        "ViTModel": MAEModel,
+        "ViTForImageClassification": MAEForImageClassification,
+    }
+    kind = config["model_type"]
+    default = {"vit_mae": "ViTMAEForPreTraining", "vit": "ViTModel"}[kind]
+    name = (config.get("architectures") or [default])[0]
+    if name not in classes:
+        raise UserError(f"{folder} holds a {name}; there are {', '.join(classes)}")
+    peer = _load(getattr(transformers, name), folder, **({"add_pooling_layer": False} if name == "ViTModel" else {}))
+    keys = SHARED + (PRETRAINING if kind == "vit_mae" else ())
+    settings: dict[str, Any] = {key: getattr(peer.config, key) for key in keys}
+    settings |= {key: getattr(peer.config, key) for key in LABELS} if "Classification" in name else {}
+    settings |= {"pooling": "cls"} if kind == "vit" else {}
+    model = make_model(classes[name], settings, peer.state_dict(), "transformers")
+    return Source(kind, model, read_processor(folder, model.config), run_transformers(peer), None, {})
+
+
+# ---------------------------------------------------------------------------------------------- the original's layout
+
+
+def _read_original(path: Path, numbers: Numbers) -> Source:
+    weights, said = read_weights(path)
+    if not {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"} <= weights.keys():
+        raise UserError(
+            f"{path} has no weights of an MAE by the original's names, but e.g. {', '.join(sorted(weights)[:3])}; "
+            "give the original's file, or the folder of a model"
+        )
+    settings, model_class = _config_from(weights, numbers.image_size), _class_of(weights)
+    for prefix in ("", "decoder_") if model_class is MAEForPreTraining else ("",):
+        settings[f"{prefix}num_attention_heads"] = _heads(settings, prefix, numbers, said)
+    if model_class is MAEForPreTraining:
+        settings["norm_pix_loss"] = _norm_pix_loss(path, numbers, said)
+    model = make_model(model_class, settings, weights, "original")
+    beside = (path.parent / RECORD).exists() and path.suffix == ".safetensors"
+    processor = read_processor(path.parent, model.config) if beside else evaluation_processor(model.config)
+    return Source("original", model, processor, run_original(weights, model.config), NON_COMMERCIAL, {})
+
+
+def run_original(weights: dict[str, torch.Tensor], config: MAEConfig) -> Run:
+    """The original's forward on its own weights; of what kind, their names say."""
+    heads = config.num_attention_heads
+
+    def run(probe: Probe) -> Outputs:
+        if "decoder_pred.weight" in weights:
+            logits, loss = reference.pretrain(
+                weights, *probe, heads, config.decoder_num_attention_heads, config.norm_pix_loss
+            )
+            return {"logits": logits, "loss": loss}
+        if "head.weight" in weights:
+            return {"logits": reference.classify(weights, probe.images, heads)}
+        return {"last_hidden_state": reference.features(weights, probe.images, heads)}
+
+    return run
+
+
+def make_model(model_class: Any, settings: dict[str, Any], weights: dict[str, torch.Tensor], layout: str) -> Any:
+    """A model of ours with these weights.
+
+    Raises:
+        UserError: if the numbers or the weights don't go together.
+    """
+    try:
+        model = model_class(MAEConfig(**settings)).eval()
+    except ValueError as error:
+        raise UserError(" ".join(str(error).split())) from error
+    load_layout(model, weights, layout)
+    return model
+
+
+def _class_of(weights: dict[str, torch.Tensor]) -> Any:
+    if "decoder_pred.weight" in weights:
+        return MAEForPreTraining
+    return MAEForImageClassification if "head.weight" in weights else MAEModel
+
+
+def _config_from(weights: dict[str, torch.Tensor], image_size: list[int] | None) -> dict[str, Any]:
+    """What shapes say: everything but the heads. A number of patches that is no square needs the image size."""
+    D, C, P, Q = weights["patch_embed.proj.weight"].shape
+    N = weights["pos_embed"].shape[1] - 1
+    side = round(N**0.5)
+    if side * side == N:
+        size = [side * P, side * Q]
+    elif image_size:
+        size = image_size if len(image_size) == 2 else image_size * 2
+    else:
+        raise UserError(f"{N} patches make no square; say which height and width by --image_size H W")
+    settings = {
+        "hidden_size": D,
+        "num_hidden_layers": _depth(weights, "blocks"),
+        "intermediate_size": len(weights["blocks.0.mlp.fc1.weight"]),
+        "image_size": size[0] if size[0] == size[1] else size,
+        "patch_size": P if P == Q else [P, Q],
+        "num_channels": C,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
+    }
+    if "decoder_pred.weight" in weights:
+        settings["decoder_hidden_size"] = len(weights["decoder_embed.weight"])
+        settings["decoder_num_hidden_layers"] = _depth(weights, "decoder_blocks")
+        settings["decoder_intermediate_size"] = len(weights["decoder_blocks.0.mlp.fc1.weight"])
+    elif "head.weight" in weights:
+        settings["num_labels"] = len(weights["head.weight"])
+        settings["pooling"] = "mean" if "fc_norm.weight" in weights else "cls"
+    return settings
+
+
+def _depth(weights: dict[str, torch.Tensor], name: str) -> int:
+    return 1 + max(int(key.split(".")[1]) for key in weights if key.startswith(f"{name}."))
+
+
+def _heads(settings: dict[str, Any], prefix: str, numbers: Numbers, said: dict[str, Any]) -> int:
+    key, width = f"{prefix}num_attention_heads", settings[f"{prefix}hidden_size"]
+    # Encoders of the table of sizes; the decoder that they all have is 512 wide with 16 heads.
+    known = {512: 16} if prefix else {size["hidden_size"]: size["num_attention_heads"] for size in SIZES.values()}
+    heads = getattr(numbers, key) or said.get(key) or known.get(width)
+    if not heads:
+        raise UserError(f"the number of heads of a width of {width} is in no file and no table; give --{key} NUMBER")
+    return int(heads)
+
+
+def _norm_pix_loss(path: Path, numbers: Numbers, said: dict[str, Any]) -> bool:
+    """Asked for; or recorded; or known of the files that the original's authors published (their README)."""
+    if numbers.norm_pix_loss is not None:
+        return numbers.norm_pix_loss
+    if "norm_pix_loss" in said:
+        return str(said["norm_pix_loss"]).lower() == "true"
+    if path.name.startswith(("mae_pretrain_vit_", "mae_visualize_vit_")):
+        return path.name.startswith("mae_pretrain_vit_")
+    raise UserError(f"{path} doesn't say what its decoder predicts; give --norm_pix_loss true or false")
+
+
+# ---------------------------------------------------------------------------------------------- timm
+
+
+def _read_timm(folder: Path, config: dict[str, Any]) -> Source:
+    try:
+        import timm
+    except ModuleNotFoundError as error:
+        raise UserError("timm's models are checked against timm: pip install timm") from error
+
+    files = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).exists()]
+    if not files:
+        raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin; give a whole model")
+    weights, pretrained = read_weights(files[0])[0], config.get("pretrained_cfg", config)
+    options = {key: config[key] for key in ("num_classes", "global_pool") if key in config}
+    options |= {k: v for k, v in config.get("model_args", {}).items() if not k.startswith(("pretrained", "checkpoint"))}
+    try:
+        # Built empty, and filled by us: timm opens no file that the configuration names.
+        if not timm.is_model(config["architecture"]):
+            raise KeyError(f"no model is called {config['architecture']}")
+        peer: Any = timm.create_model(config["architecture"], pretrained=False, **options).eval()
+        peer.load_state_dict(weights)
+        heads, eps = peer.blocks[0].attn.num_heads, peer.blocks[0].norm1.eps
+        height_width = list(peer.patch_embed.img_size)
+        settings = _config_from(weights, height_width) | {"num_attention_heads": heads, "layer_norm_eps": eps}
+    except (RuntimeError, TypeError, AttributeError, KeyError) as error:
+        message = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder} is no ViT with a class token by timm's names: {message}") from error
+    if "head.weight" not in weights:
+        settings["pooling"] = "cls" if peer.global_pool == "token" else "mean"
+    settings["image_size"] = height_width
+    model = make_model(_class_of(weights), settings, weights, "original")
+    processor = read_timm_processor(pretrained, model.config)
+    return Source("timm", model, processor, run_timm(peer), pretrained.get("license"), {})

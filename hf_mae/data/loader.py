@@ -1,0 +1,220 @@
+"""Batches in the source's dtype: training streams, evaluation sets and their worker processes."""
+
+import contextlib
+import signal
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from ..errors import MissingPackage
+from .augment import sample_rng, training_view
+from .decode import BadImage, decode_image
+from .order import EpochOrder, LogicalStream, Rows, StreamPlan
+from .sources import DataError, Row
+from .transform import View, evaluation_view
+
+
+@dataclass
+class Batch:
+    """Images and what belongs to them.
+
+    Args:
+        images: (b, C, H, W) in the source's dtype.
+        noise: (b * masks, N) float32 mask noise from U[0, 1), the masks of an image side by side.
+        keys: (b,) places of the samples, for people.
+        labels: (b,) whatever the source has.
+        positions: of the streams that gave rows to this batch: stream number -> rows read.
+        bad: (key, reason) of the samples that were skipped on the way.
+    """
+
+    images: torch.Tensor
+    noise: torch.Tensor
+    keys: list[str]
+    labels: list[Any]
+    positions: dict[int, int] = field(default_factory=dict)
+    bad: list[tuple[str, str]] = field(default_factory=list)
+
+    def pin_memory(self) -> "Batch":
+        self.images, self.noise = self.images.pin_memory(), self.noise.pin_memory()
+        return self
+
+
+Sample = tuple[np.ndarray, np.ndarray, Row]
+
+
+def _collate(view: View, samples: Sequence[Sample], positions: dict[int, int], bad: list[tuple[str, str]]) -> Batch:
+    images = np.empty((len(samples), view.num_channels, *view.size), view.dtype)
+    for at, (pixels, _, _) in enumerate(samples):
+        images[at] = pixels
+    noise = np.array([mask_noise for _, mask_noise, _ in samples], np.float32).reshape(-1, view.num_patches)
+    return Batch(
+        images=torch.from_numpy(images),
+        noise=torch.from_numpy(noise),
+        keys=[row.key for _, _, row in samples],
+        labels=[row.label for _, _, row in samples],
+        positions=positions,
+        bad=bad,
+    )
+
+
+class TrainingStream(IterableDataset):
+    """A rank's share of the batches of the steps [first_step, last_step), for a DataLoader without batching.
+
+    Args:
+        rows: what to train on.
+        plan: how batches are put together.
+        view: what becomes of each image.
+        seed: of order, crop, flip and mask noise.
+        positions: (L,) rows that each stream has read before `first_step`.
+        first_step: the step of the first batch, from 0.
+        last_step: the step before which it ends.
+        rank: of this process, from 0.
+        ranks: processes.
+        items_per_step: items that a rank's part of a step is cut into.
+        later_views: (step, view) that takes the place of the one before from this step on, steps rising.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        plan: StreamPlan,
+        view: View,
+        seed: int,
+        positions: Sequence[int],
+        first_step: int,
+        last_step: int,
+        rank: int = 0,
+        ranks: int = 1,
+        items_per_step: int = 1,
+        later_views: Sequence[tuple[int, View]] = (),
+    ):
+        self.rows, self.plan, self.seed = rows, plan, seed
+        self.views = [(0, view), *later_views]
+        self.positions, self.steps = list(positions), range(first_step, last_step)
+        self.items_per_step = items_per_step
+        self.chunks_per_item = plan.chunks // ranks // items_per_step
+        self.first_chunk = rank * (plan.chunks // ranks)
+        self.chunk_size = plan.total_batch_size // plan.chunks
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        order = EpochOrder(self.rows, self.seed)
+        streams: dict[int, LogicalStream] = {}
+        items = len(self.steps) * self.items_per_step
+        for item in range(number, items, workers):
+            step, part = self.steps[item // self.items_per_step], item % self.items_per_step
+            first = step % self.plan.groups * self.plan.chunks + self.first_chunk + part * self.chunks_per_item
+            view = [view for start, view in self.views if start <= step][-1]
+            samples: list[Sample] = []
+            bad: list[tuple[str, str]] = []
+            for stream in range(first, first + self.chunks_per_item):
+                if stream not in streams:
+                    streams[stream] = LogicalStream(order, stream, self.plan.num_streams, self.positions[stream])
+                samples += self._chunk(streams[stream], view, bad)
+            taken = range(first, first + self.chunks_per_item)
+            yield _collate(view, samples, {stream: streams[stream].position for stream in taken}, bad)
+
+    def _chunk(self, stream: LogicalStream, view: View, bad: list[tuple[str, str]]) -> list[Sample]:
+        samples: list[Sample] = []
+        failed = 0
+        while len(samples) < self.chunk_size:
+            epoch, row = stream.next(self.chunk_size - len(samples))
+            try:
+                image = decode_image(row.image, view.num_channels, view.dtype, view.min_pixels)
+                rng = sample_rng(self.seed, epoch, row.shard, row.row)
+                pixels = training_view(image, rng, view.size, view.crop_scale, view.flip, view.one_draw)
+                samples.append((pixels, rng.random((view.masks, view.num_patches), dtype=np.float32), row))
+                failed = 0
+            except BadImage as error:
+                bad.append((row.key, error.reason))
+                failed += 1
+                # With one good image, at the start of an epoch and at the end of the next, fewer would fail.
+                if failed > 2 * stream.length:
+                    raise DataError(
+                        f"{failed} images in a row could not be read, the last one {row.key} ({error}); check the data"
+                    ) from error
+        return samples
+
+
+class EvaluationSet(IterableDataset):
+    """A rank's share of the rows, once, in their own order: the evaluation crop, and one fixed mask noise per row.
+
+    There is one batch for every `batch_size` rows, the last of fewer. An image that can't be decoded is left out of its
+    batch and named in `Batch.bad`, so that a batch may be smaller than the others, and have no image at all.
+    """
+
+    def __init__(self, rows: Rows, view: View, batch_size: int, mask_seed: int = 0, rank: int = 0, ranks: int = 1):
+        self.rows, self.view, self.batch_size, self.mask_seed = rows, view, batch_size, mask_seed
+        # Whole runs of neighbours to each rank: a block from the network is then fetched by one of them.
+        self.index = np.array_split(rows.index, ranks)[rank]
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        starts = range(number * self.batch_size, len(self.index), workers * self.batch_size)
+        for start in starts:
+            samples: list[Sample] = []
+            bad: list[tuple[str, str]] = []
+            for row in self.rows.read(self.index[start : start + self.batch_size]):
+                try:
+                    image = decode_image(row.image, self.view.num_channels, self.view.dtype)
+                except BadImage as error:
+                    bad.append((row.key, error.reason))
+                    continue
+                noise = sample_rng(self.mask_seed, 0, row.shard, row.row).random(self.view.num_patches, np.float32)
+                samples.append((evaluation_view(image, self.view.eval_resize, self.view.size), noise, row))
+            yield _collate(self.view, samples, {}, bad)
+
+
+def ignore_termination(worker_id: int) -> None:
+    """Start-up of a loader worker: the signals are for the training process, which saves and then ends its workers."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    # A worker decodes on one core; more threads only get in the way of the others.
+    torch.set_num_threads(1)
+
+
+def make_loader(
+    dataset: IterableDataset, num_workers: int, pin_memory: bool = False, start: Callable = ignore_termination
+) -> DataLoader:
+    """Batches of a stream or an evaluation set, in order, from `num_workers` processes (0: in this one)."""
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=start if num_workers else None,
+        prefetch_factor=2 if num_workers else None,
+    )
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Tell the errors of a loader's worker in one line: they have the worker's traceback for a message."""
+    try:
+        yield
+    except (DataError, MissingPackage) as error:
+        last_line = str(error).strip().rpartition("\n")[2]
+        raise type(error)(last_line.removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")) from error
+
+
+def each_batch(loader: DataLoader) -> Generator[Batch]:
+    """The batches of a loader. Its workers are ended whatever happens, and their errors are told in one line."""
+    batches = iter(loader)
+    try:
+        with one_line_errors():
+            yield from batches
+    finally:
+        # Left to the garbage collector, they would live on in an error's traceback, and the process wait for them for
+        # ever at its end, where it sends them the SIGTERM that they ignore. So does the iterator's own way to end one
+        # that is late.
+        if loader.num_workers:
+            batches._shutdown_workers()  # type: ignore[attr-defined]
+            for worker in batches._workers:  # type: ignore[attr-defined]
+                worker.kill()
+                worker.join()

@@ -1,0 +1,127 @@
+"""What fine-tuning adds to crops and flips: RandAugment, random erasing, mixup and cutmix (Table 9)."""
+
+import contextlib
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torchvision.transforms import v2
+
+from .transform import BICUBIC
+
+
+@contextlib.contextmanager
+def seeded(rng: np.random.Generator) -> Iterator[None]:
+    """Let a library that draws from the global generators (of Python, numpy, torch's CPU) draw from `rng` instead."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed = int(rng.integers(2**32))
+    random.seed(seed)
+    np.random.seed(seed)
+    # Not torch.manual_seed, which seeds the GPUs too: drop path would draw the same numbers again and again.
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+class RandAugment:
+    """RandAugment (arXiv:1909.13719) by timm, whose words for it the recipes use; for 8-bit gray and colour.
+
+    Args:
+        policy: `rand-m9-mstd0.5-inc1`: two random changes of magnitude 9 of 10, each made in half of the cases, with a
+            standard deviation of 0.5, all of them stronger with the magnitude.
+        size: (height, width) of the images in pixels.
+        image_mean: (C,) in [0, 1]: what fills the corners that a rotation leaves empty.
+
+    Raises:
+        ValueError: if timm doesn't know the words.
+    """
+
+    def __init__(self, policy: str, size: tuple[int, int], image_mean: Sequence[float]):
+        from timm.data.auto_augment import rand_augment_transform
+
+        fill = tuple(round(255 * value) for value in image_mean)
+        options = {"translate_const": int(min(size) * 0.45), "interpolation": BICUBIC}
+        try:
+            self.transform = rand_augment_transform(policy, {**options, "img_mean": fill * (3 // len(fill))})
+        except (AssertionError, ValueError) as error:
+            raise ValueError(f"rand_augment {policy} is nothing that timm knows; use rand-m9-mstd0.5-inc1") from error
+        for change in self.transform.ops:
+            if change.name.startswith("Posterize"):
+                change.aug_fn = _posterize
+
+    def __call__(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """(C, H, W) uint8 -> the same, changed by the numbers of `rng`; C is 1 or 3."""
+        gray = pixels.shape[0] == 1
+        image = Image.fromarray(pixels[0] if gray else np.ascontiguousarray(pixels.transpose(1, 2, 0))).convert("RGB")
+        with seeded(rng):
+            image = self.transform(image)
+        return np.asarray(image.convert("L"))[None] if gray else np.asarray(image).transpose(2, 0, 1)
+
+
+def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
+    """timm asks for 0 bits where a magnitude reaches 10; it made a black image until Pillow refused it."""
+    return ImageOps.posterize(image, max(bits, 1))
+
+
+class RandomErasing:
+    """Random erasing (arXiv:1708.04896), "pixel" mode: a rectangle of 2 to 33 % of the area becomes noise, N(0, 1).
+
+    Args:
+        probability: of an image to be changed, in [0, 1].
+    """
+
+    def __init__(self, probability: float):
+        self.transform = v2.RandomErasing(probability, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value="random")  # type: ignore[arg-type]
+
+    def __call__(self, pixel_values: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        """(C, H, W) normalised pixels -> the same."""
+        with seeded(rng):
+            return self.transform(pixel_values)
+
+
+class Mixing:
+    """Mixup (arXiv:1710.09412) or cutmix (arXiv:1905.04899) of a batch, an even chance each, then label smoothing.
+
+    Image i is mixed with image i - 1. Where neither mixing nor smoothing is on, labels stay class indices.
+
+    Args:
+        num_classes: of the labels.
+        mixup: both parameters of the Beta distribution of mixup's weight; 0: none (0.8 in the paper, Table 9).
+        cutmix: the same of cutmix (1.0 in the paper).
+        label_smoothing: share of each label that is spread over all classes, in [0, 1) (0.1 in the paper).
+    """
+
+    def __init__(self, num_classes: int, mixup: float = 0.0, cutmix: float = 0.0, label_smoothing: float = 0.0):
+        self.num_classes, self.label_smoothing = num_classes, label_smoothing
+        self.ways = [v2.MixUp(alpha=mixup, num_classes=num_classes)] if mixup else []
+        self.ways += [v2.CutMix(alpha=cutmix, num_classes=num_classes)] if cutmix else []
+
+    def __call__(
+        self, pixel_values: torch.Tensor, labels: torch.Tensor, rng: np.random.Generator | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mix a batch.
+
+        Args:
+            pixel_values: (B, C, H, W).
+            labels: (B,) class indices.
+            rng: source of the numbers; torch's global generator when omitted.
+
+        Returns:
+            (B, C, H, W), and (B, num_classes) float32 rows that sum to 1 (or `labels`, if nothing is on).
+        """
+        with seeded(rng) if rng else contextlib.nullcontext():
+            if self.ways:
+                way = self.ways[int(torch.randint(len(self.ways), ()))]
+                pixel_values, labels = way(pixel_values, labels)
+            if self.label_smoothing:
+                if labels.ndim == 1:
+                    labels = torch.nn.functional.one_hot(labels, self.num_classes).float()
+                labels = labels * (1 - self.label_smoothing) + self.label_smoothing / self.num_classes
+        return pixel_values, labels

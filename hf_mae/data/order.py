@@ -1,0 +1,217 @@
+"""The order of samples, exactly resumable on any number of ranks and workers.
+
+An epoch's order is a pure function of (seed, epoch): the source's blocks in random order, and within each its rows in
+random order (a source with random access is one block, so its order is a full permutation). L logical streams read
+L equal parts of that order, each epoch after epoch, and the batch of a step is put together from chunks of some of
+them. So the only state is one integer per stream, how many rows it has read, and the batches don't depend on who
+reads which stream.
+
+    step t takes chunk j, for j = 0..c-1, from stream (t % n) * c + j        L = n * c streams
+    rank r of R owns the chunks [r * c/R, (r+1) * c/R)                       R divides c
+    worker w of W owns every W-th item, and so whole streams                 W divides n * (items in a step)
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from .sources import DataError, Row, Source
+
+# Salts keep the random numbers of different uses apart; they are part of the order, so don't change them.
+_BLOCKS, _ROWS = 1, 2
+
+
+def held_out(shards: np.ndarray, rows: np.ndarray, fraction: float) -> np.ndarray:
+    """Which rows are held out for evaluation, by a hash of their place, whatever the seed.
+
+    Args:
+        shards: (n,) index of each row's shard.
+        rows: (n,) row number within its shard.
+        fraction: share that is held out, in [0, 1).
+
+    Returns:
+        (n,) bool.
+    """
+    key = (shards.astype(np.uint64) << np.uint64(40)) + rows.astype(np.uint64)
+    # splitmix64: neighbouring places get unrelated numbers.
+    key = (key + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
+    key = (key ^ (key >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (key ^ (key >> np.uint64(31))).astype(np.float64) / 2.0**64 < fraction
+
+
+class Rows:
+    """The rows of a source that one use sees (training, evaluation), and their order in each epoch.
+
+    Args:
+        source: where they come from.
+        part: "all", or, of a source without a split of its own for evaluation, "train" or "held_out".
+        held_out_fraction: share that `held_out` takes.
+        max_samples: at most so many: evenly spaced ones of a source with random access, else the first.
+    """
+
+    def __init__(
+        self, source: Source, part: str = "all", held_out_fraction: float = 0.05, max_samples: int | None = None
+    ):
+        self.source = source
+        sizes = np.asarray(source.shard_sizes, dtype=np.int64)
+        self.shard_starts = np.concatenate([[0], np.cumsum(sizes)])
+        index = np.arange(self.shard_starts[-1])
+        if part != "all":
+            out = held_out(*self.place(index), held_out_fraction)
+            index = index[out if part == "held_out" else ~out]
+        if max_samples is not None and max_samples < len(index):
+            even = np.linspace(0, len(index) - 1, max_samples).round().astype(np.int64)
+            index = index[even if source.random_access else slice(max_samples)]
+        if len(index) == 0:
+            raise DataError(
+                f"no rows are left of the {int(sizes.sum())} in {source.name} for {part}; give more data, or an "
+                "--eval_dataset"
+            )
+        self.index = index
+        starts = [0] if source.random_access else [self.shard_starts[s] + start for s, start, _ in source.blocks]
+        ends = np.searchsorted(index, [*starts[1:], self.shard_starts[-1]])
+        starts = np.concatenate([[0], ends[:-1]])
+        self.blocks = np.stack([starts, ends], axis=1)[ends > starts]  # ranges of `index`
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def name(self) -> str:
+        """What they are, for people."""
+        return f"split {self.source.split} of {self.source.name}"
+
+    def place(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(shard, row) of rows given by their number in the whole source."""
+        shards = np.searchsorted(self.shard_starts, index, side="right") - 1
+        return shards, index - self.shard_starts[shards]
+
+    def read(self, index: np.ndarray) -> Iterator[Row]:
+        """Undecoded rows, in the order asked for; runs within one shard are read at once."""
+        shards, rows = self.place(index)
+        for run in np.split(np.arange(len(index)), np.flatnonzero(np.diff(shards)) + 1):
+            yield from self.source.read(int(shards[run[0]]), rows[run].tolist())
+
+
+class EpochOrder:
+    """The order of rows in an epoch, looked up in pieces. It holds the permutations of two epochs at most."""
+
+    def __init__(self, rows: Rows, seed: int):
+        self.rows, self.seed = rows, seed
+        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._permutations: dict[tuple[int, int], np.ndarray] = {}
+
+    def segment(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """Rows (numbers in the source) at the positions from `start`, up to `stop` or the end of a block."""
+        if epoch not in self._epochs:
+            while len(self._epochs) > 1:
+                self._epochs.pop(next(iter(self._epochs)))
+            order = np.random.default_rng([self.seed, epoch, _BLOCKS]).permutation(len(self.rows.blocks))
+            sizes = self.rows.blocks[order, 1] - self.rows.blocks[order, 0]
+            self._epochs[epoch] = order, np.cumsum(sizes)
+        order, ends = self._epochs[epoch]
+        at = int(np.searchsorted(ends, start, side="right"))
+        block = int(order[at])
+        first, last = self.rows.blocks[block]
+        begin = int(ends[at]) - int(last - first)
+        return self.rows.index[first + self._permutation(epoch, block, int(last - first))[start - begin : stop - begin]]
+
+    def _permutation(self, epoch: int, block: int, size: int) -> np.ndarray:
+        key = (epoch, block)
+        if key not in self._permutations:
+            while len(self._permutations) > 1:
+                self._permutations.pop(next(iter(self._permutations)))
+            self._permutations[key] = np.random.default_rng([self.seed, epoch, _ROWS, block]).permutation(size)
+        return self._permutations[key]
+
+
+class LogicalStream:
+    """Stream `number` of `count`: its part of each epoch, for ever.
+
+    `position` counts the rows read since the start of the run; it is all that has to be saved.
+    """
+
+    def __init__(self, order: EpochOrder, number: int, count: int, position: int = 0):
+        self.order, self.position = order, position
+        length = len(order.rows)
+        self.first, last = number * length // count, (number + 1) * length // count
+        self.length = last - self.first
+        self._buffer: deque[Row] = deque()
+
+    def next(self, wanted: int) -> tuple[int, Row]:
+        """The epoch and the next undecoded row; `wanted` says how many will be asked for at once."""
+        epoch, offset = divmod(self.position, self.length)
+        if not self._buffer:
+            # A block from the network is fetched once; cheap rows are fetched as they are needed.
+            ahead = min(wanted, self.length - offset) if self.order.rows.source.random_access else self.length - offset
+            start = self.first + offset
+            self._buffer.extend(self.order.rows.read(self.order.segment(epoch, start, start + ahead)))
+        self.position += 1
+        return epoch, self._buffer.popleft()
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """How a step's batch is put together; fixed for a run, so that it can move to other ranks and workers.
+
+    Args:
+        total_batch_size: images that a step decodes, over all ranks.
+        chunks: c, chunks in a batch, each from another stream.
+        groups: n, steps until a stream has its turn again.
+    """
+
+    total_batch_size: int
+    chunks: int
+    groups: int
+
+    @property
+    def num_streams(self) -> int:
+        return self.chunks * self.groups
+
+    @classmethod
+    def choose(
+        cls, total_batch_size: int, ranks: int, workers: int, num_samples: int, random_access: bool
+    ) -> "StreamPlan":
+        """A plan for these ranks and workers that leaves room for others.
+
+        Chunks of local data cost nothing, so there are many; a chunk from the network keeps a block in memory.
+        Streams of 100 rows or more differ in length by 1 % at most, so that no image is seen more often than others.
+        """
+        most = max(ranks, 64 if random_access else 16)
+        fitting = [c for c in _divisors(total_batch_size) if c % ranks == 0 and c <= most]
+        groups = math.lcm(max(workers, 1), 4)
+        chunks = max((c for c in fitting if c * groups * 100 <= num_samples), default=ranks)
+        if chunks * groups * 100 > num_samples:
+            groups = max(workers, 1)
+        if total_batch_size % ranks or chunks * groups > num_samples:
+            raise DataError(
+                f"{num_samples} images can't be dealt to {ranks} processes with {max(workers, 1)} workers for batches "
+                f"of {total_batch_size}; use fewer --num_workers, or processes that divide the batch"
+            )
+        return cls(total_batch_size, chunks, groups)
+
+    def items_per_step(self, ranks: int, workers: int, grad_accum_steps: int) -> int:
+        """Into how many items a rank's part of a step is cut: as many as there are micro-batches, if chunks allow.
+
+        Raises:
+            DataError: if ranks or workers don't divide the streams; it names those that do.
+        """
+        if self.chunks % ranks:
+            raise DataError(
+                f"{ranks} processes don't divide the {self.chunks} chunks of this run's batches; use one of "
+                f"{_divisors(self.chunks)}"
+            )
+        items = math.gcd(grad_accum_steps, self.chunks // ranks)
+        if workers and (self.groups * items) % workers:
+            raise DataError(
+                f"{workers} workers don't divide the {self.groups * items} items that this run's streams are read in; "
+                f"use --num_workers 0 or one of {_divisors(self.groups * items)}"
+            )
+        return items
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]

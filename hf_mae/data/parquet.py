@@ -1,0 +1,294 @@
+"""Readers of tables: Arrow tables on the local disk, and parquet files in place."""
+
+import itertools
+import logging
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import numpy as np
+
+from ..errors import DataError
+from .decode import BadImage
+from .remote import is_remote, one_line, open_bytes
+from .shards import Row, Source, in_threads
+
+logger = logging.getLogger(__name__)
+
+LABEL_NAMES = ("label", "labels", "fine_label", "cls")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a table hold image and label."""
+
+    image: str
+    label: str | None
+    label_names: list[str] | None
+
+
+def find_columns(features: Any, image_column: str | None, label_column: str | None, where: str) -> Columns:
+    """Choose the columns of image and label, by name where one is given, else by type.
+
+    Args:
+        features: the `datasets.Features` of the table.
+        image_column: name, or None for the only column of type Image; where there is none, the only one of binary
+            type; where there is none either, the only one of nested numbers.
+        label_column: name, or None for the only ClassLabel column, or one with a usual name, or no label.
+        where: what the user typed, for messages.
+
+    Raises:
+        DataError: for a name that isn't there, and if the choice is not clear.
+    """
+    import datasets
+
+    for flag, name in (("--image_column", image_column), ("--label_column", label_column)):
+        if name is not None and name not in features:
+            near = get_close_matches(name, list(features), 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise DataError(f"{where} has no column {name!r} for {flag}; {hint}its columns: {', '.join(features)}")
+    ranks = {name: rank for name, feature in features.items() if (rank := _image_rank(feature)) is not None}
+    best = [name for name, rank in ranks.items() if rank == min(ranks.values())]
+    if image_column is not None and image_column not in ranks:
+        message = f"column {image_column!r} of {where} holds {features[image_column]}, which is no image"
+        raise DataError(f"{message}; choose another --image_column of {', '.join(features)}")
+    if image_column is None and len(best) != 1:
+        found = f"several columns of images ({', '.join(best)})" if best else "no column of images"
+        raise DataError(f"{where} has {found} among {', '.join(features)}; choose one with --image_column NAME")
+    if label_column is None:
+        classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+        usual = [name for name in LABEL_NAMES if name in (classes or features)]
+        label_column = classes[0] if len(classes) == 1 else (usual[0] if usual else None)
+    label = features.get(label_column) if label_column else None
+    names = list(label.names) if isinstance(label, datasets.ClassLabel) and label.names else None
+    return Columns(image_column or best[0], label_column, names)
+
+
+def _image_rank(feature: Any) -> int | None:
+    """0 for images, 1 for bytes, 2 for nested numbers, None for what is no image."""
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        return 0
+    if isinstance(feature, dict):
+        return 1 if "bytes" in feature else None
+    if isinstance(feature, (datasets.Array2D, datasets.Array3D)):
+        return 2
+    depth = 0
+    while isinstance(feature, (datasets.List, datasets.LargeList)):
+        feature, depth = feature.feature, depth + 1
+    if not isinstance(feature, datasets.Value):
+        return None
+    if depth == 0:
+        return 1 if "binary" in feature.dtype else None
+    return 2 if depth in (2, 3) and feature.dtype.startswith(("int", "uint", "float")) else None
+
+
+def image_of(value: Any) -> bytes | np.ndarray | BadImage:
+    """The image in a cell of an image column (a `pyarrow.Scalar`), as `Row.image` has it."""
+    import pyarrow as pa
+
+    if isinstance(value, pa.ExtensionScalar):
+        value = value.value
+    if isinstance(value, pa.StructScalar) and value.is_valid:
+        value = value["bytes"]
+    if isinstance(value, pa.ListScalar) and value.is_valid:
+        return _nested_array(value)
+    content = None if value is None else value.as_py()
+    if isinstance(content, bytes):
+        return content
+    # A path in the data is not followed: a file from elsewhere must not make us open local files.
+    return BadImage("the row has no image bytes (at most a path, which is not followed)", "NoBytes")
+
+
+def _nested_array(value: Any) -> np.ndarray | BadImage:
+    """Nested Arrow lists of equal lengths as an array, in the numbers' own dtype."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    values = value.values
+    shape = [len(values)]
+    while isinstance(values, (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)):
+        lengths = pc.call_function("list_value_length", [values]).unique()
+        if len(lengths) != 1 or not lengths[0].is_valid:
+            return BadImage("the row's lists are not of one length", "RaggedArray")
+        shape.append(lengths[0].as_py())
+        values = values.flatten()
+    if values.null_count:
+        return BadImage("the row's lists have gaps", "RaggedArray")
+    return values.to_numpy(zero_copy_only=False).reshape(shape)
+
+
+class ArrowSource(Source):
+    """A `datasets.Dataset` on the local disk, mapped into memory: one shard.
+
+    Args:
+        name: what the user typed.
+        split: name of the split.
+        dataset: the table.
+        columns: of image and label.
+        follow_paths: read the files that rows name instead of holding bytes. Only for tables that `datasets` itself
+            made from files that it found.
+
+    Raises:
+        DataError: if the table is corrupt.
+    """
+
+    def __init__(self, name: str, split: str, dataset: Any, columns: Columns, follow_paths: bool = False):
+        import pyarrow as pa
+
+        super().__init__(name, split, [split], [len(dataset)], random_access=True)
+        wanted = [columns.image] + ([columns.label] if columns.label else [])
+        self._table = dataset.select_columns(wanted).with_format("arrow")
+        try:
+            # Arrow believes a mapped file, and one flipped bit of an offset ends the process at the row. This reads
+            # the offsets of all rows and their texts, and none of the images.
+            self._table.data.table.validate(full=True)
+        except pa.ArrowException as error:
+            raise DataError(f"the table of {name} is corrupt ({one_line(error)}); make it again") from error
+        self._columns, self._follow_paths, self.label_names = columns, follow_paths, columns.label_names
+
+    def read(self, shard: int, rows: Sequence[int]) -> list[Row]:
+        if not rows:
+            return []
+        table = self._table[list(rows)]
+        if self._follow_paths:
+            from datasets.table import embed_table_storage
+
+            table = embed_table_storage(table)
+        images = table[self._columns.image]
+        labels = table[self._columns.label].to_pylist() if self._columns.label else [None] * len(rows)
+        return [self._row(shard, row, image_of(images[i]), labels[i]) for i, row in enumerate(rows)]
+
+    def read_labels(self) -> list[Any]:
+        column = self._columns.label
+        return self._table.select_columns(column)[:][column].to_pylist() if column else [None] * len(self)
+
+
+class ParquetSource(Source):
+    """Parquet files read in place, a row group at a time.
+
+    Args:
+        name: what the user typed.
+        split: name of the split.
+        urls: local paths or URLs, a shard each.
+        names: for people, in the same order.
+        features: the `datasets.Features` where the data set declares them, else None: the first file's are used.
+        image_column: see `find_columns`.
+        label_column: see `find_columns`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        urls: list[str],
+        names: list[str],
+        features: Any,
+        image_column: str | None,
+        label_column: str | None,
+    ):
+        footers = in_threads(_read_footer, urls)
+        self._urls, self._metadata = urls, [metadata for metadata, _ in footers]
+        super().__init__(name, split, names, [m.num_rows for m in self._metadata], random_access=False)
+        schemas = [metadata.schema.to_arrow_schema() for metadata in self._metadata]
+        features = features or _declared_features(schemas[0], names[0])
+        self._columns = find_columns(features, image_column, label_column, name)
+        for column in filter(None, (self._columns.image, self._columns.label)):
+            for schema, shard_name in zip(schemas, names, strict=True):
+                if column not in schema.names:
+                    raise DataError(f"{shard_name} has no column {column!r}, which others of {name} have; leave it out")
+        self.label_names = self._columns.label_names
+        edges = [_row_group_edges(metadata) for metadata in self._metadata]
+        self._starts = [starts[:-1] for starts in edges]
+        self.blocks = [
+            (shard, start, stop)
+            for shard, starts in enumerate(edges)
+            for start, stop in itertools.pairwise(starts)
+            if stop > start
+        ]
+        self.file_sizes = [size for _, size in footers]
+        self._last: tuple[tuple[int, int], Any] | None = None
+
+    def read(self, shard: int, rows: Sequence[int]) -> list[Row]:
+        result = []
+        for row in rows:
+            group = bisect_right(self._starts[shard], row) - 1
+            table = self._row_group(shard, group)
+            if isinstance(table, BadImage):
+                result.append(self._row(shard, row, table, None))
+                continue
+            at = row - self._starts[shard][group]
+            label = table[self._columns.label][at].as_py() if self._columns.label else None
+            result.append(self._row(shard, row, image_of(table[self._columns.image][at]), label))
+        return result
+
+    def _row_group(self, shard: int, group: int) -> Any:
+        """The two columns of a row group, the last one from memory; a `BadImage` for all its rows if it is corrupt."""
+        if self._last is None or self._last[0] != (shard, group):
+            self._last = None  # frees the memory of one before the next is fetched
+            table = self._read_row_group(shard, group)
+            if isinstance(table, BadImage) and is_remote(self._urls[shard]):
+                table = self._read_row_group(shard, group)  # perhaps it was the transfer
+            if isinstance(table, BadImage):
+                logger.warning("%s; its rows are skipped, and count as bad", table)
+            self._last = (shard, group), table
+        return self._last[1]
+
+    def _read_row_group(self, shard: int, group: int) -> Any:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        columns = list(filter(None, (self._columns.image, self._columns.label)))
+        with open_bytes(self._urls[shard]) as file:
+            try:
+                # pre_buffer joins the column chunks into one request; no threads, for the sake of forked workers.
+                parquet = pq.ParquetFile(
+                    file, metadata=self._metadata[shard], pre_buffer=True, page_checksum_verification=True
+                )
+                table = parquet.read_row_group(group, columns=columns, use_threads=False)
+                table.validate(full=True)  # text that is not UTF-8, which would be found out at a label
+                if len(table) != self._metadata[shard].row_group(group).num_rows:
+                    raise pa.ArrowInvalid(f"it holds {len(table)} rows")
+            except (pa.ArrowException, OSError) as error:
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise DataError(f"cannot read {self._urls[shard]}: {one_line(error)}; check the disk") from error
+                # No errno: the bytes came, and they are corrupt.
+                message = f"row group {group} of {self.shard_names[shard]} is corrupt ({one_line(error)})"
+                return BadImage(message, "CorruptRowGroup")
+        return table
+
+
+def _read_footer(url: str) -> tuple[Any, int]:
+    """A parquet file's metadata, and its size in bytes."""
+    import pyarrow.parquet as pq
+
+    with open_bytes(url) as file:
+        try:
+            metadata = pq.ParquetFile(file).metadata
+            if _row_group_edges(metadata)[-1] != metadata.num_rows:
+                raise ValueError(f"its row groups don't have {metadata.num_rows} rows together")
+            return metadata, file.seek(0, 2)
+        except DataError:
+            raise
+        except Exception as error:  # any, for names and types that are corrupt
+            message = f"{url} is not a whole parquet file ({one_line(error)}); fetch it again or leave it out"
+            raise DataError(message) from error
+
+
+def _declared_features(schema: Any, shard_name: str) -> Any:
+    import datasets
+
+    try:
+        return datasets.Features.from_arrow_schema(schema)
+    except Exception as error:  # any, for JSON that is corrupt
+        message = f"what {shard_name} says of its columns is corrupt ({one_line(error)})"
+        raise DataError(f"{message}; fetch it again or leave it out") from error
+
+
+def _row_group_edges(metadata: Any) -> list[int]:
+    """The first row of each row group, and the number of all rows."""
+    sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    return list(itertools.accumulate(sizes, initial=0))

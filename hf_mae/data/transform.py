@@ -1,0 +1,163 @@
+"""Image -> the model's pixels: crop rule, resize, dtype, rescaling, normalisation.
+
+Everything here is deterministic; random crops are in augment.py.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..configuration_mae import MAEConfig
+from ..image_processing_base_mae import resize_bands
+from ..image_processing_mae import MAEImageProcessor
+
+BICUBIC = Image.Resampling.BICUBIC
+LONGEST = 100  # times the shorter side
+RATIO = (3 / 4, 4 / 3)  # width/height of crops, relative to the output's
+
+
+@dataclass(frozen=True)
+class View:
+    """What becomes of an image on the way into a batch.
+
+    Args:
+        size: (height, width) in pixels.
+        num_channels: C.
+        dtype: of the pixels: "uint8", "uint16" or "float32".
+        num_patches: N, for the mask noise.
+        crop_scale: smallest and largest fraction of the area that a training crop keeps.
+        flip: mirror half of the training crops.
+        masks: of each training image.
+        eval_resize: for the evaluation view, see `evaluation_view`.
+        one_draw: how a training crop is drawn, see `random_resized_crop_box`.
+    """
+
+    size: tuple[int, int]
+    num_channels: int
+    dtype: str
+    num_patches: int
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    flip: bool = True
+    masks: int = 1
+    eval_resize: int | tuple[int, int] = 256
+    one_draw: bool = False
+
+    @property
+    def min_pixels(self) -> int:
+        """Pixels that an image has to keep for training crops, see `pixels_needed`."""
+        return pixels_needed(self.size, self.crop_scale)
+
+
+def pixels_needed(size: tuple[int, int], scale: Sequence[float]) -> int:
+    """Pixels of an image of which every random crop has the output's height and width, so that none is enlarged."""
+    return math.ceil(size[0] * size[1] * RATIO[1] / scale[0])
+
+
+def evaluation_view(
+    image: Image.Image | np.ndarray, resize: int | tuple[int, int], size: tuple[int, int]
+) -> np.ndarray:
+    """Resize (bicubic) and centre crop, pixel by pixel what the Pillow image processor does.
+
+    Of an image more than `LONGEST` times as long as it is wide, the middle alone is resized. The crop shows no more,
+    and the whole of a line of 65,535 pixels would become one of 256 x 16,776,960.
+
+    Args:
+        image: as `decode_image` returns it.
+        resize: pixels of the shorter side, or (height, width), before the crop.
+        size: (height, width) of the crop in pixels, not larger than what it is cut from.
+
+    Returns:
+        (C, H, W) in the image's dtype.
+    """
+    height, width = height_width(image)
+    left = upper = 0
+    if isinstance(resize, int):
+        left, upper = max(0, (width - LONGEST * height) // 2), max(0, (height - LONGEST * width) // 2)
+        height, width = height - 2 * upper, width - 2 * left
+        short = min(height, width)
+        resize = (
+            resize if height == short else int(resize * height / width),
+            resize if width == short else int(resize * width / height),
+        )
+    view = _resize(image, resize, (left, upper, left + width, upper + height))
+    top, left = round((resize[0] - size[0]) / 2), round((resize[1] - size[1]) / 2)
+    view = view[top : top + size[0], left : left + size[1]]
+    return np.ascontiguousarray(view.transpose(2, 0, 1))
+
+
+def evaluation_resize(size: tuple[int, int], crop_pct: float) -> int | tuple[int, int]:
+    """What to resize to before the centre crop: the shorter side for square crops, else (height, width).
+
+    Args:
+        size: (height, width) of the crop in pixels.
+        crop_pct: the crop's share of the resized side, in (0, 1]: 0.875 is 224 of 256.
+    """
+    height, width = (round(side / crop_pct) for side in size)
+    return height if size[0] == size[1] else (height, width)
+
+
+def height_width(image: Image.Image | np.ndarray) -> tuple[int, int]:
+    return image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)  # type: ignore[return-value]
+
+
+def _resize(
+    image: Image.Image | np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float]
+) -> np.ndarray:
+    """The box of an image, resized to (height, width), as (H, W, C)."""
+    if isinstance(image, np.ndarray):
+        return resize_bands(image, size, BICUBIC, box=box)
+    view = np.asarray(image.resize((size[1], size[0]), BICUBIC, box=box))
+    return view if view.ndim == 3 else view[..., None]
+
+
+# What brings each pixel type to about [0, 1]; float images are left as they are.
+RESCALE_FACTORS = {"uint8": 1 / 255, "uint16": 1 / 65535, "float32": 1.0}
+
+
+def make_normalizer(processor: Any, dtype: str, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function from images in the source's dtype to pixel_values, scaled and normalised on the device.
+
+    Args:
+        processor: image processor; it has mean and standard deviation.
+        dtype: of the images: "uint8", "uint16" or "float32".
+        device: of the images.
+    """
+    # In the images' own units, so that scaling and normalising are one pass.
+    mean, std = (
+        torch.tensor(values, device=device).view(1, -1, 1, 1) / RESCALE_FACTORS[dtype]
+        for values in (processor.image_mean, processor.image_std)
+    )
+    return lambda images: (images.float() - mean) / std
+
+
+def pixel_dtype(processor: MAEImageProcessor) -> str:
+    """The type of the images that a processor was made for: "uint8", "uint16" or "float32"."""
+    if not processor.do_rescale:
+        return "float32"
+    return next((dtype for dtype, factor in RESCALE_FACTORS.items() if factor == processor.rescale_factor), "float32")
+
+
+def scoring_view(config: MAEConfig, processor: MAEImageProcessor) -> View:
+    """The evaluation view that a processor describes, for the model that it belongs to."""
+    size: Any = processor.size
+    return View(
+        size=config.image_height_width,
+        num_channels=config.num_channels,
+        dtype=pixel_dtype(processor),
+        num_patches=config.num_patches,
+        eval_resize=size.shortest_edge or (size.height, size.width),
+    )
+
+
+def crop_settings(size: tuple[int, int], crop_pct: float) -> dict[str, Any]:
+    """The image processor's settings of the evaluation crop, see `evaluation_resize`."""
+    resize = evaluation_resize(size, crop_pct)
+    return {
+        "size": {"shortest_edge": resize} if isinstance(resize, int) else {"height": resize[0], "width": resize[1]},
+        "crop_size": {"height": size[0], "width": size[1]},
+    }

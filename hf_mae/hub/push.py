@@ -1,0 +1,275 @@
+"""To the Hub and back: save with the code that loads it, push, pull back and compare.
+
+    push("outputs/quickstart", "user/quickstart")
+
+The token is the one that huggingface_hub finds (HF_TOKEN, or `hf auth login`); nothing here reads or writes it.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]
+    RepositoryNotFoundError,
+)
+from safetensors.torch import save_file
+
+from ..backbone_mae import MAEBackbone
+from ..classifier_mae import MAEForImageClassification
+from ..errors import UserError
+from ..image_processing_mae import MAEImageProcessor
+from ..modeling_mae import MAEForPreTraining, MAEModel
+from . import check
+from .card import Card
+
+MODELS = {cls.__name__: cls for cls in (MAEForPreTraining, MAEForImageClassification, MAEModel, MAEBackbone)}
+PICTURE = "reconstruction.png"
+# What an earlier push may have left, and a model of other parts has not.
+OURS = ["*.safetensors", "*.safetensors.index.json", "conversion.json", "recipe.yaml", PICTURE]
+
+
+@dataclass
+class PushRecipe:
+    """Keys of `hf-mae push`."""
+
+    folder: str = field(metadata={"help": "a model's folder, also as the first word; nothing in it is changed"})
+    repo_id: str = field(metadata={"help": "USER/NAME on the Hub; made if it is not there"})
+    private: bool = field(default=False, metadata={"help": "only you see it; an existing public one is refused"})
+    revision: str | None = field(default=None, metadata={"help": "branch; made if it is not there; main when omitted"})
+
+
+@dataclass
+class CardRecipe:
+    """Keys of `hf-mae card`."""
+
+    folder: str = field(metadata={"help": "a model's folder, also as the first word"})
+    output: str = field(metadata={"help": "NAME.md to write, also as the second word; its picture is NAME.png beside"})
+
+
+def write_card(folder: str, output: str) -> str | None:
+    """Write the card that `push` would publish, and nothing else.
+
+    Args:
+        folder: the model's; only read.
+        output: NAME.md; NAME is the card's title.
+
+    Returns:
+        Path of the picture beside it, NAME.png; None if the folder has none.
+
+    Raises:
+        UserError: if the folder is no model of this package, or the card can't be written.
+    """
+    with _whole_folder(Path(folder)):
+        card = Card.read(folder)
+    file = Path(output)
+    card.name = file.stem
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if card.picture:
+            shutil.copyfile(card.picture, file.with_suffix(".png"))
+            card.picture = f"{file.stem}.png"
+        file.write_text(card.text())
+    except OSError as error:
+        raise UserError(f"{output} can't be written: {error}; name another file") from error
+    return str(file.with_suffix(".png")) if card.picture else None
+
+
+def push(folder: str, repo_id: str, private: bool = False, revision: str | None = None) -> dict[str, Any]:
+    """Publish a model folder, then load it from the Hub in a fresh process without this package, and compare.
+
+    All files arrive in one commit or none does, so an interrupted push can be repeated; a second commit states in the
+    card which revision was compared. The folder is only read. Its own README.md, if there is one, is left out: the
+    card is made from what the folder records.
+
+    Args:
+        folder: with config.json, *.safetensors and preprocessor_config.json.
+        repo_id: USER/NAME.
+        private: whether the repository must be private.
+        revision: branch.
+
+    Returns:
+        `url`; `commit`, which was compared; `difference`, the largest of loss, features and pixels.
+
+    Raises:
+        UserError: for what a user can mend.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        staged, cache = Path(temporary) / "files", Path(temporary) / "cache"
+        card = stage(Path(folder), staged, repo_id)
+        expected = check.measure(folder, trust_remote_code=False)
+        save_file(expected, Path(temporary) / "expected.safetensors")
+        with _one_line(repo_id):
+            api = HfApi()
+            _open_repository(api, repo_id, private, revision)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=staged,
+                revision=revision,
+                commit_message=f"{card.name}, with the code that loads it",
+                delete_patterns=OURS,
+            ).oid
+        difference = _pull_back(repo_id, commit, Path(temporary) / "expected.safetensors", staged, cache)
+        card.revision = commit
+        with _one_line(repo_id):
+            api.upload_file(
+                path_or_fileobj=card.text().encode(),
+                path_in_repo="README.md",
+                repo_id=repo_id,
+                revision=revision,
+                commit_message="Card: the revision that was pulled back and compared",
+            )
+    return {"url": f"{api.endpoint}/{repo_id}", "commit": commit, "difference": difference}
+
+
+class BackgroundPush:
+    """Pushes checkpoints of a run while it goes on: `hf-mae push` in a process of its own, one at a time.
+
+    Nothing that happens there stops the training; what became of a push is told at the next one.
+
+    Args:
+        repo_id: USER/NAME.
+        private: whether the repository must be private.
+        say: takes a line for the user.
+    """
+
+    def __init__(self, repo_id: str, private: bool, say: Callable[[str], None]):
+        self.repo_id, self.private, self.say = repo_id, private, say
+        self.process: subprocess.Popen[str] | None = None
+
+    def start(self, folder: Path) -> None:
+        """Push a checkpoint, unless the one before is still under way: then it is left out."""
+        if self.process and self.process.poll() is None:
+            self.say(f"{folder.name} is not pushed: the one before is still on its way to {self.repo_id}")
+            return
+        self.wait()
+        words = ["push", str(folder), "--repo_id", self.repo_id, "--private", str(self.private).lower()]
+        # The run's GPUs and its group of processes are not for this one.
+        launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        kept = {name: value for name, value in os.environ.items() if name not in launcher}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "hf_mae.cli", *words],
+            env={**kept, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,  # a signal to the run is not one to the push
+        )
+
+    def wait(self) -> None:
+        """Wait for the push that is under way, if any, and tell how it ended."""
+        if self.process:
+            lines = self.process.communicate()[0].splitlines()
+            told = [line for line in lines if line.startswith(("published", "hf-mae: error:"))]
+            self.say((told or lines or ["the push said nothing"])[-1])
+            self.process = None
+
+
+def stage(folder: Path, target: Path, repo_id: str | None = None) -> Card:
+    """Write all that a repository needs: weights, configuration, image processor, code, card, picture, recipe.
+
+    Args:
+        folder: the model's; only read.
+        target: an empty or a new folder.
+        repo_id: for the card.
+
+    Returns:
+        The card as written.
+
+    Raises:
+        UserError: if the folder isn't a whole model of this package.
+    """
+    with _whole_folder(folder):
+        architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
+        model, loaded = MODELS[architecture].from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+        processor = MAEImageProcessor.from_pretrained(folder)
+        card = Card.read(folder, repo_id)
+    if loaded["missing_keys"]:
+        raise UserError(f"{folder} lacks the weights {sorted(loaded['missing_keys'])[:3]} of {architecture}")
+    model.save_pretrained(target, with_code=True)
+    processor.save_pretrained(target, with_code=True)
+    if card.conversion:
+        (target / "conversion.json").write_text(json.dumps(card.conversion, indent=1) + "\n")
+    if card.picture:
+        shutil.copy(card.picture, target / PICTURE)
+        card.picture = PICTURE
+    if card.recipe:
+        (target / "recipe.yaml").write_text(card.recipe_yaml())
+    (target / "README.md").write_text(card.text())
+    return card
+
+
+@contextmanager
+def _whole_folder(folder: Path) -> Iterator[None]:
+    """Turn whatever a folder that is no model's makes its readers raise into a line that says what to do."""
+    try:
+        yield
+    except Exception as error:
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise UserError(f"{folder} is no whole model folder ({what}); name one that hf-mae has written") from error
+
+
+def _open_repository(api: HfApi, repo_id: str, private: bool, revision: str | None) -> None:
+    """Make the repository and the branch, or see that what is there may be pushed to."""
+    api.create_repo(repo_id, private=private or None, exist_ok=True)
+    found = api.model_info(repo_id)
+    if private and not found.private:
+        raise UserError(f"{repo_id} is there already and public; make it private on the Hub, or choose another name")
+    names = {sibling.rfilename for sibling in found.siblings or []}
+    if names - {".gitattributes", "README.md", "LICENSE"} and not names & set(check.CODE):
+        some = ", ".join(sorted(names)[:3])
+        raise UserError(f"{repo_id} is taken by something else ({some}); choose another name, or empty it first")
+    if revision:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+
+
+def _pull_back(repo_id: str, commit: str, expected: Path, code: Path, cache: Path) -> float:
+    """The largest difference between the publisher's outputs and those of what the Hub gives a stranger."""
+    empty = {name: str(cache / name) for name in ("HF_HUB_CACHE", "HF_MODULES_CACHE", "HF_XET_CACHE")}
+    # -P: without the folder of the script, whose siblings would stand in for modules of the same name.
+    command = [sys.executable, "-P", check.__file__, repo_id, commit, str(expected), str(code)]
+    done = subprocess.run(command, env={**os.environ, **empty}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        why = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
+        raise UserError(
+            f"{repo_id} was uploaded as {commit[:12]}, but does not come back as it was ({why}); push it again, or "
+            "delete it"
+        )
+    return json.loads(done.stdout.splitlines()[-1])["difference"]
+
+
+@contextmanager
+def _one_line(repo_id: str) -> Iterator[None]:
+    """Turn what the Hub and the network answer into a line that says what to do."""
+    try:
+        yield
+    except UserError:
+        raise
+    except HFValidationError as error:
+        raise UserError(f"repo_id '{repo_id}' is no name of a repository; write USER/NAME") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        remedy = {
+            401: "no valid token; log in by `hf auth login`, or set HF_TOKEN to one that may write",
+            403: "this token may not write there; check USER, and the token's rights",
+            404: "it is not there, or not for you; check the name and the token",
+            409: "something else was written meanwhile; push again",
+        }.get(status, "push again, which goes on with what is missing")
+        missing = status == 401 and isinstance(error, RepositoryNotFoundError)
+        raise UserError(f"{repo_id}: the Hub answered {404 if missing else status}: {remedy}") from error
+    except (HTTPError, OSError) as error:
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"{repo_id}: the Hub can't be reached ({what}); push again") from error
+    except ValueError as error:  # of the card's metadata
+        raise UserError(f"{repo_id}: {' '.join(str(error).split())[:300]}") from error

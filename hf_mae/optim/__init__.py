@@ -1,0 +1,1 @@
+"""Parameter groups, LARS, the learning-rate schedule and batch arithmetic."""

@@ -1,0 +1,36 @@
+"""How an optimizer step is divided into micro-batches."""
+
+from ..errors import UserError
+
+
+def micro_batch(
+    total_batch_size: int, per_device_batch_size: int | None, ranks: int, most: int = 64, masks: int = 1
+) -> tuple[int, int]:
+    """Images at once on a device, and how many such micro-batches make a step of one process.
+
+    Args:
+        total_batch_size: images of a step, over all processes.
+        per_device_batch_size: images at once, if a process has so many; the largest that fits, up to `most`, when None.
+        ranks: processes.
+        most: see above.
+        masks: images that belong together, since they are one with so many masks.
+
+    Raises:
+        UserError: if they don't make up the total; it names the sizes that do.
+    """
+    share, remainder = divmod(total_batch_size // masks, ranks)
+    if remainder:
+        fitting = [n for n in range(1, ranks + 1) if total_batch_size // masks % n == 0]
+        raise UserError(
+            f"total_batch_size {total_batch_size} can't be dealt to {ranks} processes; use {fitting} "
+            f"processes, or a multiple of {ranks * masks} images"
+        )
+    fitting = [masks * n for n in range(1, share + 1) if share % n == 0]
+    # More than a process has of a step is all that it has: on more processes a recipe needs no other number.
+    size = min(per_device_batch_size or max(n for n in fitting if n <= max(most, masks)), masks * share)
+    if size not in fitting:
+        raise UserError(
+            f"total_batch_size {total_batch_size} is not a multiple of per_device_batch_size {size} x {ranks} "
+            f"processes; sizes that fit: {', '.join(map(str, fitting[-12:]))}"
+        )
+    return size, share * masks // size

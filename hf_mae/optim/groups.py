@@ -1,0 +1,107 @@
+"""Parameter groups: what weight decay applies to, which layers learn how fast, and which learn at all."""
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups, with and without weight decay.
+
+    As in the original's pretraining, every one-dimensional parameter (biases, LayerNorm) goes without; class and mask
+    tokens are decayed.
+
+    Args:
+        model: its parameters that require a gradient are taken.
+        weight_decay: of the first group (0.05 in Table 8).
+
+    Returns:
+        Groups for a torch optimizer; an empty one is left out.
+    """
+    decayed, spared = [], []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            (spared if parameter.ndim <= 1 else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def adamw(model: nn.Module, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
+    """AdamW (Table 8: betas 0.9 and 0.95 in pretraining); its learning rate is set before each step.
+
+    The fused kernel is used where all parameters are on a device that has it: it is one launch a step, and reads no
+    number back.
+    """
+    return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=0.0, betas=betas, fused=True)
+
+
+def layer_of(name: str, depth: int) -> int:
+    """The layer that a parameter of an encoder or classifier belongs to.
+
+    Args:
+        name: as `named_parameters` gives it, with or without the prefix of the encoder.
+        depth: blocks of the encoder.
+
+    Returns:
+        0 for class token, positions and patch projection, i + 1 for block i, depth + 1 for all that follows.
+    """
+    if match := re.search(r"(?:^|\.)layers\.(\d+)\.", name):
+        return int(match[1]) + 1
+    return 0 if re.search(r"(?:^|\.)embeddings\.", name) else depth + 1
+
+
+def layer_decay_groups(model: Any, lr: float, layer_decay: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Groups of fine-tuning: each layer learns `layer_decay` times as fast as the one above it (arXiv:2003.10555).
+
+    As in the original's fine-tuning, one-dimensional parameters, positions and class token are not decayed. The first
+    group is the head's, so that a Trainer logs the learning rate that belongs to `lr`.
+
+    Args:
+        model: a classifier or an encoder with `config.num_hidden_layers`; its parameters that require a gradient are
+            taken.
+        lr: of the head.
+        layer_decay: 0.65 or 0.75 in the original's recipes; 1 for one learning rate.
+        weight_decay: of the other parameters (0.05 in Table 9).
+
+    Returns:
+        Groups for a torch optimizer, with their own `lr` and `weight_decay`.
+    """
+    depth: int = model.config.num_hidden_layers
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            spared = parameter.ndim <= 1 or name.endswith(("cls_token", "position_embeddings.table"))
+            groups.setdefault((layer_of(name, depth), spared), []).append(parameter)
+    return [
+        {
+            "params": groups[layer, spared],
+            "lr": lr * layer_decay ** (depth + 1 - layer),
+            "weight_decay": 0.0 if spared else weight_decay,
+        }
+        for layer, spared in sorted(groups, reverse=True)
+    ]
+
+
+def train_last_blocks(model: Any, blocks: str) -> None:
+    """Freeze all but the head and the last blocks: partial fine-tuning (arXiv:2111.06377, Fig. 9).
+
+    What follows the last block (its LayerNorm and the classifier) always trains.
+
+    Args:
+        model: a classifier.
+        blocks: "all" (nothing is frozen), a number of blocks, or "0.5": of the last block the MLP with its LayerNorm.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    depth: int = model.config.num_hidden_layers
+    if blocks == "all":
+        return
+    if blocks != "0.5" and not (blocks.isdecimal() and int(blocks) <= depth):
+        raise ValueError(f"trainable_blocks {blocks} is none of 0, 0.5, 1 to {depth}, or all; choose one of these")
+    frozen = depth - (0 if blocks == "0.5" else int(blocks))  # layers up to this one
+    for name, parameter in model.named_parameters():
+        half = blocks == "0.5" and re.search(rf"layers\.{depth - 1}\.(norm2|mlp)\.", name) is not None
+        parameter.requires_grad_(half or layer_of(name, depth) > frozen)

@@ -1,0 +1,59 @@
+"""The learning rate as a pure function of the step: it needs no saved state and doesn't depend on the ranks."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def lr_at(step: float, lr: float, warmup_steps: float, total_steps: float, min_lr: float = 0.0) -> float:
+    """Linear warm-up from 0, then half a cosine down to `min_lr` (arXiv:2111.06377, Table 8).
+
+    Args:
+        step: optimizer steps taken before this one, from 0; the original counts epochs, and any unit will do.
+        lr: the highest learning rate, `blr * total_batch_size / 256`.
+        warmup_steps: length of the warm-up.
+        total_steps: where the cosine ends.
+        min_lr: what it ends at.
+
+    Returns:
+        The learning rate of the step.
+    """
+    if step < warmup_steps:
+        return lr * step / warmup_steps
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1e-9)
+    return min_lr + (lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def read_points(words: Sequence[str], read: Callable[[str], T]) -> list[tuple[float, T]]:
+    """What changes in the course of a run, as it is typed: FRACTION:VALUE, the value from that part of the run on.
+
+    Args:
+        words: e.g. `["0:128", "0.5:160", "0.8:224"]`.
+        read: a value.
+
+    Returns:
+        (fraction, value), fractions from 0, rising, below 1.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    try:
+        points = [(float(at), read(value)) for at, _, value in (word.partition(":") for word in words)]
+    except ValueError as error:
+        raise ValueError(f"{' '.join(words)} is not FRACTION:VALUE ...; give e.g. 0:A 0.5:B") from error
+    starts = [at for at, _ in points]
+    if starts != sorted(set(starts)) or not starts or starts[0] != 0 or starts[-1] >= 1:
+        raise ValueError(f"{' '.join(words)} must begin at 0 and rise, below 1; give e.g. 0:A 0.5:B")
+    return points
+
+
+def stages(points: Sequence[tuple[float, T]], total_steps: int) -> list[tuple[int, T]]:
+    """Fractions of a run as steps: (first step from 0, value)."""
+    return [(math.ceil(at * total_steps), value) for at, value in points]
+
+
+def value_at(stages: Sequence[tuple[int, T]], step: int) -> T:
+    """The value of the last stage that has begun at a step (from 0)."""
+    return [value for first, value in stages if first <= step][-1]

@@ -1,1 +1,0 @@
-"""From here to the Hub and to other packages' formats, and back."""

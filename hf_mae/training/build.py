@@ -1,0 +1,215 @@
+"""What a pretraining run is made of: data, model, image processor and streams, new or from a checkpoint."""
+
+import copy
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from ..configuration_mae import SIZES, MAEConfig
+from ..data.order import Rows, StreamPlan
+from ..data.sources import DataError
+from ..data.splits import splits_of
+from ..data.stats import channel_stats, probe_rows
+from ..data.transform import RESCALE_FACTORS, View, crop_settings, evaluation_resize
+from ..errors import CheckpointError, UserError
+from ..image_processing_mae import MAEImageProcessor
+from ..modeling_mae import MAEForPreTraining
+from ..optim.schedule import stages
+from .recipe import PretrainRecipe, RunRecipe
+
+logger = logging.getLogger(__name__)
+
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+@dataclass
+class PretrainData:
+    """The data of a run.
+
+    Args:
+        rows: to train on.
+        eval_rows: to evaluate on.
+        num_channels: C of every image in a batch.
+        dtype: of their pixels: "uint8", "uint16" or "float32".
+        evaluated_on: what the evaluation rows are, for people.
+    """
+
+    rows: Rows
+    eval_rows: Rows
+    num_channels: int
+    dtype: str
+    evaluated_on: str
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What the order of samples depends on, besides the seed; as it comes back from JSON."""
+        return json.loads(json.dumps({**self.rows.source.fingerprint, "num_samples": len(self.rows)}))
+
+
+def open_data(recipe: PretrainRecipe) -> PretrainData:
+    """Open the training and evaluation rows of a recipe.
+
+    Raises:
+        DataError: for what is not there, or has other channels than the recipe says.
+    """
+    rows, eval_rows, evaluated_on = splits_of(recipe, streaming=recipe.streaming)
+    num_channels, dtype = probe_rows(rows)
+    wanted = recipe.model_config.get("num_channels")
+    if wanted is not None and wanted != num_channels and {wanted, num_channels} != {1, 3}:
+        raise DataError(
+            f"images of {recipe.dataset} have {num_channels} channels, num_channels is {wanted}; pass --num_channels "
+            f"{num_channels}"
+        )
+    return PretrainData(rows, eval_rows, wanted or num_channels, dtype, evaluated_on)
+
+
+def build_model(recipe: PretrainRecipe, stored: Path | None, num_channels: int) -> MAEForPreTraining:
+    """The model of a run: from its checkpoint, from another model (at the recipe's size and channels), or new.
+
+    Raises:
+        UserError: if the recipe's model can't be loaded or made.
+    """
+    options = {"attn_implementation": recipe.attn_implementation, "dtype": torch.float32}
+    config = None if stored or recipe.model else model_config_of(recipe, num_channels)
+    try:
+        if stored:
+            model = MAEForPreTraining.from_pretrained(stored, use_safetensors=True, **options)
+        elif config:
+            model = MAEForPreTraining._from_config(config, **options)
+        else:
+            changes = {"num_channels": num_channels, **recipe.model_config}
+            # Weights as safetensors alone: no pickle is read.
+            model = MAEForPreTraining.from_pretrained(recipe.model, use_safetensors=True, **changes, **options)
+    except (ImportError, KeyError, OSError, ValueError, RuntimeError, SafetensorError) as error:
+        name = stored or (recipe.model and f"--model {recipe.model}")
+        what = f"{name} can't be loaded" if name else "the model can't be made"
+        raise UserError(describe_failure(what, recipe, error)) from error
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if recipe.compile:
+        model.compile()
+    return model.train()
+
+
+def describe_failure(what: str, recipe: RunRecipe, error: Exception) -> str:
+    """Why there is no model, in one line; an attention that may not be there is named too."""
+    attention = recipe.attn_implementation
+    if attention not in ("eager", "sdpa"):
+        what += f" with attn_implementation {attention} (eager and sdpa always work)"
+    return f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def build_processor(
+    recipe: PretrainRecipe, stored: Path | None, data: PretrainData, config: MAEConfig
+) -> MAEImageProcessor:
+    """The image processor that belongs to the model: sizes, scaling, and mean and standard deviation.
+
+    Raises:
+        UserError: if mean or standard deviation have another length than there are channels.
+    """
+    if stored:
+        try:
+            return MAEImageProcessor.from_pretrained(stored)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"the image processor in {stored} can't be loaded; name another checkpoint"
+            ) from error
+    mean, std = recipe.image_mean, recipe.image_std
+    if mean is None or std is None:
+        if data.num_channels == 3 and data.dtype == "uint8":
+            mean, std = IMAGENET_MEAN, IMAGENET_STD
+        else:
+            stats = channel_stats(data.rows, data.num_channels, data.dtype)
+            mean, std = stats["image_mean"], stats["image_std"]
+    for name, values in (("image_mean", mean), ("image_std", std)):
+        if len(values) != data.num_channels:
+            raise UserError(f"{name} has {len(values)} numbers for {data.num_channels} channels; give one for each")
+    return MAEImageProcessor(
+        num_channels=data.num_channels,  # pyright: ignore[reportCallIssue] (its own key, unknown to the base class)
+        **crop_settings(config.image_height_width, recipe.eval_crop_pct),
+        image_mean=mean,
+        image_std=std,
+        do_rescale=data.dtype != "float32",
+        rescale_factor=RESCALE_FACTORS[data.dtype],
+    )
+
+
+def make_view(recipe: PretrainRecipe, data: PretrainData, config: MAEConfig) -> View:
+    """What becomes of an image on its way into a batch."""
+    size = config.image_height_width
+    return View(
+        size=size,
+        num_channels=data.num_channels,
+        dtype=data.dtype,
+        num_patches=config.num_patches,
+        crop_scale=(recipe.crop_scale[0], recipe.crop_scale[-1]),
+        flip=recipe.flip,
+        masks=recipe.masks_per_image,
+        eval_resize=evaluation_resize(size, recipe.eval_crop_pct),
+    )
+
+
+def make_training_views(
+    recipe: PretrainRecipe, data: PretrainData, config: MAEConfig, total_steps: int
+) -> list[tuple[int, View]]:
+    """(first step from 0, what becomes of training images from there on), by `image_size_schedule`.
+
+    Raises:
+        UserError: if a size or mask ratio doesn't fit the model, or the last size is not the model's own.
+    """
+    points = recipe.image_sizes or [(0.0, config.image_size)]
+    views = []
+    for at, size in points:
+        sized = copy.deepcopy(config)
+        sized.image_size = size
+        try:
+            sized._check()
+            for _, ratio in recipe.mask_ratios:
+                sized.num_kept_patches(ratio)
+        except ValueError as error:
+            raise UserError(f"image_size {size} from {at:g} of the run on: {error}") from error
+        views.append((at, make_view(recipe, data, sized)))
+    if views[-1][1].size != config.image_height_width:
+        raise UserError(
+            f"image_size_schedule ends with {points[-1][1]}, image_size {config.image_size}; end with the model's own"
+        )
+    return stages(views, total_steps)
+
+
+def plan_stream(
+    recipe: PretrainRecipe, data: PretrainData, ranks: int, state: dict[str, Any] | None
+) -> tuple[StreamPlan, list[int]]:
+    """How batches are put together, and what each stream has read.
+
+    Args:
+        recipe: of the run.
+        data: of the run.
+        ranks: processes.
+        state: of a checkpoint (data.json); None for a new run.
+
+    Raises:
+        CheckpointError: if the data is not what the checkpoint was trained on.
+    """
+    if state is None:
+        access = data.rows.source.random_access
+        plan = StreamPlan.choose(recipe.images_per_step, ranks, recipe.num_workers, len(data.rows), access)
+        return plan, [0] * plan.num_streams
+    if state["fingerprint"] != data.fingerprint:
+        changed = f"{recipe.dataset} is not the data that this run was trained on (its files or rows changed)"
+        if not recipe.allow_data_change:
+            raise CheckpointError(f"{changed}; bring the old data back, or pass --allow_data_change true")
+        logger.warning("%s; going on with it, the order of samples is another from here on", changed)
+    return StreamPlan(**state["plan"]), state["positions"]
+
+
+def model_config_of(recipe: PretrainRecipe, num_channels: int) -> MAEConfig:
+    """The configuration of a model from scratch: table of sizes < data's channels < the recipe's keys."""
+    try:
+        return MAEConfig(**{**SIZES[recipe.model_size], "num_channels": num_channels, **recipe.model_config})
+    except Exception as error:
+        raise UserError(" ".join(str(error).split())) from error

@@ -1,0 +1,163 @@
+import json
+import tarfile
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from memory_source import MemorySource, noise_images
+from PIL import Image
+
+from hf_mae.data.labels import Labels, find_labels, labels_of
+from hf_mae.data.order import Rows
+from hf_mae.data.sources import DataError, open_source
+
+SINGLE, MULTI = "single_label_classification", "multi_label_classification"
+
+
+def rows(labels, names=None, **options) -> Rows:
+    source = MemorySource(noise_images([len(labels)]), labels=labels)
+    source.label_names = names
+    return Rows(source, **options)
+
+
+def targets(labels, problem, names=None):
+    """Names of the classes and targets of a data set that is its own training set."""
+    data = rows(labels, names)
+    found = find_labels(data, problem)
+    return found.names, found.targets(labels_of(data), data.source)
+
+
+# ------------------------------------------------------------------------------------------ one class an image
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "classes", "expected"),
+    [
+        ([1, 0, 1], ["cat", "dog"], ("cat", "dog"), [1, 0, 1]),
+        ([1, 0, 1], ["cat", "dog", "emu"], ("cat", "dog", "emu"), [1, 0, 1]),  # a class without images is one
+        ([2, 10, 7, 2], None, ("2", "7", "10"), [0, 2, 1, 0]),  # numbers in the order of numbers
+        (["dog", "ant", "dog"], None, ("ant", "dog"), [1, 0, 1]),
+        ([True, False], None, ("False", "True"), [1, 0]),
+        ([3, "x", 3], None, ("3", "x"), [0, 1, 0]),
+    ],
+)
+def test_classes_have_the_sources_names_or_those_that_are_found(labels, names, classes, expected):
+    found, indices = targets(labels, SINGLE, names)
+    assert found == classes
+    assert indices.tolist() == expected
+    assert indices.dtype == torch.int64
+
+
+def test_another_split_is_matched_by_name_not_by_number():
+    labels = find_labels(rows([0, 1], ["cat", "dog"]), SINGLE)
+    other = rows([0, 1, 2], ["dog", "emu", "cat"])
+    assert labels.targets([0, 2, 0], other.source).tolist() == [1, 0, 1]
+    with pytest.raises(DataError, match=r"has the label emu, which is none of the model's 2 classes \(cat, dog\)"):
+        labels.targets([0, 1], other.source)
+
+
+def test_numbers_without_names_are_the_numbers_of_named_classes_but_never_of_numbered_ones():
+    unnamed = rows([0, 1]).source
+    assert Labels(SINGLE, ("cat", "dog")).targets([1, 0], unnamed).tolist() == [1, 0]
+    with pytest.raises(DataError, match="has the label 2, which is none of the model's 2 classes"):
+        Labels(SINGLE, ("cat", "dog")).targets([1, 2], unnamed)
+    # Classes "1" and "2": the label 0 is no class, not the first one.
+    with pytest.raises(DataError, match="has the label 0, which is none"):
+        Labels(SINGLE, ("1", "2")).targets([1, 0], unnamed)
+
+
+def test_a_label_beyond_the_named_classes_is_an_error():
+    # Test sets of the Hub have -1 where labels are kept secret.
+    data = rows([0, 1], ["cat", "dog"])
+    for label in (-1, 2):
+        with pytest.raises(DataError, match=rf"has the label {label} \(of 2 named classes\)"):
+            Labels(SINGLE, ("cat", "dog")).targets([0, label], data.source)
+
+
+# ------------------------------------------------------------------------------------------ several, or numbers
+
+
+def test_lists_of_classes_and_rows_of_zeros_and_ones_mean_the_same():
+    expected = [[1.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
+    for labels, names in (
+        ([["a", "c"], [], ["b"]], ("a", "b", "c")),
+        ([[0, 2], [], [1]], ("0", "1", "2")),
+        ([[1, 0, 1], [0, 0, 0], [0, 1, 0]], ("0", "1", "2")),
+        ([[1.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0]], ("0", "1", "2")),
+    ):
+        found, values = targets(labels, MULTI)
+        assert found == names
+        assert values.tolist() == expected
+        assert values.dtype == torch.float32
+
+
+def test_numbers_are_targets_as_they_are():
+    assert targets([1, 2.5], "regression")[1].tolist() == [[1.0], [2.5]]
+    names, values = targets([[1, 2], [3.5, -4]], "regression")
+    assert values.tolist() == [[1.0, 2.0], [3.5, -4.0]]
+    assert len(names) == 2
+
+
+# ------------------------------------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize(
+    ("labels", "problem", "message"),
+    [
+        ([None, None], SINGLE, "2 of 2 images of memory, split train, have no label; sort images into one folder a cl"),
+        ([0, None, 1], SINGLE, "1 of 3 images .* have no label"),
+        ([4, 4], SINGLE, r"memory has one class only \(4\); two or more are needed"),
+        ([0.5, 1.5], SINGLE, "memory has the label 0.5, .* pass --problem_type regression"),
+        ([[0, 1], [1]], SINGLE, r"has the label \[0, 1\], .* pass --problem_type multi_label_classification"),
+        ([0, 1], MULTI, "has the label 0, .* pass --problem_type single_label_classification"),
+        ([0.5, 0.1], MULTI, "has the label 0.5, .* pass --problem_type regression"),
+        (["a", "b"], "regression", "has the label a, which is no finite number"),
+        ([1.0, float("nan")], "regression", "has the label nan, which is no finite number"),
+        ([[1, 2], [3]], "regression", "has a label of 1 numbers, not 2"),
+        ([[]], "regression", r"has the label \[\], which is no finite number"),
+    ],
+)
+def test_labels_that_do_not_fit_are_told_in_one_line(labels, problem, message):
+    with pytest.raises(DataError, match=message) as caught:
+        targets(labels, problem)
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------ labels of every source
+
+
+def png(value: int) -> bytes:
+    buffer = BytesIO()
+    Image.fromarray(np.full((4, 4, 3), value, dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_labels_of_every_kind_of_source_are_those_of_its_rows(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    for name in ("b/1.png", "a/2.png", "b/3.png"):
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / name).write_bytes(png(1))
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["x", "y"])})
+    table = datasets.Dataset.from_dict({"image": [png(i) for i in range(3)], "label": [1, 0, 1]}, features=features)
+    table.to_parquet(str(tmp_path / "table.parquet"))
+    table.save_to_disk(str(tmp_path / "saved"))
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for i, label in enumerate([5, 3, 5]):
+            for ending, content in (("png", png(i)), ("json", json.dumps({"label": label}).encode())):
+                info = tarfile.TarInfo(f"{i}.{ending}")
+                info.size = len(content)
+                tar.addfile(info, BytesIO(content))
+    expected = {"images": [0, 1, 1], "table.parquet": [1, 0, 1], "saved": [1, 0, 1], "shard.tar": [5, 3, 5]}
+    for name, labels in expected.items():
+        source = open_source(str(tmp_path / name))
+        assert source.read_labels() == labels, name
+        assert [row.label for row in source.read(0, range(3))] == labels, name
+    assert open_source(str(tmp_path / "table.parquet"), streaming=True).read_labels() == [1, 0, 1]
+    assert open_source("digits").read_labels()[:5] == [0, 1, 2, 3, 4]
+
+
+def test_labels_of_part_of_a_source_are_those_of_its_rows():
+    data = rows(list(range(20)), max_samples=7)
+    assert labels_of(data) == [row.label for row in data.read(data.index)]
+    assert len(labels_of(data)) == 7
