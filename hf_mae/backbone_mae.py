@@ -97,15 +97,15 @@ class MAEBackbone(BackboneMixin, MAEPreTrainedModel):
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
         """
         self._refuse_unknown(kwargs)
-        h, w = self.config.patch_grid(pixel_values.shape, any_size=True)
-        hidden_states = self.embeddings(pixel_values)
+        grid_size = self.config.patch_grid(pixel_values.shape, any_size=True)
+        hidden_states = self.embeddings(pixel_values, grid_size)
         stages = [hidden_states]
         for layer in self.layers:
             hidden_states = layer(hidden_states)
             stages.append(hidden_states)
         maps = [stages[self.stage_names.index(name)] for name in self.out_features]
         if self.config.reshape_hidden_states:
-            maps = [tokens[:, 1:].transpose(1, 2).unflatten(2, (h, w)).contiguous() for tokens in maps]
+            maps = [tokens[:, 1:].transpose(1, 2).unflatten(2, grid_size).contiguous() for tokens in maps]
         if self.pyramid:
             sources = maps * len(self.pyramid) if len(maps) == 1 else maps
             maps = [rescale(source) for rescale, source in zip(self.pyramid, sources, strict=True)]

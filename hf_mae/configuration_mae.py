@@ -128,6 +128,24 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
         self.stage_names = ["stem"] + [f"stage{i}" for i in range(1, self.num_hidden_layers + 1)]
         self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
 
+    @classmethod
+    def of_checkpoint(cls, place: Any, **loading: Any) -> "MAEConfig":
+        """The configuration that is stored with a model.
+
+        Args:
+            place: folder or Hub id.
+            **loading: keywords of a model's `from_pretrained`; those that concern the place are used.
+
+        Raises:
+            ValueError: if the model isn't an MAE of this package.
+        """
+        options = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+        settings, _ = cls.get_config_dict(place, **{key: loading[key] for key in options if key in loading})
+        found = settings.get("model_type", "mae")
+        if found != "mae":
+            raise ValueError(f"{place} is a model of type {found}, not mae; convert it: hf-mae convert {place} FOLDER")
+        return cls.from_dict(settings)
+
     @property
     def image_height_width(self) -> tuple[int, int]:
         """(H, W) in pixels."""

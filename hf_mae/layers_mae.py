@@ -115,16 +115,18 @@ class MAEEmbeddings(nn.Module):
         self.patch_embed = MAEPatchEmbed(config)
         self.position_embeddings = MAEPositions(config, config.hidden_size, config.trainable_positions)
 
-    def forward(self, pixel_values: torch.Tensor, ids_keep: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, C, H, W) -> (B, 1 + K, D); all patches are kept without `ids_keep` (B, K)."""
-        (_, _, H, W), (P, Q) = pixel_values.shape, self.config.patch_height_width
+    def forward(
+        self, pixel_values: torch.Tensor, grid_size: tuple[int, int], ids_keep: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(B, C, H, W) of h x w patches -> (B, 1 + K, D); all patches are kept without `ids_keep` (B, K)."""
         # The parameters' dtype, not the activations': under autocast the residual stream then stays float32.
         dtype = self.cls_token.dtype
-        positions = self.position_embeddings((H // P, W // Q)).to(dtype)
+        positions = self.position_embeddings(grid_size).to(dtype)
         class_position, patch_positions = positions[:1], positions[1:]
         if ids_keep is not None:
             patch_positions = patch_positions[ids_keep]
-        tokens = self.patch_embed(patchify(pixel_values.to(dtype), (P, Q), ids_keep)) + patch_positions
+        tokens = self.patch_embed(patchify(pixel_values.to(dtype), self.config.patch_height_width, ids_keep))
+        tokens = tokens + patch_positions
         class_token = (self.cls_token + class_position).expand(tokens.shape[0], -1, -1)
         return torch.cat([class_token, tokens], dim=1)
 
@@ -274,11 +276,20 @@ class MAEDecoder(nn.Module):
         self.decoder_norm = nn.LayerNorm(E, eps=config.layer_norm_eps)
         self.decoder_pred = nn.Linear(E, P * Q * config.num_channels)
 
-    def forward(self, encoded: Any, ids: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
-        """Visible tokens (B, 1 + K, D) in shuffled order -> (B, N, V) in image order, whichever `ids` are wanted."""
-        ids_restore = encoded.ids_restore
-        assert ids_restore is not None
-        tokens = self.decoder_embed(encoded.last_hidden_state)
+    def forward(
+        self, hidden_states: torch.Tensor, ids_restore: torch.Tensor, grid_size: tuple[int, int]
+    ) -> torch.Tensor:
+        """Predict all patches.
+
+        Args:
+            hidden_states: (B, 1 + K, D) class token and visible tokens, in shuffled order.
+            ids_restore: (B, N) index that puts a shuffled sequence back in image order.
+            grid_size: (h, w) patches.
+
+        Returns:
+            (B, N, V) pixels, in image order.
+        """
+        tokens = self.decoder_embed(hidden_states)
         class_token, visible = tokens[:, :1], tokens[:, 1:]
         removed = ids_restore.shape[1] - visible.shape[1]
         mask_tokens = self.mask_token.to(tokens.dtype).expand(tokens.shape[0], removed, -1)
@@ -325,19 +336,28 @@ class MAECrossDecoder(MAEDecoder):
         super().__init__(config, memory_width=config.hidden_size)
         self.fusion = MAEFeatureFusion(config) if config.decoder_fusion else None
 
-    def forward(self, encoded: Any, ids: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
-        """Visible tokens (B, 1 + K, D) and wanted patches (B, M) -> (B, N, V) in image order, zero where unwanted."""
-        shape = (*encoded.ids_restore.shape, self.decoder_pred.out_features)
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, memory: torch.Tensor | tuple[torch.Tensor, ...], ids: torch.Tensor, grid_size: tuple[int, int]
+    ) -> torch.Tensor:
+        """Predict the wanted patches.
+
+        Args:
+            memory: (B, 1 + K, D) class token and visible tokens, in any order; with `config.decoder_fusion` a tuple of
+                them: the encoder's embedding, then the output of each of its blocks.
+            ids: (B, M) wanted patches.
+            grid_size: (h, w) patches.
+
+        Returns:
+            (B, N, V) pixels, in image order; zero where unwanted.
+        """
+        shape = (ids.shape[0], grid_size[0] * grid_size[1], self.decoder_pred.out_features)
         if ids.shape[1] == 0:
             return self.mask_token.new_zeros(shape)  # attention takes no empty queries
         positions = self.decoder_pos_embed(grid_size)[1:].to(self.mask_token.dtype)
         hidden_states = self.mask_token + positions[ids]
-        if self.fusion is None:
-            memories = [encoded.last_hidden_state] * len(self.decoder_layers)
-        else:
-            memories = self.fusion(encoded.features)
-        for layer, memory in zip(self.decoder_layers, memories, strict=True):
-            hidden_states = layer(hidden_states, memory)
+        memories = [memory] * len(self.decoder_layers) if self.fusion is None else self.fusion(memory)
+        for layer, one in zip(self.decoder_layers, memories, strict=True):
+            hidden_states = layer(hidden_states, one)
         predicted = self.decoder_pred(self.decoder_norm(hidden_states))
         return predicted.new_zeros(shape).scatter(1, ids.unsqueeze(-1).expand_as(predicted), predicted)
 

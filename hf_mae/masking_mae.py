@@ -4,6 +4,8 @@
 #   B images   C channels   H, W pixels   P, Q patch height and width in pixels   V = P*Q*C numbers in a patch
 #   h, w patch grid   N = h*w patches per image   K kept patches   M wanted patches   D token width
 
+from typing import NamedTuple
+
 import torch
 
 from .configuration_mae import MAEConfig
@@ -140,6 +142,24 @@ def count_kept(mask: torch.Tensor) -> int:
     return fewest
 
 
+class ChosenPatches(NamedTuple):
+    """Which patches of a batch the encoder sees; all but the grid are None when it sees them all.
+
+    Args:
+        grid_size: (h, w) patches of these images.
+        ids_keep: (B, K) the kept patches, in the order in which the encoder gets them.
+        ids_shuffle: (B, N) all patches, the kept ones first.
+        ids_restore: (B, N) index that puts a shuffled sequence back in image order.
+        mask: (B, N) 1 = removed, 0 = kept, in image order.
+    """
+
+    grid_size: tuple[int, int]
+    ids_keep: torch.Tensor | None = None
+    ids_shuffle: torch.Tensor | None = None
+    ids_restore: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+
 def choose_patches(
     config: MAEConfig,
     pixel_values: torch.Tensor,
@@ -148,8 +168,8 @@ def choose_patches(
     noise: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Which patches the encoder sees.
+) -> ChosenPatches:
+    """Which patches the encoder sees: all, unless a ratio, noise, a mask or a generator asks for fewer.
 
     Args:
         config: of the model.
@@ -160,16 +180,11 @@ def choose_patches(
         mask: (B, N).
         generator: draws the noise.
 
-    Returns:
-        ids_keep: (B, K) the kept patches; None, like the others, if nothing asks for a mask.
-        mask: (B, N) 1 = removed, 0 = kept, in image order.
-        ids_restore: (B, N) index that puts a shuffled sequence back in image order.
-
     Raises:
         ValueError: if mask, noise or ratio fit neither the images nor each other.
     """
     if mask_ratio is None and noise is None and mask is None and generator is None:
-        return None, None, None
+        return ChosenPatches(grid_size)
     shape = pixel_values.shape[0], grid_size[0] * grid_size[1]
     check_per_patch("noise", noise, shape)
     check_per_patch("mask", mask, shape)
@@ -191,4 +206,4 @@ def choose_patches(
         if config.mask_cell > 1:
             noise = cell_noise(noise, grid_size, config.mask_cell)
     ids_shuffle, mask, ids_restore = random_masking(noise.to(pixel_values.device), len_keep)
-    return ids_shuffle[:, :len_keep], mask, ids_restore
+    return ChosenPatches(grid_size, ids_shuffle[:, :len_keep], ids_shuffle, ids_restore, mask)

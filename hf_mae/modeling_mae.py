@@ -33,7 +33,15 @@ from .layers_mae import (
     encoder_layers,
     initialize,
 )
-from .masking_mae import choose_patches, gather_tokens, hashed_noise, normalize_patches, one_mask, patchify
+from .masking_mae import (
+    ChosenPatches,
+    choose_patches,
+    gather_tokens,
+    hashed_noise,
+    normalize_patches,
+    one_mask,
+    patchify,
+)
 
 
 class MAEKwargs(TypedDict, total=False):
@@ -125,15 +133,7 @@ class MAEPreTrainedModel(SavedWithCode, PreTrainedModel):  # pyright: ignore[rep
         """
         if pretrained_model_name_or_path is None or kwargs.get("state_dict") is not None:
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
-        hub_options = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-        hub_options = {key: kwargs[key] for key in hub_options if key in kwargs}
-        settings, _ = MAEConfig.get_config_dict(pretrained_model_name_or_path, **hub_options)
-        if settings.get("model_type", "mae") != "mae":
-            raise ValueError(
-                f"{pretrained_model_name_or_path} is a model of type {settings['model_type']}, not mae; convert it: "
-                f"hf-mae convert {pretrained_model_name_or_path} FOLDER"
-            )
-        stored = MAEConfig.from_dict(settings)
+        stored = MAEConfig.of_checkpoint(pretrained_model_name_or_path, **kwargs)
         if isinstance(config, PreTrainedConfig):
             config = copy.deepcopy(config)
             wanted = {key: getattr(config, key) for key in ("image_size", "num_channels")}
@@ -200,6 +200,7 @@ class MAEModel(MAEPreTrainedModel):
         generator: torch.Generator | None = None,
         bool_masked_pos: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        chosen: ChosenPatches | None = None,
         **kwargs: Unpack[MAEKwargs],
     ) -> MAEModelOutput:
         """Encode images.
@@ -213,6 +214,7 @@ class MAEModel(MAEPreTrainedModel):
             generator: draws the noise.
             bool_masked_pos: another name for `mask`, as transformers' masked-image scripts call it.
             interpolate_pos_encoding: accept images of another size than `config.image_size`.
+            chosen: the patches to encode, as `choose_patches` returns them; none of the arguments above applies then.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Raises:
@@ -220,13 +222,15 @@ class MAEModel(MAEPreTrainedModel):
             TypeError: for an unknown argument.
         """
         self._refuse_unknown(kwargs)
-        grid_size = self.config.patch_grid(pixel_values.shape, interpolate_pos_encoding)
-        ids_keep, mask, ids_restore = choose_patches(
-            self.config, pixel_values, grid_size, mask_ratio, noise, one_mask(mask, bool_masked_pos), generator
-        )
-        hidden_states = self.embeddings(pixel_values, ids_keep)
+        if chosen is None:
+            grid_size = self.config.patch_grid(pixel_values.shape, interpolate_pos_encoding)
+            mask = one_mask(mask, bool_masked_pos)
+            chosen = choose_patches(self.config, pixel_values, grid_size, mask_ratio, noise, mask, generator)
+        elif any(given is not None for given in (mask_ratio, noise, mask, bool_masked_pos, generator)):
+            raise ValueError("chosen can't be combined with mask_ratio, noise, mask, bool_masked_pos or generator")
+        hidden_states = self.embeddings(pixel_values, chosen.grid_size, chosen.ids_keep)
         features: list[torch.Tensor] = []
-        fused = self.config.decoder_fusion and ids_keep is not None
+        fused = self.config.decoder_fusion and chosen.ids_keep is not None
         for layer in self.layers:
             if fused:
                 features.append(hidden_states)
@@ -236,8 +240,8 @@ class MAEModel(MAEPreTrainedModel):
         return MAEModelOutput(
             last_hidden_state=hidden_states,
             pooler_output=pooled,
-            mask=mask,
-            ids_restore=ids_restore,
+            mask=chosen.mask,
+            ids_restore=chosen.ids_restore,
             features=(*features, hidden_states) if fused else None,
         )
 
@@ -285,38 +289,37 @@ class MAEForPreTraining(MAEPreTrainedModel):
             ValueError: as `MAEModel`, and if no patch is removed.
             TypeError: as `MAEModel`.
         """
+        grid_size = self.config.patch_grid(pixel_values.shape, interpolate_pos_encoding)
         mask = one_mask(mask, bool_masked_pos)
         if mask is None and noise is None and generator is None and not self.training:
-            noise = self.eval_noise(pixel_values)
+            noise = self.eval_noise(pixel_values, grid_size)
         if mask is None and mask_ratio is None:
             mask_ratio = self.config.mask_ratio
-        encoded = self.mae(
-            pixel_values,
-            mask_ratio,
-            noise,
-            mask,
-            generator,
-            interpolate_pos_encoding=interpolate_pos_encoding,
-            return_dict=True,  # also where the config says False
-            **kwargs,
-        )
-        grid_size = self.config.patch_grid(pixel_values.shape, interpolate_pos_encoding)
-        ids = self.predicted_patches(encoded, grid_size, partly=self.training and mask is None)
-        logits = self.decoder(encoded, ids, grid_size)
+        chosen = choose_patches(self.config, pixel_values, grid_size, mask_ratio, noise, mask, generator)
+        # return_dict also where the config says False
+        encoded = self.mae(pixel_values, chosen=chosen, return_dict=True, **kwargs)
+        ids = self.predicted_patches(chosen, partly=self.training and mask is None)
+        logits = self.decode(encoded, chosen, ids)
         loss = self.reconstruction_loss(pixel_values, logits, ids) if return_loss else None
         return MAEForPreTrainingOutput(
             loss=loss,
             logits=logits,
-            mask=encoded.mask,
-            ids_restore=encoded.ids_restore,
+            mask=chosen.mask,
+            ids_restore=chosen.ids_restore,
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
 
-    def eval_noise(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def decode(self, encoded: MAEModelOutput, chosen: ChosenPatches, ids: torch.Tensor) -> torch.Tensor:
+        """(B, N, V) predicted patches in image order: all, or those of `ids` (B, M) by the "cross" decoder."""
+        if self.config.decoder_type == "cross":
+            memory = encoded.last_hidden_state if encoded.features is None else encoded.features
+            return self.decoder(memory, ids, chosen.grid_size)
+        return self.decoder(encoded.last_hidden_state, chosen.ids_restore, chosen.grid_size)
+
+    def eval_noise(self, pixel_values: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
         """(B, N) from U[0, 1), the same at every call: row i belongs to the i-th image of a batch."""
-        (B, _, H, W), (P, Q) = pixel_values.shape, self.config.patch_height_width
-        N = (H // P) * (W // Q)
+        B, N = pixel_values.shape[0], grid_size[0] * grid_size[1]
         return hashed_noise(self.config.eval_mask_seed, B * N, pixel_values.device).view(B, N)
 
     def patch_target(self, pixel_values: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
@@ -327,18 +330,18 @@ class MAEForPreTraining(MAEPreTrainedModel):
         target = patchify(pixel_values.float(), self.config.patch_height_width, ids)
         return normalize_patches(target) if self.config.norm_pix_loss else target
 
-    def predicted_patches(
-        self, encoded: MAEModelOutput, grid_size: tuple[int, int], partly: bool = False
-    ) -> torch.Tensor:
+    def predicted_patches(self, chosen: ChosenPatches, partly: bool = False) -> torch.Tensor:
         """(B, M) which patches the loss is about: all that were removed.
 
         With `partly`, as many of them as `config.prediction_ratio` says: those that would have been kept next, so that
         the noise that draws a mask draws them too.
         """
-        kept, end = encoded.last_hidden_state.shape[1] - 1, encoded.ids_restore.shape[1]
+        assert chosen.ids_keep is not None
+        assert chosen.ids_shuffle is not None
+        kept, end = chosen.ids_keep.shape[1], chosen.ids_shuffle.shape[1]
         if partly and self.config.prediction_ratio is not None:
-            end = min(end, kept + end - self.config.num_kept_patches(self.config.prediction_ratio, grid_size))
-        return encoded.ids_restore.argsort(dim=1)[:, kept:end]
+            end = min(end, kept + end - self.config.num_kept_patches(self.config.prediction_ratio, chosen.grid_size))
+        return chosen.ids_shuffle[:, kept:end]
 
     def reconstruction_loss(self, pixel_values: torch.Tensor, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Mean squared error over the pixels of the patches `ids` (B, M), in float32 (Sec. 3).
