@@ -82,7 +82,7 @@ class Demo:
     @torch.no_grad()
     def _read_gallery(self, rows: Rows) -> tuple[torch.Tensor, list[Image.Image]]:
         features, thumbnails = [], []
-        loader = make_loader(EvaluationSet(rows, self.reconstructor.view, 64), num_workers=0)
+        loader = make_loader(EvaluationSet(rows, self.reconstructor.spec, 64), num_workers=0)
         with closing(each_batch(loader)) as batches:
             for batch in batches:
                 if batch.keys:

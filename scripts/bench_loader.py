@@ -18,9 +18,9 @@ from hf_mae.data.loader import TrainingStream, make_loader
 from hf_mae.data.order import Rows, StreamPlan
 from hf_mae.data.prepare import PrepareRecipe, prepare
 from hf_mae.data.sources import open_source
-from hf_mae.data.transform import View
+from hf_mae.data.transform import ImageSpec
 
-VIEW = View(size=(224, 224), num_channels=3, dtype="uint8", num_patches=196)
+VIEW = ImageSpec(size=(224, 224), num_channels=3, dtype="uint8", num_patches=196)
 BATCH = 64
 RUN_MAE = "run_mae of transformers, on Pillow"
 

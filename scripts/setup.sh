@@ -1,10 +1,17 @@
 #!/usr/bin/env bash
 # Make .venv and install the package in it, with what its tests need. Does nothing when that is up to date.
+# --lowest makes .venv-lowest instead: the oldest Python and the lowest versions that pyproject.toml allows.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+folder=.venv
+candidates=(python3 python3.13 python3.12 python3.11)
+if [ "${1:-}" = --lowest ]; then
+    folder=.venv-lowest
+    candidates=(python3.11 python3)
+fi
 python=""
-for candidate in python3 python3.13 python3.12 python3.11; do
+for candidate in "${candidates[@]}"; do
     if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
         python=$candidate
         break
@@ -15,11 +22,18 @@ if [ -z "$python" ]; then
     exit 1
 fi
 
-stamp=.venv/installed-from
+stamp=$folder/installed-from
 if [ -f "$stamp" ] && cmp -s pyproject.toml "$stamp"; then
     exit 0
 fi
-echo "setup: installing into .venv (a few minutes, most of them for torch)" >&2
-[ -x .venv/bin/python ] || "$python" -m venv .venv
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+echo "setup: installing into $folder (a few minutes, most of them for torch)" >&2
+[ -x "$folder/bin/python" ] || "$python" -m venv "$folder"
+pip=("$folder/bin/python" -m pip install --quiet --disable-pip-version-check)
+if [ "$folder" = .venv ]; then
+    "${pip[@]}" --editable '.[dev]'
+else
+    # pip always takes the highest versions; uv can be asked for the lowest. --upgrade: also when a bound was lowered.
+    "${pip[@]}" 'uv>=0.9'
+    "$folder/bin/uv" pip install --quiet --python "$folder/bin/python" --upgrade --resolution lowest-direct --editable '.[dev]'
+fi
 cp pyproject.toml "$stamp"

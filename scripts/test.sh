@@ -1,14 +1,25 @@
 #!/usr/bin/env bash
 # Set up, then check style, types and behaviour. --all also runs the slow tests; other words go to pytest.
+# --lowest, as the first word, runs the tests alone, in .venv-lowest: on the lowest versions that pyproject.toml allows.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bash scripts/setup.sh
+environment=.venv
+if [ "${1:-}" = --lowest ]; then
+    environment=.venv-lowest
+    shift
+    bash scripts/setup.sh --lowest
+else
+    bash scripts/setup.sh
+fi
 if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
     echo "test: installing chromium, for the tests of the demo's page" >&2
     { apt-get -qq update && apt-get -qq install --yes chromium >/dev/null; } ||
         echo "test: chromium can't be installed; the tests in a browser are left out" >&2
 fi
-.venv/bin/ruff check .
-.venv/bin/ruff format --check .
-.venv/bin/pyright
-exec .venv/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile "$@"
+# Style and types are judged on the newest versions only.
+if [ "$environment" = .venv ]; then
+    .venv/bin/ruff check .
+    .venv/bin/ruff format --check .
+    .venv/bin/pyright
+fi
+exec "$environment/bin/python" -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile "$@"

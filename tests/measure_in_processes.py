@@ -13,7 +13,7 @@ from hf_mae import MAEForPreTraining
 from hf_mae.data.order import Rows
 from hf_mae.evaluation.encoder import FrozenEncoder
 from hf_mae.evaluation.linear_probe import PaperProbe, ProbeRun
-from hf_mae.evaluation.online import OnlineQuality
+from hf_mae.evaluation.online import OnlineEvaluator
 from hf_mae.evaluation.table import extract_table
 
 
@@ -29,9 +29,9 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
     return (images.float() / 255 - 0.3) / 0.4
 
 
-def quality_of(folder: str, accelerator: Accelerator, bank: Rows, queries: Rows, **options) -> OnlineQuality:
-    view = FrozenEncoder(folder, "mean").view
-    return OnlineQuality(bank, queries, view, normalize, 16, 0, accelerator, **options)
+def quality_of(folder: str, accelerator: Accelerator, bank: Rows, queries: Rows, **options) -> OnlineEvaluator:
+    view = FrozenEncoder(folder, "mean").spec
+    return OnlineEvaluator(bank, queries, view, normalize, 16, 0, accelerator, **options)
 
 
 def measure(folder: str, accelerator: Accelerator, per_device: int) -> dict:
@@ -41,7 +41,7 @@ def measure(folder: str, accelerator: Accelerator, per_device: int) -> dict:
     rows, eval_rows = bright_rows(900), bright_rows(101, 1)
     run = ProbeRun(encoder, rows, {0: 0, 7: 1, 14: 2}, probe, per_device, 0, 0, accelerator)
     run.train()
-    table = extract_table(encoder, eval_rows, encoder.view, 16, 0, accelerator)
+    table = extract_table(encoder, eval_rows, encoder.spec, 16, 0, accelerator)
     quality = quality_of(folder, accelerator, rows, eval_rows, samples=201)
     found = {
         "weights": accelerator.unwrap_model(run.head)[1].weight.tolist(),

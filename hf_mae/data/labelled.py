@@ -15,7 +15,7 @@ from .loader import each_batch, ignore_termination
 from .mix import Mixing, RandAugment, RandomErasing
 from .order import Rows
 from .sources import DataError, Row
-from .transform import RESCALE_FACTORS, View, evaluation_view
+from .transform import RESCALE_FACTORS, ImageSpec, evaluation_view
 
 # A data set of which so many random rows in a row are bad is not one with a few bad images.
 TRIES = 10
@@ -32,7 +32,7 @@ class LabelledImages(Dataset):
     Args:
         rows: where they come from.
         targets: (n, ...) of these rows.
-        view: size, channels and crops.
+        spec: size, channels and crops.
         processor: its mean and standard deviation normalise.
         seed: of the training view; None for the evaluation view.
         rand_augment: for the training view.
@@ -46,7 +46,7 @@ class LabelledImages(Dataset):
         self,
         rows: Rows,
         targets: torch.Tensor,
-        view: View,
+        spec: ImageSpec,
         processor: MAEImageProcessor,
         seed: int | None = None,
         rand_augment: RandAugment | None = None,
@@ -54,12 +54,12 @@ class LabelledImages(Dataset):
         bad_file: Path | None = None,
         multiple: int = 1,
     ):
-        self.rows, self.targets, self.view, self.seed = rows, targets, view, seed
+        self.rows, self.targets, self.spec, self.seed = rows, targets, spec, seed
         self.rand_augment, self.erase = rand_augment, RandomErasing(random_erasing) if random_erasing else None
         self.bad_file = bad_file
         self.length = len(rows) // multiple * multiple or len(rows)
         self.set_epoch(0)
-        factor = RESCALE_FACTORS[view.dtype]
+        factor = RESCALE_FACTORS[spec.dtype]
         both = (processor.image_mean, processor.image_std)
         # In the images' own units, so that scaling and normalising are one pass.
         self.mean, self.std = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) / factor for values in both)
@@ -82,12 +82,12 @@ class LabelledImages(Dataset):
         index = int(self.order[index])
         row = self._row(index)
         if self.seed is None:
-            image = decode_image(row.image, self.view.num_channels, self.view.dtype)
-            pixels = evaluation_view(image, self.view.eval_resize, self.view.size)
+            image = decode_image(row.image, self.spec.num_channels, self.spec.dtype)
+            pixels = evaluation_view(image, self.spec.eval_resize, self.spec.size)
             return {"pixel_values": self._normalize(pixels), "labels": self.targets[index]}
         rng = sample_rng(self.seed, self.epoch, row.shard, row.row)
         image, index = self._decode_or_replace(row, index, rng)
-        pixels = training_view(image, rng, self.view.size, self.view.crop_scale, self.view.flip)
+        pixels = training_view(image, rng, self.spec.size, self.spec.crop_scale, self.spec.flip)
         if self.rand_augment:
             pixels = self.rand_augment(pixels, rng)
         pixel_values = self._normalize(pixels)
@@ -103,7 +103,7 @@ class LabelledImages(Dataset):
         message = ""
         for _ in range(TRIES):
             try:
-                return decode_image(row.image, self.view.num_channels, self.view.dtype, self.view.min_pixels), index
+                return decode_image(row.image, self.spec.num_channels, self.spec.dtype, self.spec.min_pixels), index
             except BadImage as error:
                 message = f"{row.key}: {error}"
                 self._note(row.key, error)
@@ -144,8 +144,8 @@ class Collator:
 class _Reasons(Dataset):
     """Why each row can't be decoded: (key, reason), or None where it can."""
 
-    def __init__(self, rows: Rows, view: View):
-        self.rows, self.view = rows, view
+    def __init__(self, rows: Rows, spec: ImageSpec):
+        self.rows, self.spec = rows, spec
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -153,13 +153,13 @@ class _Reasons(Dataset):
     def __getitem__(self, index: int) -> BadSample | None:
         row = next(self.rows.read(self.rows.index[index : index + 1]))
         try:
-            decode_image(row.image, self.view.num_channels, self.view.dtype)
+            decode_image(row.image, self.spec.num_channels, self.spec.dtype)
         except BadImage as error:
             return row.key, error.reason
         return None
 
 
-def without_bad(rows: Rows, view: View, num_workers: int = 0) -> list[BadSample]:
+def without_bad(rows: Rows, spec: ImageSpec, num_workers: int = 0) -> list[BadSample]:
     """Take the rows that can't be decoded out of `rows`, by decoding each once; so a score is over a known number.
 
     Returns:
@@ -170,7 +170,7 @@ def without_bad(rows: Rows, view: View, num_workers: int = 0) -> list[BadSample]
     """
     reasons: list[BadSample | None] = []
     loader = DataLoader(
-        _Reasons(rows, view),
+        _Reasons(rows, spec),
         batch_size=64,
         num_workers=num_workers,
         collate_fn=list,

@@ -15,7 +15,7 @@ from .augment import sample_rng, training_view
 from .decode import BadImage, decode_image
 from .order import EpochOrder, LogicalStream, Rows, StreamPlan
 from .sources import DataError, Row
-from .transform import View, evaluation_view
+from .transform import ImageSpec, evaluation_view
 
 
 @dataclass
@@ -46,11 +46,13 @@ class Batch:
 Sample = tuple[np.ndarray, np.ndarray, Row]
 
 
-def _collate(view: View, samples: Sequence[Sample], positions: dict[int, int], bad: list[tuple[str, str]]) -> Batch:
-    images = np.empty((len(samples), view.num_channels, *view.size), view.dtype)
+def _collate(
+    spec: ImageSpec, samples: Sequence[Sample], positions: dict[int, int], bad: list[tuple[str, str]]
+) -> Batch:
+    images = np.empty((len(samples), spec.num_channels, *spec.size), spec.dtype)
     for at, (pixels, _, _) in enumerate(samples):
         images[at] = pixels
-    noise = np.array([mask_noise for _, mask_noise, _ in samples], np.float32).reshape(-1, view.num_patches)
+    noise = np.array([mask_noise for _, mask_noise, _ in samples], np.float32).reshape(-1, spec.num_patches)
     return Batch(
         images=torch.from_numpy(images),
         noise=torch.from_numpy(noise),
@@ -67,7 +69,7 @@ class TrainingStream(IterableDataset):
     Args:
         rows: what to train on.
         plan: how batches are put together.
-        view: what becomes of each image.
+        spec: what becomes of each image.
         seed: of order, crop, flip and mask noise.
         positions: (L,) rows that each stream has read before `first_step`.
         first_step: the step of the first batch, from 0.
@@ -75,14 +77,14 @@ class TrainingStream(IterableDataset):
         rank: of this process, from 0.
         ranks: processes.
         items_per_step: items that a rank's part of a step is cut into.
-        later_views: (step, view) that takes the place of the one before from this step on, steps rising.
+        later_specs: (step, spec) that takes the place of the one before from this step on, steps rising.
     """
 
     def __init__(
         self,
         rows: Rows,
         plan: StreamPlan,
-        view: View,
+        spec: ImageSpec,
         seed: int,
         positions: Sequence[int],
         first_step: int,
@@ -90,10 +92,10 @@ class TrainingStream(IterableDataset):
         rank: int = 0,
         ranks: int = 1,
         items_per_step: int = 1,
-        later_views: Sequence[tuple[int, View]] = (),
+        later_specs: Sequence[tuple[int, ImageSpec]] = (),
     ):
         self.rows, self.plan, self.seed = rows, plan, seed
-        self.views = [(0, view), *later_views]
+        self.specs = [(0, spec), *later_specs]
         self.positions, self.steps = list(positions), range(first_step, last_step)
         self.items_per_step = items_per_step
         self.chunks_per_item = plan.chunks // ranks // items_per_step
@@ -109,26 +111,26 @@ class TrainingStream(IterableDataset):
         for item in range(number, items, workers):
             step, part = self.steps[item // self.items_per_step], item % self.items_per_step
             first = step % self.plan.groups * self.plan.chunks + self.first_chunk + part * self.chunks_per_item
-            view = [view for start, view in self.views if start <= step][-1]
+            spec = [spec for start, spec in self.specs if start <= step][-1]
             samples: list[Sample] = []
             bad: list[tuple[str, str]] = []
             for stream in range(first, first + self.chunks_per_item):
                 if stream not in streams:
                     streams[stream] = LogicalStream(order, stream, self.plan.num_streams, self.positions[stream])
-                samples += self._chunk(streams[stream], view, bad)
+                samples += self._chunk(streams[stream], spec, bad)
             taken = range(first, first + self.chunks_per_item)
-            yield _collate(view, samples, {stream: streams[stream].position for stream in taken}, bad)
+            yield _collate(spec, samples, {stream: streams[stream].position for stream in taken}, bad)
 
-    def _chunk(self, stream: LogicalStream, view: View, bad: list[tuple[str, str]]) -> list[Sample]:
+    def _chunk(self, stream: LogicalStream, spec: ImageSpec, bad: list[tuple[str, str]]) -> list[Sample]:
         samples: list[Sample] = []
         failed = 0
         while len(samples) < self.chunk_size:
             epoch, row = stream.next(self.chunk_size - len(samples))
             try:
-                image = decode_image(row.image, view.num_channels, view.dtype, view.min_pixels)
+                image = decode_image(row.image, spec.num_channels, spec.dtype, spec.min_pixels)
                 rng = sample_rng(self.seed, epoch, row.shard, row.row)
-                pixels = training_view(image, rng, view.size, view.crop_scale, view.flip, view.one_draw)
-                samples.append((pixels, rng.random((view.masks, view.num_patches), dtype=np.float32), row))
+                pixels = training_view(image, rng, spec.size, spec.crop_scale, spec.flip, spec.one_draw)
+                samples.append((pixels, rng.random((spec.masks, spec.num_patches), dtype=np.float32), row))
                 failed = 0
             except BadImage as error:
                 bad.append((row.key, error.reason))
@@ -148,8 +150,8 @@ class EvaluationSet(IterableDataset):
     batch and named in `Batch.bad`, so that a batch may be smaller than the others, and have no image at all.
     """
 
-    def __init__(self, rows: Rows, view: View, batch_size: int, mask_seed: int = 0, rank: int = 0, ranks: int = 1):
-        self.rows, self.view, self.batch_size, self.mask_seed = rows, view, batch_size, mask_seed
+    def __init__(self, rows: Rows, spec: ImageSpec, batch_size: int, mask_seed: int = 0, rank: int = 0, ranks: int = 1):
+        self.rows, self.spec, self.batch_size, self.mask_seed = rows, spec, batch_size, mask_seed
         # Whole runs of neighbours to each rank: a block from the network is then fetched by one of them.
         self.index = np.array_split(rows.index, ranks)[rank]
 
@@ -162,13 +164,13 @@ class EvaluationSet(IterableDataset):
             bad: list[tuple[str, str]] = []
             for row in self.rows.read(self.index[start : start + self.batch_size]):
                 try:
-                    image = decode_image(row.image, self.view.num_channels, self.view.dtype)
+                    image = decode_image(row.image, self.spec.num_channels, self.spec.dtype)
                 except BadImage as error:
                     bad.append((row.key, error.reason))
                     continue
-                noise = sample_rng(self.mask_seed, 0, row.shard, row.row).random(self.view.num_patches, np.float32)
-                samples.append((evaluation_view(image, self.view.eval_resize, self.view.size), noise, row))
-            yield _collate(self.view, samples, {}, bad)
+                noise = sample_rng(self.mask_seed, 0, row.shard, row.row).random(self.spec.num_patches, np.float32)
+                samples.append((evaluation_view(image, self.spec.eval_resize, self.spec.size), noise, row))
+            yield _collate(self.spec, samples, {}, bad)
 
 
 def ignore_termination(worker_id: int) -> None:

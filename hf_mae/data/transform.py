@@ -22,7 +22,7 @@ RATIO = (3 / 4, 4 / 3)  # width/height of crops, relative to the output's
 
 
 @dataclass(frozen=True)
-class View:
+class ImageSpec:
     """What becomes of an image on the way into a batch.
 
     Args:
@@ -142,10 +142,10 @@ def pixel_dtype(processor: MAEImageProcessor) -> str:
     return next((dtype for dtype, factor in RESCALE_FACTORS.items() if factor == processor.rescale_factor), "float32")
 
 
-def scoring_view(config: MAEConfig, processor: MAEImageProcessor) -> View:
+def evaluation_spec(config: MAEConfig, processor: MAEImageProcessor) -> ImageSpec:
     """The evaluation view that a processor describes, for the model that it belongs to."""
     size: Any = processor.size
-    return View(
+    return ImageSpec(
         size=config.image_height_width,
         num_channels=config.num_channels,
         dtype=pixel_dtype(processor),

@@ -11,7 +11,7 @@ from ..data.labels import Labels
 from ..data.loader import EvaluationSet, each_batch, make_loader
 from ..data.sources import DataError
 from ..data.splits import splits_of
-from ..data.transform import make_normalizer, scoring_view
+from ..data.transform import evaluation_spec, make_normalizer
 from ..pretrained import load_with_processor
 from ..run_folder import add_result
 from .metrics import make_compute_metrics
@@ -44,10 +44,10 @@ def evaluate_classification(recipe: ClassificationRecipe) -> dict[str, Any]:
     _, rows, evaluated_on = splits_of(recipe, streaming=False)
     problem = config.problem_type or "single_label_classification"
     labels = Labels(problem, tuple(config.id2label[i] for i in range(config.num_labels)))
-    view = scoring_view(config, processor)
-    normalize = make_normalizer(processor, view.dtype, torch.device(device))
+    spec = evaluation_spec(config, processor)
+    normalize = make_normalizer(processor, spec.dtype, torch.device(device))
     logits, values, bad = [], [], []
-    for batch in each_batch(make_loader(EvaluationSet(rows, view, recipe.batch_size), recipe.num_workers)):
+    for batch in each_batch(make_loader(EvaluationSet(rows, spec, recipe.batch_size), recipe.num_workers)):
         if batch.keys:
             with torch.autocast(device, torch.bfloat16, enabled=recipe.mixed_precision == "bf16"):
                 logits.append(model(normalize(batch.images.to(device))).logits.float().cpu())
@@ -59,8 +59,8 @@ def evaluate_classification(recipe: ClassificationRecipe) -> dict[str, Any]:
     prediction = EvalPrediction(torch.cat(logits).numpy(), labels.targets(values, rows.source).numpy())
     protocol = {
         "name": "classification",
-        "image_size": list(view.size),
-        "eval_resize": view.eval_resize,
+        "image_size": list(spec.size),
+        "eval_resize": spec.eval_resize,
         "mixed_precision": recipe.mixed_precision,
     }
     data = {

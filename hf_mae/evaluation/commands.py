@@ -113,7 +113,7 @@ class Evaluation:
         splits = (("training images", self.rows), ("evaluation images", self.eval_rows))
         train, test = (
             extract_table(
-                self.encoder, rows, self.encoder.view, recipe.batch_size, recipe.num_workers, self.accelerator, name
+                self.encoder, rows, self.encoder.spec, recipe.batch_size, recipe.num_workers, self.accelerator, name
             )
             for name, rows in splits
         )
@@ -138,11 +138,11 @@ class Evaluation:
             classes: of the labels.
             runs: figures of each repetition.
         """
-        recipe, view = self.recipe, self.encoder.view
+        recipe, spec = self.recipe, self.encoder.spec
         common = {
             "pooling": self.encoder.pooling,
-            "image_size": list(view.size),
-            "eval_resize": view.eval_resize,
+            "image_size": list(spec.size),
+            "eval_resize": spec.eval_resize,
             "mixed_precision": recipe.mixed_precision,
             "seeds": recipe.seeds,
         }

@@ -61,7 +61,7 @@ def embed(recipe: EmbedRecipe) -> dict[str, Any]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with closing(WRITERS[path.suffix](path, origin)) as writer:
             for batch, values in encoded_batches(
-                encoder, rows, encoder.view, recipe.batch_size, recipe.num_workers, accelerator, "features"
+                encoder, rows, encoder.spec, recipe.batch_size, recipe.num_workers, accelerator, "features"
             ):
                 bad += batch.bad
                 images, width = images + len(batch.keys), list(values.shape[1:])

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ..data.transform import View, make_normalizer, pixel_dtype, scoring_view
+from ..data.transform import ImageSpec, evaluation_spec, make_normalizer, pixel_dtype
 from ..modeling_mae import MAEModel
 from ..pretrained import load_with_processor
 
@@ -48,9 +48,9 @@ class FrozenEncoder(nn.Module):
         self.dtype = pixel_dtype(self.processor)
 
     @property
-    def view(self) -> View:
+    def spec(self) -> ImageSpec:
         """The evaluation view that the model was trained for."""
-        return scoring_view(self.encoder.config, self.processor)
+        return evaluation_spec(self.encoder.config, self.processor)
 
     @property
     def width(self) -> int:

@@ -244,11 +244,11 @@ class ProbeRun:
     def _batches(self) -> Generator[tuple[torch.Tensor, torch.Tensor]]:
         """Micro-batches on the device: images (B, C, H, W), class numbers (B,)."""
         accelerator, probe = self.accelerator, self.probe
-        view = replace(self.encoder.view, crop_scale=probe.crop_scale, flip=probe.flip, one_draw=True)
+        spec = replace(self.encoder.spec, crop_scale=probe.crop_scale, flip=probe.flip, one_draw=True)
         ranks, random_access = accelerator.num_processes, self.rows.source.random_access
         plan = StreamPlan.choose(probe.total_batch_size, ranks, self.num_workers, len(self.rows), random_access)
         stream = TrainingStream(
-            self.rows, plan, view, self.seed, [0] * plan.num_streams, 0, self.total_steps, accelerator.process_index,
+            self.rows, plan, spec, self.seed, [0] * plan.num_streams, 0, self.total_steps, accelerator.process_index,
             ranks, plan.items_per_step(ranks, self.num_workers, self.grad_accum_steps),
         )  # fmt: skip
         loader = make_loader(stream, self.num_workers, accelerator.device.type == "cuda")
@@ -266,7 +266,7 @@ class ProbeRun:
         head = accelerator.unwrap_model(self.head).eval()
         counts = torch.zeros(3, device=accelerator.device, dtype=torch.float64)
         for batch, values in encoded_batches(
-            self.encoder, eval_rows, self.encoder.view, self.micro_batch, self.num_workers, accelerator, "evaluation"
+            self.encoder, eval_rows, self.encoder.spec, self.micro_batch, self.num_workers, accelerator, "evaluation"
         ):
             bad += batch.bad
             scores, labels = head(values), class_numbers(batch.labels, self.classes)

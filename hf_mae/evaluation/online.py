@@ -13,7 +13,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from ..data.labels import class_numbers, common_classes
 from ..data.order import Rows
 from ..data.sources import DataError
-from ..data.transform import View
+from ..data.transform import ImageSpec
 from .knn import knn_accuracy
 from .linear_probe import fast_linear_accuracy
 from .table import Features, Table, extract_table, rankme
@@ -21,13 +21,13 @@ from .table import Features, Table, extract_table, rankme
 NEIGHBOURS = 20
 
 
-class OnlineQuality:
+class OnlineEvaluator:
     """Measures an encoder during its training.
 
     Args:
         bank_rows: images to learn from; the first or, where that is cheap, evenly spaced ones are taken.
         query_rows: images to classify.
-        view: what becomes of them; the evaluation crop.
+        spec: what becomes of them; the evaluation crop.
         normalize: pixels in the source's dtype -> pixel_values.
         batch_size: images at once, on each process.
         num_workers: loader processes.
@@ -42,7 +42,7 @@ class OnlineQuality:
         self,
         bank_rows: Rows,
         query_rows: Rows,
-        view: View,
+        spec: ImageSpec,
         normalize: Callable[[torch.Tensor], torch.Tensor],
         batch_size: int,
         num_workers: int,
@@ -50,7 +50,7 @@ class OnlineQuality:
         samples: int = 2000,
     ):
         self.bank_rows, self.query_rows = subset(bank_rows, samples), subset(query_rows, max(1, samples // 2))
-        self.view, self.normalize, self.batch_size = view, normalize, batch_size
+        self.spec, self.normalize, self.batch_size = spec, normalize, batch_size
         self.num_workers, self.accelerator = num_workers, accelerator
         self.notice: str | None = None
 
@@ -79,7 +79,7 @@ class OnlineQuality:
         register_fsdp_forward_method(unwrapped, "encode")
         try:
             bank, queries = (
-                extract_table(unwrapped.encode, rows, self.view, self.batch_size, self.num_workers, self.accelerator)
+                extract_table(unwrapped.encode, rows, self.spec, self.batch_size, self.num_workers, self.accelerator)
                 for rows in (self.bank_rows, self.query_rows)
             )
         finally:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..data.loader import Batch, EvaluationSet, each_batch, make_loader
 from ..data.order import Rows
 from ..data.sources import DataError
-from ..data.transform import View
+from ..data.transform import ImageSpec
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class Table:
 def encoded_batches(
     encode: Callable[[torch.Tensor], torch.Tensor],
     rows: Rows,
-    view: View,
+    spec: ImageSpec,
     batch_size: int,
     num_workers: int,
     accelerator: Accelerator,
@@ -77,21 +77,21 @@ def encoded_batches(
     Args:
         encode: (B, C, H, W) in the source's dtype, on the device -> (B, ...).
         rows: the images.
-        view: what becomes of them.
+        spec: what becomes of them.
         batch_size: images at once.
         num_workers: loader processes.
         accelerator: of all processes.
         bar: what a progress bar says before its number; None: no bar.
     """
-    ranks, shape = accelerator.num_processes, (1, view.num_channels, *view.size)
-    dataset = EvaluationSet(rows, view, batch_size, rank=accelerator.process_index, ranks=ranks)
+    ranks, shape = accelerator.num_processes, (1, spec.num_channels, *spec.size)
+    dataset = EvaluationSet(rows, spec, batch_size, rank=accelerator.process_index, ranks=ranks)
     longest_share = -(-len(rows) // ranks)
     calls = range(-(-longest_share // batch_size))
     with closing(each_batch(make_loader(dataset, num_workers))) as batches, torch.no_grad():
         for _ in tqdm(calls, desc=bar, disable=bar is None or not accelerator.is_main_process, leave=False):
             batch = next(batches, None)
             empty = batch is None or not batch.keys
-            images = torch.zeros(shape, dtype=getattr(torch, view.dtype)) if empty else batch.images
+            images = torch.zeros(shape, dtype=getattr(torch, spec.dtype)) if empty else batch.images
             values = encode(images.to(accelerator.device, non_blocking=True))
             if batch is not None:
                 yield batch, values[: len(batch.keys)]
@@ -100,7 +100,7 @@ def encoded_batches(
 def extract_table(
     encode: Callable[[torch.Tensor], torch.Tensor],
     rows: Rows,
-    view: View,
+    spec: ImageSpec,
     batch_size: int,
     num_workers: int,
     accelerator: Accelerator,
@@ -113,7 +113,7 @@ def extract_table(
     """
     values: list[torch.Tensor] = []
     share = Table(torch.empty(0), [], [], [], len(rows))
-    for batch, encoded in encoded_batches(encode, rows, view, batch_size, num_workers, accelerator, bar):
+    for batch, encoded in encoded_batches(encode, rows, spec, batch_size, num_workers, accelerator, bar):
         values.append(encoded.float().cpu())
         share.labels += batch.labels
         share.keys += batch.keys

@@ -15,7 +15,7 @@ from ..data.order import Rows, StreamPlan
 from ..data.sources import DataError
 from ..data.splits import splits_of
 from ..data.stats import channel_stats, probe_rows
-from ..data.transform import RESCALE_FACTORS, View, crop_settings, evaluation_resize
+from ..data.transform import RESCALE_FACTORS, ImageSpec, crop_settings, evaluation_resize
 from ..errors import CheckpointError, UserError
 from ..image_processing_mae import MAEImageProcessor
 from ..modeling_mae import MAEForPreTraining
@@ -139,10 +139,10 @@ def build_processor(
     )
 
 
-def make_view(recipe: PretrainRecipe, data: PretrainData, config: MAEConfig) -> View:
+def make_spec(recipe: PretrainRecipe, data: PretrainData, config: MAEConfig) -> ImageSpec:
     """What becomes of an image on its way into a batch."""
     size = config.image_height_width
-    return View(
+    return ImageSpec(
         size=size,
         num_channels=data.num_channels,
         dtype=data.dtype,
@@ -154,16 +154,16 @@ def make_view(recipe: PretrainRecipe, data: PretrainData, config: MAEConfig) -> 
     )
 
 
-def make_training_views(
+def make_training_specs(
     recipe: PretrainRecipe, data: PretrainData, config: MAEConfig, total_steps: int
-) -> list[tuple[int, View]]:
+) -> list[tuple[int, ImageSpec]]:
     """(first step from 0, what becomes of training images from there on), by `image_size_schedule`.
 
     Raises:
         UserError: if a size or mask ratio doesn't fit the model, or the last size is not the model's own.
     """
     points = recipe.image_sizes or [(0.0, config.image_size)]
-    views = []
+    specs = []
     for at, size in points:
         sized = copy.deepcopy(config)
         sized.image_size = size
@@ -173,12 +173,12 @@ def make_training_views(
                 sized.num_kept_patches(ratio)
         except ValueError as error:
             raise UserError(f"image_size {size} from {at:g} of the run on: {error}") from error
-        views.append((at, make_view(recipe, data, sized)))
-    if views[-1][1].size != config.image_height_width:
+        specs.append((at, make_spec(recipe, data, sized)))
+    if specs[-1][1].size != config.image_height_width:
         raise UserError(
             f"image_size_schedule ends with {points[-1][1]}, image_size {config.image_size}; end with the model's own"
         )
-    return stages(views, total_steps)
+    return stages(specs, total_steps)
 
 
 def plan_stream(

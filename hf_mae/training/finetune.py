@@ -23,7 +23,7 @@ from ..data.loader import one_line_errors
 from ..data.mix import Mixing
 from ..data.order import Rows
 from ..data.splits import splits_of
-from ..data.transform import scoring_view
+from ..data.transform import evaluation_spec
 from ..evaluation.metrics import make_compute_metrics
 from ..evaluation.results import make_result, named_data
 from ..files import replace_files, write_text
@@ -102,21 +102,21 @@ class FinetuneRun:
             tune_for_cpu(self.model, choose_precision(recipe))
         self.processor = build_processor(recipe, self.model.config)
         scale = (recipe.crop_scale[0], recipe.crop_scale[-1])
-        self.view = replace(scoring_view(self.model.config, self.processor), crop_scale=scale, flip=recipe.flip)
-        check_images(self.rows, self.view)
-        self.bad = without_bad(self.eval_rows, self.view, recipe.num_workers)
+        self.spec = replace(evaluation_spec(self.model.config, self.processor), crop_scale=scale, flip=recipe.flip)
+        check_images(self.rows, self.spec)
+        self.bad = without_bad(self.eval_rows, self.spec, recipe.num_workers)
         self.train_images = LabelledImages(
             self.rows,
             self._targets(self.rows),
-            self.view,
+            self.spec,
             self.processor,
             recipe.seed,
-            build_rand_augment(recipe, self.view, self.processor),
+            build_rand_augment(recipe, self.spec, self.processor),
             recipe.random_erasing,
             self.output_dir / "bad_samples.jsonl",
             recipe.total_batch_size,
         )
-        self.eval_images = LabelledImages(self.eval_rows, self._targets(self.eval_rows), self.view, self.processor)
+        self.eval_images = LabelledImages(self.eval_rows, self._targets(self.eval_rows), self.spec, self.processor)
         self.total_steps, self.warmup_steps = recipe.steps(len(self.train_images))
         self.args.max_steps, self.args.warmup_steps = self.total_steps, self.warmup_steps
         self.args.eval_steps = recipe.eval_steps or max(1, self.total_steps // 10)
@@ -149,7 +149,7 @@ class FinetuneRun:
 
     def describe(self) -> None:
         """Print what is about to happen, and write run_config.yaml."""
-        recipe, args, view = self.recipe, self.args, self.view
+        recipe, args, spec = self.recipe, self.args, self.spec
         parameters = self.model.num_parameters()
         trained = self.model.num_parameters(only_trainable=True)
         derived = {
@@ -175,7 +175,7 @@ class FinetuneRun:
         what = "numbers an image" if recipe.problem_type == "regression" else "classes"
         print(
             f"{recipe.recipe or 'finetune'}: {len(self.rows):,} images of {recipe.dataset}, "
-            f"{view.num_channels} x {view.size[0]} x {view.size[1]} {view.dtype}, {len(self.labels.names)} {what}, "
+            f"{spec.num_channels} x {spec.size[0]} x {spec.size[1]} {spec.dtype}, {len(self.labels.names)} {what}, "
             f"{parameters / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained\n"
             f"{self.total_steps:,} steps of {recipe.total_batch_size} images = {args.world_size} "
             f"{'process' if args.world_size == 1 else 'processes'} x {args.gradient_accumulation_steps} x "
@@ -218,8 +218,8 @@ class FinetuneRun:
             "name": PROTOCOL,
             "start": str(recipe.model),
             "pooling": recipe.pooling,
-            "image_size": list(self.view.size),
-            "eval_resize": self.view.eval_resize,
+            "image_size": list(self.spec.size),
+            "eval_resize": self.spec.eval_resize,
             "trainable_blocks": recipe.trainable_blocks,
             "epochs": recipe.total_batch_size * self.total_steps / len(self.rows),
             "seed": recipe.seed,

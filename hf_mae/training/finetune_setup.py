@@ -16,7 +16,7 @@ from ..data.mix import RandAugment
 from ..data.order import Rows
 from ..data.sources import DataError
 from ..data.stats import probe_rows
-from ..data.transform import View, crop_settings
+from ..data.transform import ImageSpec, crop_settings
 from ..errors import CheckpointError, UserError
 from ..image_processing_mae import MAEImageProcessor
 from ..optim.groups import train_last_blocks
@@ -201,7 +201,7 @@ def build_processor(recipe: FinetuneRecipe, config: MAEConfig) -> MAEImageProces
         ) from error
 
 
-def build_rand_augment(recipe: FinetuneRecipe, view: View, processor: MAEImageProcessor) -> RandAugment | None:
+def build_rand_augment(recipe: FinetuneRecipe, spec: ImageSpec, processor: MAEImageProcessor) -> RandAugment | None:
     """RandAugment as the recipe has it.
 
     Raises:
@@ -209,22 +209,22 @@ def build_rand_augment(recipe: FinetuneRecipe, view: View, processor: MAEImagePr
     """
     if recipe.rand_augment == "none":
         return None
-    if view.dtype != "uint8" or view.num_channels not in (1, 3):
+    if spec.dtype != "uint8" or spec.num_channels not in (1, 3):
         raise UserError(
-            f"rand_augment is for 8-bit gray or colour images, these have {view.num_channels} channels of {view.dtype};"
+            f"rand_augment is for 8-bit gray or colour images, these have {spec.num_channels} channels of {spec.dtype};"
             " pass --rand_augment none"
         )
     try:
-        return RandAugment(recipe.rand_augment, view.size, list(processor.image_mean))
+        return RandAugment(recipe.rand_augment, spec.size, list(processor.image_mean))
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
-def check_images(rows: Rows, view: View) -> None:
+def check_images(rows: Rows, spec: ImageSpec) -> None:
     """Raise a DataError if the images have other channels than the model."""
     num_channels, _ = probe_rows(rows)
-    if num_channels != view.num_channels and {num_channels, view.num_channels} != {1, 3}:
+    if num_channels != spec.num_channels and {num_channels, spec.num_channels} != {1, 3}:
         raise DataError(
-            f"images of {rows.source.name} have {num_channels} channels, the model {view.num_channels}; go on "
+            f"images of {rows.source.name} have {num_channels} channels, the model {spec.num_channels}; go on "
             f"pretraining it on such images first: hf-mae pretrain --model ... --num_channels {num_channels}"
         )

@@ -14,7 +14,7 @@ from torch import nn
 from ..data.loader import EvaluationSet, each_batch, make_loader
 from ..data.order import Rows
 from ..data.sources import DataError
-from ..data.transform import View
+from ..data.transform import ImageSpec
 from ..image_processing_mae import MAEImageProcessor
 from ..modeling_mae import MAEForPreTraining
 from ..visualize.grid import reconstruction_grid
@@ -28,7 +28,7 @@ class HeldOut:
 
     Args:
         rows: of the images.
-        view: what becomes of them; the evaluation crop.
+        spec: what becomes of them; the evaluation crop.
         batch_size: images at once, on each process.
         mask_seed: of the masks, with each row's place.
         normalize: pixels in the source's dtype -> pixel_values.
@@ -39,19 +39,19 @@ class HeldOut:
     def __init__(
         self,
         rows: Rows,
-        view: View,
+        spec: ImageSpec,
         batch_size: int,
         mask_seed: int,
         normalize: Callable[[torch.Tensor], torch.Tensor],
         num_workers: int,
         accelerator: Accelerator,
     ):
-        self.rows, self.view, self.batch_size, self.mask_seed = rows, view, batch_size, mask_seed
+        self.rows, self.spec, self.batch_size, self.mask_seed = rows, spec, batch_size, mask_seed
         self.normalize, self.num_workers, self.accelerator = normalize, min(num_workers, 1), accelerator
 
     def batches(self, rank: int, ranks: int) -> EvaluationSet:
         """A rank's share of the images, with their masks' noise."""
-        return EvaluationSet(self.rows, self.view, self.batch_size, self.mask_seed, rank, ranks)
+        return EvaluationSet(self.rows, self.spec, self.batch_size, self.mask_seed, rank, ranks)
 
     @torch.no_grad()
     def loss(self, model: nn.Module) -> tuple[float, list[tuple[str, str]]]:
@@ -66,10 +66,10 @@ class HeldOut:
         longest = -(-len(self.rows) // accelerator.num_processes)
         bad: list[tuple[str, str]] = []
         total = torch.zeros(2, device=device, dtype=torch.float64)
-        view = self.view
+        spec = self.spec
         # What a rank runs on whose own images are at their end, or can't be decoded.
-        images = torch.zeros(1, view.num_channels, *view.size, device=device)
-        noise = torch.zeros(1, view.num_patches, device=device)
+        images = torch.zeros(1, spec.num_channels, *spec.size, device=device)
+        noise = torch.zeros(1, spec.num_patches, device=device)
         model.eval()
         dataset = self.batches(accelerator.process_index, accelerator.num_processes)
         with closing(each_batch(make_loader(dataset, self.num_workers))) as batches:
@@ -100,5 +100,5 @@ class HeldOut:
     @cached_property
     def _shown(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The first images that there are, and the noise of their masks."""
-        batch = next(batch for batch in EvaluationSet(self.rows, self.view, PICTURES, self.mask_seed) if batch.keys)
+        batch = next(batch for batch in EvaluationSet(self.rows, self.spec, PICTURES, self.mask_seed) if batch.keys)
         return batch.images, batch.noise

@@ -22,13 +22,13 @@ from ..data.loader import Batch, TrainingStream, each_batch, make_loader
 from ..data.sources import DataError
 from ..data.transform import make_normalizer
 from ..errors import CheckpointError, DiskFullError
-from ..evaluation.online import OnlineQuality
+from ..evaluation.online import OnlineEvaluator
 from ..files import replace_files, write_json, write_text
 from ..hub.push import BackgroundPush
 from ..modeling_mae import MAEForPreTraining
 from ..optim.groups import adamw
 from ..optim.schedule import lr_at, stages, value_at
-from .build import build_model, build_processor, make_training_views, make_view, open_data, plan_stream
+from .build import build_model, build_processor, make_spec, make_training_specs, open_data, plan_stream
 from .checkpoint import (
     full_state_dict,
     load_optimizer_tensors,
@@ -101,8 +101,8 @@ class PretrainRun:
             tune_for_cpu(model, self.accelerator.mixed_precision)
         self.config = model.config
         self.processor = build_processor(recipe, self.stored, self.data, self.config)
-        self.view = make_view(recipe, self.data, self.config)
-        self.views = make_training_views(recipe, self.data, self.config, self.total_steps)
+        self.spec = make_spec(recipe, self.data, self.config)
+        self.specs = make_training_specs(recipe, self.data, self.config, self.total_steps)
         self.mask_ratios = stages(recipe.mask_ratios, self.total_steps)
         self.normalize = make_normalizer(self.processor, self.data.dtype, self.accelerator.device)
         optimizer = adamw(model, (recipe.adam_beta1, recipe.adam_beta2), recipe.weight_decay)
@@ -114,12 +114,12 @@ class PretrainRun:
         self._bad_before = data_state["bad"] if data_state else None
         self._load_optimizer(trainer)
         self.held_out = HeldOut(
-            self.data.eval_rows, self.view, self.micro_batch, self.config.eval_mask_seed, self.normalize,
+            self.data.eval_rows, self.spec, self.micro_batch, self.config.eval_mask_seed, self.normalize,
             recipe.num_workers, self.accelerator,
         )  # fmt: skip
         # Of all processes' images at once, on each of them no more than a training step has.
-        self.quality = OnlineQuality(
-            self.data.rows, self.data.eval_rows, self.view, self.normalize, self.micro_batch,
+        self.quality = OnlineEvaluator(
+            self.data.rows, self.data.eval_rows, self.spec, self.normalize, self.micro_batch,
             min(recipe.num_workers, 1), self.accelerator, recipe.quality_samples,
         )  # fmt: skip
         self.stop_requested = False
@@ -165,7 +165,7 @@ class PretrainRun:
             masks = f", each with {recipe.masks_per_image} masks" if recipe.masks_per_image > 1 else ""
             print(
                 f"{recipe.recipe or 'pretrain'}: {derived['training_images']:,} images of {recipe.dataset}, "
-                f"{self.data.num_channels} x {self.view.size[0]} x {self.view.size[1]} {self.data.dtype}, "
+                f"{self.data.num_channels} x {self.spec.size[0]} x {self.spec.size[1]} {self.data.dtype}, "
                 f"{h} x {w} patches, {derived['parameters'] / 1e6:.1f} M parameters\n"
                 f"{self.total_steps:,} steps of {recipe.images_per_step} images{masks} = {accelerator.num_processes} "
                 f"{'process' if accelerator.num_processes == 1 else 'processes'} x {self.grad_accum_steps} x "
@@ -357,8 +357,8 @@ class PretrainRun:
     def _batches(self, first_step: int) -> Generator[Batch]:
         """Micro-batches on the device, from the step after `first_step`; keeps count of the streams' positions."""
         stream = TrainingStream(
-            self.data.rows, self.plan, self.view, self.recipe.seed, self.positions, first_step, self.total_steps,
-            self.accelerator.process_index, self.accelerator.num_processes, self.items_per_step, self.views,
+            self.data.rows, self.plan, self.spec, self.recipe.seed, self.positions, first_step, self.total_steps,
+            self.accelerator.process_index, self.accelerator.num_processes, self.items_per_step, self.specs,
         )  # fmt: skip
         loader = make_loader(stream, self.recipe.num_workers, self.accelerator.device.type == "cuda")
         with closing(each_batch(loader)) as items:

@@ -12,7 +12,7 @@ from PIL import Image
 from ..data.decode import BadImage, decode_image
 from ..data.order import Rows
 from ..data.sources import DataError, open_source
-from ..data.transform import evaluation_view, make_normalizer, scoring_view
+from ..data.transform import evaluation_spec, evaluation_view, make_normalizer
 from ..errors import UserError
 from ..modeling_mae import MAEForPreTraining
 from ..pretrained import load_with_processor
@@ -74,10 +74,10 @@ class Reconstructor:
         model, self.processor = load_with_processor(MAEForPreTraining, path, **overrides)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model: MAEForPreTraining = model.to(self.device)  # pyright: ignore[reportArgumentType]
-        self.view = scoring_view(model.config, self.processor)
+        self.spec = evaluation_spec(model.config, self.processor)
         if image_size is not None:
-            self.view = replace(self.view, eval_resize=self._resize_for(self.view.size))
-        self.normalize = make_normalizer(self.processor, self.view.dtype, self.device)
+            self.spec = replace(self.spec, eval_resize=self._resize_for(self.spec.size))
+        self.normalize = make_normalizer(self.processor, self.spec.dtype, self.device)
 
     def _resize_for(self, size: tuple[int, int]) -> int | tuple[int, int]:
         """The resize before another crop: what is cut off is the same share as at the processor's own size."""
@@ -96,8 +96,8 @@ class Reconstructor:
         views = []
         for image in images:
             if not isinstance(image, Image.Image):
-                image = decode_image(image, self.view.num_channels, self.view.dtype)
-            views.append(evaluation_view(image, self.view.eval_resize, self.view.size))
+                image = decode_image(image, self.spec.num_channels, self.spec.dtype)
+            views.append(evaluation_view(image, self.spec.eval_resize, self.spec.size))
         return self.normalize(torch.from_numpy(np.stack(views)).to(self.device))
 
 

@@ -36,10 +36,10 @@ from hf_mae.data.decode import decode_image
 from hf_mae.data.loader import Batch, TrainingStream, each_batch, make_loader
 from hf_mae.data.order import EpochOrder, LogicalStream, Rows, StreamPlan
 from hf_mae.data.sources import Source, open_source
-from hf_mae.data.transform import View
+from hf_mae.data.transform import ImageSpec
 
 SEED = 3
-VIEW = View(size=(4, 4), num_channels=1, dtype="uint8", num_patches=4)
+SPEC = ImageSpec(size=(4, 4), num_channels=1, dtype="uint8", num_patches=4)
 PLAN = StreamPlan(16, chunks=4, groups=4)  # 16 streams of 13 or 14 of the images below
 IMAGES = 210
 GROUP = 5  # rows in a row group
@@ -161,7 +161,7 @@ def run_grid(grid, rows: Rows, positions: list[int], first: int, stop: int, take
     ranks, workers = grid
     assert PLAN.items_per_step(ranks, workers, grad_accum_steps=1) == 1
     streams = [
-        TrainingStream(rows, PLAN, VIEW, SEED, positions, first, first + 1000, rank, ranks) for rank in range(ranks)
+        TrainingStream(rows, PLAN, SPEC, SEED, positions, first, first + 1000, rank, ranks) for rank in range(ranks)
     ]
     by_rank = [(take or take_from_workers)(stream, workers, stop - first) for stream in streams]
     return Steps(list(zip(*by_rank, strict=True)), positions)
@@ -193,7 +193,7 @@ def played(monkeypatch):
 def order_only(monkeypatch):
     """Images are taken as they are: what becomes of them is tested elsewhere, and takes most of the time."""
     monkeypatch.setattr(loader_module, "decode_image", lambda image, *_: image)
-    monkeypatch.setattr(loader_module, "training_view", lambda *_: np.zeros((1, *VIEW.size), np.uint8))
+    monkeypatch.setattr(loader_module, "training_view", lambda *_: np.zeros((1, *SPEC.size), np.uint8))
 
 
 @pytest.mark.usefixtures("order_only")
@@ -246,13 +246,13 @@ from pathlib import Path
 
 import torch.distributed as dist
 from hf_mae.data.sources import open_source
-from hf_mae.data.stream import Rows, StreamPlan, TrainingStream, View, each_batch, make_loader
+from hf_mae.data.stream import Rows, StreamPlan, TrainingStream, ImageSpec, each_batch, make_loader
 
 job = json.loads(Path(sys.argv[1]).read_text())
 rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 dist.init_process_group("gloo")
 rows, plan = Rows(open_source(job["dataset"], streaming=job["streaming"])), StreamPlan(**job["plan"])
-view = View(size=(4, 4), num_channels=1, dtype="uint8", num_patches=4)
+view = ImageSpec(size=(4, 4), num_channels=1, dtype="uint8", num_patches=4)
 step, positions, keys = job["step"], job["positions"], []
 for stop in job["stops"]:
     stream = TrainingStream(rows, plan, view, job["seed"], positions, step, step + 1000, rank, ranks)
@@ -385,7 +385,7 @@ def test_over_forty_epochs_on_uneven_streams_no_image_falls_behind(block):
     lengths = [LogicalStream(EpochOrder(rows, SEED), number, plan.num_streams).length for number in range(4)]
     assert sorted(lengths) == [100, 100, 101, 101]
     numbers = {row.key: number for number, row in enumerate(rows.read(rows.index))}
-    batches = TrainingStream(rows, plan, VIEW, SEED, [0] * 4, 0, 40 * 402 // 16)
+    batches = TrainingStream(rows, plan, SPEC, SEED, [0] * 4, 0, 40 * 402 // 16)
     ids = [[numbers[key] for key in batch.keys] for batch in batches]
     check_each_once(ids, lengths, plan)
     views = Counter(itertools.chain(*ids))
@@ -408,7 +408,7 @@ def test_the_first_batch_after_a_resume_costs_that_batch_whatever_came_before(op
         after, moved = [], []
         for counter in (reads, opened, decoded):
             counter.clear()
-        for batch in TrainingStream(rows, PLAN, VIEW, SEED, positions, first, stop):
+        for batch in TrainingStream(rows, PLAN, SPEC, SEED, positions, first, stop):
             positions = [batch.positions.get(stream, position) for stream, position in enumerate(positions)]
             after.append(len(reads))
             moved.append(positions)
@@ -443,7 +443,7 @@ def test_real_workers_decode_no_more_before_the_first_resumed_batch_than_they_re
     positions = run_grid((1, 0), rows, [0] * 16, 0, 60).positions
     for k in (1, 23, 60):
         decoded.value = 0
-        stream = TrainingStream(rows, PLAN, VIEW, SEED, positions[k - 1], k, k + 1000)
+        stream = TrainingStream(rows, PLAN, SPEC, SEED, positions[k - 1], k, k + 1000)
         with closing(each_batch(make_loader(stream, workers))) as batches:
             next(batches)
             # Two batches for each worker, and one in place of that which was taken.

@@ -13,10 +13,10 @@ from hf_mae.data.labelled import Collator, LabelledImages, without_bad
 from hf_mae.data.mix import Mixing, RandAugment, RandomErasing, seeded
 from hf_mae.data.order import Rows
 from hf_mae.data.sources import DataError
-from hf_mae.data.transform import View, evaluation_resize, pixel_dtype
+from hf_mae.data.transform import ImageSpec, evaluation_resize, pixel_dtype
 from hf_mae.image_processing_mae import MAEImageProcessor
 
-VIEW = View(size=(6, 5), num_channels=1, dtype="uint8", num_patches=1, eval_resize=(6, 5))
+SPEC = ImageSpec(size=(6, 5), num_channels=1, dtype="uint8", num_patches=1, eval_resize=(6, 5))
 
 
 def processor(channels: int = 1, **settings) -> MAEImageProcessor:
@@ -210,7 +210,7 @@ def test_the_scoring_view_is_pixel_by_pixel_the_image_processors():
     settings = {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}
     assert evaluation_resize((224, 224), 0.875) == 256
     ours = processor(3, **settings)
-    view = View(size=(224, 224), num_channels=3, dtype=pixel_dtype(ours), num_patches=196, eval_resize=256)
+    view = ImageSpec(size=(224, 224), num_channels=3, dtype=pixel_dtype(ours), num_patches=196, eval_resize=256)
     dataset = LabelledImages(Rows(MemorySource([images])), torch.arange(3), view, ours)
     pil = MAEImageProcessorPil(num_channels=3, image_mean=ours.image_mean, image_std=ours.image_std, **settings)
     for i, image in enumerate(images):
@@ -229,7 +229,7 @@ def test_a_processor_tells_which_pixels_it_was_made_for(factor, dtype):
 def test_training_views_are_functions_of_seed_epoch_and_row():
     def view_of(index: int, seed: int, epoch: int, **options) -> torch.Tensor:
         rows = memory_rows([4, 3], **options)
-        dataset = LabelledImages(rows, torch.arange(len(rows)), VIEW, processor(), seed, random_erasing=0.5)
+        dataset = LabelledImages(rows, torch.arange(len(rows)), SPEC, processor(), seed, random_erasing=0.5)
         dataset.set_epoch(epoch)
         return dataset[index]["pixel_values"]
 
@@ -242,7 +242,7 @@ def test_training_views_are_functions_of_seed_epoch_and_row():
 
 def test_an_epoch_leaves_out_other_rows_so_that_every_batch_is_whole():
     rows = memory_rows([10])
-    dataset = LabelledImages(rows, torch.arange(10), VIEW, processor(), seed=0, multiple=4)
+    dataset = LabelledImages(rows, torch.arange(10), SPEC, processor(), seed=0, multiple=4)
     assert len(dataset) == 8
     seen = []
     for epoch in range(30):
@@ -252,11 +252,11 @@ def test_an_epoch_leaves_out_other_rows_so_that_every_batch_is_whole():
         seen += labels
     assert 15 < min(seen.count(i) for i in range(10)) < max(seen.count(i) for i in range(10)) <= 30  # 24 on average
     # The view of a row does not depend on its place.
-    whole = LabelledImages(rows, torch.arange(10), VIEW, processor(), seed=0)
+    whole = LabelledImages(rows, torch.arange(10), SPEC, processor(), seed=0)
     whole.set_epoch(29)
     sample = dataset[3]
     assert torch.equal(whole[int(sample["labels"])]["pixel_values"], sample["pixel_values"])
-    assert len(LabelledImages(rows, torch.arange(10), VIEW, processor(), seed=0, multiple=16)) == 10
+    assert len(LabelledImages(rows, torch.arange(10), SPEC, processor(), seed=0, multiple=16)) == 10
 
 
 def broken_rows(bad: set[int], count: int = 12) -> Rows:
@@ -267,7 +267,7 @@ def broken_rows(bad: set[int], count: int = 12) -> Rows:
 def test_a_broken_training_image_is_replaced_and_named_in_the_first_epoch(tmp_path):
     file = tmp_path / "bad.jsonl"
     targets = torch.arange(12)
-    dataset = LabelledImages(broken_rows({3, 7}), targets, VIEW, processor(), seed=0, bad_file=file)
+    dataset = LabelledImages(broken_rows({3, 7}), targets, SPEC, processor(), seed=0, bad_file=file)
     samples = [dataset[i] for i in range(12)]
     assert [int(samples[i]["labels"]) for i in range(12) if i not in (3, 7)] == [0, 1, 2, 4, 5, 6, 8, 9, 10, 11]
     assert not {int(samples[3]["labels"]), int(samples[7]["labels"])} & {3, 7}
@@ -282,14 +282,14 @@ def test_a_broken_training_image_is_replaced_and_named_in_the_first_epoch(tmp_pa
 def test_the_label_of_a_replacement_is_its_own():
     images = [np.full((6, 5, 1), 20 * i, dtype=np.uint8) for i in range(8)]
     source = MemorySource([[b"" if i == 2 else image for i, image in enumerate(images)]])
-    dataset = LabelledImages(Rows(source), torch.arange(8), VIEW, processor(), seed=0)
+    dataset = LabelledImages(Rows(source), torch.arange(8), SPEC, processor(), seed=0)
     sample = dataset[2]
     gray = (sample["pixel_values"] * 0.2 + 0.4) * 255
     torch.testing.assert_close(gray, torch.full((1, 6, 5), 20.0 * int(sample["labels"])), atol=1e-3, rtol=0)
 
 
 def test_a_data_set_of_broken_images_stops_with_one_line():
-    dataset = LabelledImages(broken_rows(set(range(12))), torch.arange(12), VIEW, processor(), seed=0)
+    dataset = LabelledImages(broken_rows(set(range(12))), torch.arange(12), SPEC, processor(), seed=0)
     with pytest.raises(DataError, match=r"10 random images of memory in a row can't be decoded \(shard0#.*check"):
         dataset[0]
 
@@ -297,17 +297,17 @@ def test_a_data_set_of_broken_images_stops_with_one_line():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_broken_images_are_taken_out_of_what_is_scored(workers):
     rows = broken_rows({0, 5, 11})
-    bad = without_bad(rows, VIEW, workers)
+    bad = without_bad(rows, SPEC, workers)
     assert bad == [(f"shard0#{i}", "UnidentifiedImageError") for i in (0, 5, 11)]
     assert rows.index.tolist() == [1, 2, 3, 4, 6, 7, 8, 9, 10]
     with pytest.raises(DataError, match="none of 12 images of memory can be decoded"):
-        without_bad(broken_rows(set(range(12))), VIEW)
+        without_bad(broken_rows(set(range(12))), SPEC)
 
 
 def test_only_training_samples_are_mixed():
     rows, targets = memory_rows([4]), torch.tensor([0, 1, 0, 1])
     collate = Collator(Mixing(2, mixup=0.8, label_smoothing=0.1))
-    trained, scored = (LabelledImages(rows, targets, VIEW, processor(), seed) for seed in (0, None))
+    trained, scored = (LabelledImages(rows, targets, SPEC, processor(), seed) for seed in (0, None))
     batch = collate([trained[i] for i in range(4)])
     assert batch["labels"].shape == (4, 2)
     again = collate([trained[i] for i in range(4)])

@@ -22,11 +22,11 @@ from hf_mae.data.decode import decode_image
 from hf_mae.data.loader import EvaluationSet, TrainingStream, each_batch, make_loader
 from hf_mae.data.order import EpochOrder, LogicalStream, Rows, StreamPlan, held_out
 from hf_mae.data.sources import DataError, open_source
-from hf_mae.data.transform import View, evaluation_view, pixels_needed
+from hf_mae.data.transform import ImageSpec, evaluation_view, pixels_needed
 
 # Shards fewer than the streams, as many, and more; with and without blocks; none of the sizes divides another.
 SIZES = {"one shard": [173], "uneven shards": [40, 1, 75, 0, 22, 35], "many small shards": [3, 5, 2, 7, 1] * 8}
-VIEW = View(size=(4, 4), num_channels=1, dtype="uint8", num_patches=4)
+SPEC = ImageSpec(size=(4, 4), num_channels=1, dtype="uint8", num_patches=4)
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def obvious_stream(rows: Rows, seed: int, number: int, count: int):
             yield epoch, index
 
 
-def obvious_batches(rows: Rows, plan: StreamPlan, view: View, seed: int, steps: int, bad: frozenset = frozenset()):
+def obvious_batches(rows: Rows, plan: StreamPlan, view: ImageSpec, seed: int, steps: int, bad: frozenset = frozenset()):
     """Keys, images and noise of the global batches, one sample after the other."""
     streams = [obvious_stream(rows, seed, number, plan.num_streams) for number in range(plan.num_streams)]
     for step in range(steps):
@@ -338,13 +338,13 @@ GRIDS = list(itertools.product((1, 2, 4), (0, 1, 2, 4), (1, 2, 4)))
 @pytest.mark.parametrize("block", [None, 9])
 def test_global_batches_are_those_written_down_on_every_grid(worker, block):
     rows, plan = memory_rows([31, 3, 42, 24], block), StreamPlan(16, chunks=16, groups=4)
-    expected = list(obvious_batches(rows, plan, VIEW, seed=3, steps=8))  # more than an epoch of every stream
+    expected = list(obvious_batches(rows, plan, SPEC, seed=3, steps=8))  # more than an epoch of every stream
     assert len({key for keys, _, _ in expected for key in keys}) == 100
     # With and without blocks it is the same code that deals streams to processes.
     for ranks, workers, accumulate in GRIDS if block is None else GRIDS[1::4]:
 
         def dataset(rank, items, ranks=ranks):
-            return TrainingStream(rows, plan, VIEW, 3, [0] * 64, 0, 8, rank, ranks, items)
+            return TrainingStream(rows, plan, SPEC, 3, [0] * 64, 0, 8, rank, ranks, items)
 
         batches = list(run(dataset, plan, ranks, workers, accumulate, 0, 8, [0] * 64, worker))
         wrong = [step for step in range(8) if not equal(batches[step], expected[step])]
@@ -352,9 +352,9 @@ def test_global_batches_are_those_written_down_on_every_grid(worker, block):
 
 
 def test_more_masks_an_image_are_drawn_after_the_first_and_change_nothing_else(worker):
-    rows, plan, view = memory_rows([31, 3, 42, 24]), StreamPlan(16, chunks=16, groups=4), replace(VIEW, masks=3)
+    rows, plan, view = memory_rows([31, 3, 42, 24]), StreamPlan(16, chunks=16, groups=4), replace(SPEC, masks=3)
     expected = list(obvious_batches(rows, plan, view, seed=3, steps=4))
-    with_one = list(obvious_batches(rows, plan, VIEW, seed=3, steps=4))
+    with_one = list(obvious_batches(rows, plan, SPEC, seed=3, steps=4))
     for ranks, workers, accumulate in GRIDS[::5]:
 
         def dataset(rank, items, ranks=ranks):
@@ -379,13 +379,13 @@ def test_a_run_goes_on_on_any_other_grid_from_the_positions_in_its_batches(worke
         images[shard][index - [0, 61, 64, 144][shard]] = b"no image"
     rows, plan = Rows(MemorySource(images, block)), StreamPlan(32, chunks=8, groups=4)
     steps = 17  # three epochs
-    expected = list(obvious_batches(rows, plan, VIEW, 0, steps, frozenset(bad)))
+    expected = list(obvious_batches(rows, plan, SPEC, 0, steps, frozenset(bad)))
     grids = [grid for grid in GRIDS if plan.groups * np.gcd(grid[2], 8 // grid[0]) % max(grid[1], 1) == 0]
     assert len(grids) > 25
 
     def part(grid, first, last, positions):
         def dataset(rank, items):
-            return TrainingStream(rows, plan, VIEW, 0, positions, first, last, rank, grid[0], items)
+            return TrainingStream(rows, plan, SPEC, 0, positions, first, last, rank, grid[0], items)
 
         return list(run(dataset, plan, *grid, first, last, positions, worker))
 
@@ -406,17 +406,17 @@ def test_after_a_resume_no_sample_is_decoded_again_and_at_most_a_block_a_stream_
 
     monkeypatch.setattr(loader_module, "decode_image", counting)
     steps = 22  # two epochs
-    list(TrainingStream(rows, plan, VIEW, 0, [0] * 8, 0, steps))
+    list(TrainingStream(rows, plan, SPEC, 0, [0] * 8, 0, steps))
     uninterrupted, decoded_whole = list(rows.source.reads), list(decoded)
     assert len(decoded) == steps * 16
     for stop in (1, 5, 10, 11, 17):
         rows.source.reads.clear()
         decoded.clear()
         positions = [0] * 8
-        for batch in TrainingStream(rows, plan, VIEW, 0, positions, 0, stop):
+        for batch in TrainingStream(rows, plan, SPEC, 0, positions, 0, stop):
             for stream, position in batch.positions.items():
                 positions[stream] = position
-        list(TrainingStream(rows, plan, VIEW, 0, positions, stop, steps))
+        list(TrainingStream(rows, plan, SPEC, 0, positions, stop, steps))
         assert decoded == decoded_whole
         assert len(uninterrupted) <= len(rows.source.reads) <= len(uninterrupted) + 8
 
@@ -426,7 +426,7 @@ def test_pixels_and_noise_of_a_sample_depend_on_seed_epoch_and_place_alone():
     seen: dict[str, list] = {}
     # Other plans, other order of the samples: the same views, in the epochs 0 and 1.
     for plan in (StreamPlan(20, 4, 2), StreamPlan(16, 1, 1)):
-        batches = TrainingStream(rows, plan, VIEW, 9, [0] * plan.num_streams, 0, 160 // plan.total_batch_size)
+        batches = TrainingStream(rows, plan, SPEC, 9, [0] * plan.num_streams, 0, 160 // plan.total_batch_size)
         counts: dict[str, int] = {}
         for batch in batches:
             for key, image, noise in zip(batch.keys, batch.images, batch.noise, strict=True):
@@ -447,7 +447,7 @@ def test_pixels_and_noise_of_a_sample_depend_on_seed_epoch_and_place_alone():
 def test_batches_have_the_views_size_and_dtype_and_the_sources_labels():
     images = noise_images([40], (9, 7, 13), np.uint16)
     rows = Rows(MemorySource(images, labels=[f"label {i}" for i in range(40)]))
-    view = View(size=(4, 8), num_channels=13, dtype="uint16", num_patches=8, crop_scale=(1.0, 1.0), flip=False)
+    view = ImageSpec(size=(4, 8), num_channels=13, dtype="uint16", num_patches=8, crop_scale=(1.0, 1.0), flip=False)
     (batch,) = TrainingStream(rows, StreamPlan(10, 2, 1), view, 0, [0, 0], 0, 1)
     assert batch.images.shape == (10, 13, 4, 8)
     assert batch.images.dtype == torch.uint16
@@ -461,7 +461,7 @@ def test_batches_have_the_views_size_and_dtype_and_the_sources_labels():
 
 def test_large_photographs_are_decoded_at_the_scale_that_the_smallest_crop_needs():
     data = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 90, 3), dtype=np.uint8)), "JPEG")
-    plan, view = StreamPlan(1, 1, 1), View(size=(8, 8), num_channels=3, dtype="uint8", num_patches=4)
+    plan, view = StreamPlan(1, 1, 1), ImageSpec(size=(8, 8), num_channels=3, dtype="uint8", num_patches=4)
     batch = next(iter(TrainingStream(Rows(MemorySource([[data]])), plan, view, 0, [0], 0, 1)))
     small = decode_image(data, 3, "uint8", pixels_needed((8, 8), view.crop_scale))
     assert np.shape(small) == (20, 23, 3)  # 8 * 8 * 4/3 / 0.2 = 427 of them are needed
@@ -477,7 +477,7 @@ def test_batches_of_local_data_sorted_by_class_are_as_mixed_as_a_full_permutatio
     labels = np.arange(samples) * classes // samples
     rows = Rows(MemorySource([[pixel] * samples], labels=labels))
     plan = StreamPlan.choose(256, 1, 2, samples, random_access=True)
-    view = View(size=(1, 1), num_channels=1, dtype="uint8", num_patches=1)
+    view = ImageSpec(size=(1, 1), num_channels=1, dtype="uint8", num_patches=1)
     batches = TrainingStream(rows, plan, view, 0, [0] * plan.num_streams, 0, 30)
     found = np.mean([len(set(batch.labels)) for batch in batches])
     shuffled = np.random.default_rng(0).permutation(labels)[: 256 * 78].reshape(78, 256)
@@ -498,7 +498,7 @@ def test_bad_images_are_skipped_and_named_and_no_clean_one_is_lost(block):
     ):
         shards[shard][row] = data
     rows = Rows(MemorySource(shards, block))
-    batches = list(TrainingStream(rows, StreamPlan(4, 2, 2), VIEW, 0, [0] * 4, 0, 38))  # 2 x 76 clean images
+    batches = list(TrainingStream(rows, StreamPlan(4, 2, 2), SPEC, 0, [0] * 4, 0, 38))  # 2 x 76 clean images
     assert all(len(batch.keys) == 4 for batch in batches)
     keys = [key for batch in batches for key in batch.keys]
     bad = [pair for batch in batches for pair in batch.bad]
@@ -517,7 +517,7 @@ def test_a_stream_of_few_images_may_skip_more_than_it_has_while_some_are_good():
     shards = [list(shard) for shard in noise_images([4])]
     shards[0][1] = shards[0][2] = shards[0][3] = b"rubbish"
     rows = Rows(MemorySource(shards))
-    (batch,) = TrainingStream(rows, StreamPlan(12, 1, 1), VIEW, 0, [0], 0, 1)
+    (batch,) = TrainingStream(rows, StreamPlan(12, 1, 1), SPEC, 0, [0], 0, 1)
     assert batch.keys == ["shard0#0"] * 12
     assert len(batch.bad) >= 33  # of eleven epochs, and part of another
 
@@ -525,7 +525,7 @@ def test_a_stream_of_few_images_may_skip_more_than_it_has_while_some_are_good():
 def test_endless_bad_images_are_an_error_that_names_the_last():
     rows = Rows(MemorySource([[b"rubbish"] * 10]))
     with pytest.raises(DataError, match=r"^11 images in a row could not be read, .* shard0#\d .*; check the data$"):
-        next(iter(TrainingStream(rows, StreamPlan(4, 1, 2), VIEW, 0, [0, 0], 0, 1)))
+        next(iter(TrainingStream(rows, StreamPlan(4, 1, 2), SPEC, 0, [0, 0], 0, 1)))
 
 
 # ------------------------------------------------------------------------------------------ evaluation
@@ -534,7 +534,7 @@ def test_endless_bad_images_are_an_error_that_names_the_last():
 @pytest.mark.parametrize("block", [None, 9])
 def test_an_evaluation_covers_each_row_once_on_any_grid_with_the_same_pixels_and_noise(worker, block):
     rows = memory_rows([20, 41], block, part="train")
-    view = View(size=(4, 4), num_channels=1, dtype="uint8", num_patches=6, eval_resize=5)
+    view = ImageSpec(size=(4, 4), num_channels=1, dtype="uint8", num_patches=6, eval_resize=5)
     expected = {
         row.key: (
             evaluation_view(decode_image(row.image, 1), 5, (4, 4)),
@@ -560,7 +560,7 @@ def test_an_evaluation_covers_each_row_once_on_any_grid_with_the_same_pixels_and
 def test_an_evaluation_leaves_out_bad_images_and_names_them():
     shards = [list(shard) for shard in noise_images([10])]
     shards[0][4] = b""
-    batches = list(EvaluationSet(Rows(MemorySource(shards)), VIEW, 4))
+    batches = list(EvaluationSet(Rows(MemorySource(shards)), SPEC, 4))
     assert [len(batch.keys) for batch in batches] == [4, 3, 2]
     assert [batch.bad for batch in batches] == [[], [("shard0#4", "EmptyFile")], []]
 
@@ -575,7 +575,7 @@ def loaded(rows, plan, grid, first, last, positions, method=None):
     by_rank, positions = [], list(positions)
     for rank in range(ranks):
         loader = make_loader(
-            TrainingStream(rows, plan, VIEW, 3, positions, first, last, rank, ranks, items), num_workers=workers
+            TrainingStream(rows, plan, SPEC, 3, positions, first, last, rank, ranks, items), num_workers=workers
         )
         if method:
             loader.multiprocessing_context = method
@@ -596,7 +596,7 @@ def loaded(rows, plan, grid, first, last, positions, method=None):
 @pytest.mark.parametrize("block", [None, 9])
 def test_real_workers_give_the_batches_written_down_and_so_does_a_resume_elsewhere(block):
     rows, plan = memory_rows([61, 3, 80, 29], block), StreamPlan(32, chunks=16, groups=4)
-    expected = list(obvious_batches(rows, plan, VIEW, seed=3, steps=11))
+    expected = list(obvious_batches(rows, plan, SPEC, seed=3, steps=11))
     grids = [grid for grid in GRIDS if grid[1]][block is None :: 2]
     for number, grid in enumerate(grids):
         stop = 1 + number % 10
@@ -609,7 +609,7 @@ def test_real_workers_give_the_batches_written_down_and_so_does_a_resume_elsewhe
 @pytest.mark.slow
 def test_spawned_workers_give_the_batches_written_down():
     rows, plan = memory_rows([61, 3, 80, 29], block=9), StreamPlan(32, chunks=16, groups=4)
-    expected = list(obvious_batches(rows, plan, VIEW, seed=3, steps=7))
+    expected = list(obvious_batches(rows, plan, SPEC, seed=3, steps=7))
     batches, _ = loaded(rows, plan, (1, 2, 2), 0, 7, [0] * 64, method="spawn")
     assert all(equal(batch, other) for batch, other in zip(batches, expected, strict=True))
 
@@ -618,7 +618,7 @@ def test_spawned_workers_give_the_batches_written_down():
 def test_the_built_in_digits_come_whole_through_two_workers():
     rows = Rows(open_source("digits"), "train")
     plan = StreamPlan.choose(128, 1, 2, len(rows), True)
-    view = View(size=(8, 8), num_channels=1, dtype="uint8", num_patches=16, crop_scale=(0.7, 1.0), flip=False)
+    view = ImageSpec(size=(8, 8), num_channels=1, dtype="uint8", num_patches=16, crop_scale=(0.7, 1.0), flip=False)
     steps = 3 * len(rows) // 128
     batches = list(make_loader(TrainingStream(rows, plan, view, 0, [0] * plan.num_streams, 0, steps), 2))
     counts = np.unique([key for batch in batches for key in batch.keys], return_counts=True)[1]
@@ -628,7 +628,7 @@ def test_the_built_in_digits_come_whole_through_two_workers():
 
 def test_a_worker_that_gets_sigterm_goes_on():
     rows, plan = memory_rows([64]), StreamPlan(8, chunks=2, groups=2)
-    dataset = TrainingStream(rows, plan, VIEW, 0, [0] * 4, 0, 40)
+    dataset = TrainingStream(rows, plan, SPEC, 0, [0] * 4, 0, 40)
     expected = [batch.keys for batch in dataset]
     batches = iter(make_loader(dataset, 1))
     keys = [next(batches).keys]
@@ -645,7 +645,7 @@ def test_a_worker_that_gets_sigterm_goes_on():
 def test_a_loader_without_workers_reads_in_this_process_and_ignores_no_signal():
     before = signal.getsignal(signal.SIGTERM)
     rows = memory_rows([64])
-    dataset = TrainingStream(rows, StreamPlan(8, 2, 2), VIEW, 0, [0] * 4, 0, 3)
+    dataset = TrainingStream(rows, StreamPlan(8, 2, 2), SPEC, 0, [0] * 4, 0, 3)
     assert [batch.keys for batch in make_loader(dataset, 0)] == [batch.keys for batch in dataset]
     assert signal.getsignal(signal.SIGTERM) is before
     assert rows.source.reads
@@ -653,7 +653,7 @@ def test_a_loader_without_workers_reads_in_this_process_and_ignores_no_signal():
 
 def test_an_error_in_a_worker_keeps_its_kind_and_its_one_line_and_ends_the_workers():
     rows = Rows(MemorySource([[b"rubbish"] * 10]))
-    loader = make_loader(TrainingStream(rows, StreamPlan(4, 1, 2), VIEW, 0, [0, 0], 0, 1), 1)
+    loader = make_loader(TrainingStream(rows, StreamPlan(4, 1, 2), SPEC, 0, [0, 0], 0, 1), 1)
     with pytest.raises(
         DataError, match=r"^11 images in a row could not be read, the last one shard0#\d .*check the data$"
     ):

@@ -278,7 +278,7 @@ def folder(tmp_path):
 
 
 def table_of(encoder, rows, batch_size=8):
-    return extract_table(encoder, rows, encoder.view, batch_size, 0, Accelerator(cpu=True))
+    return extract_table(encoder, rows, encoder.spec, batch_size, 0, Accelerator(cpu=True))
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "both", "patches"])

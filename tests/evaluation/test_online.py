@@ -30,7 +30,7 @@ def test_the_figures_are_those_of_the_saved_model(folder):
     bank, queries = bright_rows(120), bright_rows(50, 1)
     found, quality, _ = measured(folder, bank, queries)
     encoder = FrozenEncoder(folder, "mean")
-    train, test = (extract_table(encoder, rows, encoder.view, 16, 0, Accelerator(cpu=True)) for rows in (bank, queries))
+    train, test = (extract_table(encoder, rows, encoder.spec, 16, 0, Accelerator(cpu=True)) for rows in (bank, queries))
     classes = common_classes(train.labels, bank, test.labels, queries)
     tables = [Features(table.values, class_numbers(table.labels, classes)) for table in (train, test)]
     assert found == {

@@ -31,11 +31,11 @@ from hf_mae.data.decode import BadImage, decode_image
 from hf_mae.data.loader import EvaluationSet, TrainingStream, each_batch, make_loader
 from hf_mae.data.order import Rows, StreamPlan
 from hf_mae.data.sources import DataError, open_source
-from hf_mae.data.transform import View
+from hf_mae.data.transform import ImageSpec
 from hf_mae.image_processing_mae import MAEImageProcessor
 from hf_mae.image_processing_pil_mae import MAEImageProcessorPil
 
-VIEW = View(size=(HEIGHT, WIDTH), num_channels=3, dtype="uint8", num_patches=4, eval_resize=(HEIGHT, WIDTH))
+SPEC = ImageSpec(size=(HEIGHT, WIDTH), num_channels=3, dtype="uint8", num_patches=4, eval_resize=(HEIGHT, WIDTH))
 PATIENCE = 30  # seconds for one image
 
 pytestmark = [
@@ -90,7 +90,7 @@ def trained_on(rows: Rows, workers: int, steps: int) -> list[list[Outcome]]:
     """What became of each row in the first two epochs of training, in the order of keys."""
     # One image a batch: it was read after the bad ones of its batch, so that the order of all of them is known.
     plan = StreamPlan(total_batch_size=1, chunks=1, groups=2)
-    loader = make_loader(TrainingStream(rows, plan, VIEW, 0, [0, 0], 0, steps), workers)
+    loader = make_loader(TrainingStream(rows, plan, SPEC, 0, [0, 0], 0, steps), workers)
     if workers:
         loader.timeout = 4 * PATIENCE
     batches = list(each_batch(loader))
@@ -172,7 +172,7 @@ def test_the_report_is_the_known_list_and_every_clean_id_is_seen_once_an_epoch(
 @pytest.mark.parametrize("batch_size", [1, 7])
 def test_an_evaluation_shows_every_good_file_and_names_every_bad_one_once(tmp_path, corpus, batch_size):
     cases = write_folder(corpus, tmp_path / "data")
-    batches = list(EvaluationSet(Rows(open_source(str(tmp_path / "data"))), VIEW, batch_size))
+    batches = list(EvaluationSet(Rows(open_source(str(tmp_path / "data"))), SPEC, batch_size))
     assert len(batches) == -(-len(corpus) // batch_size)
     outcomes = [outcome for batch in batches for outcome in [*batch.bad, *((key, None) for key in batch.keys)]]
     assert sorted(outcomes, key=lambda outcome: outcome[0]) == known_list(cases)
@@ -188,8 +188,8 @@ def test_an_evaluation_shows_every_good_file_and_names_every_bad_one_once(tmp_pa
 MEASURED = """
 import resource, sys
 from hf_mae.data.sources import open_source
-from hf_mae.data.stream import EvaluationSet, Rows, View
-rows, view = Rows(open_source(sys.argv[1])), View((16, 24), 3, "uint8", 4, eval_resize=(16, 24))
+from hf_mae.data.stream import EvaluationSet, Rows, ImageSpec
+rows, view = Rows(open_source(sys.argv[1])), ImageSpec((16, 24), 3, "uint8", 4, eval_resize=(16, 24))
 next(iter(EvaluationSet(Rows(rows.source, max_samples=1), view, 1)))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 bad = sum(len(batch.bad) for batch in EvaluationSet(rows, view, 1))

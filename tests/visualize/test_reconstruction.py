@@ -377,7 +377,7 @@ def test_the_command_shows_what_the_functions_give(saved, photos, tmp_path):
 
 def test_another_size_is_cropped_as_the_own_one(saved, photos, tmp_path):
     reconstructor = Reconstructor(str(saved), [48, 64])
-    assert reconstructor.view.eval_resize == 54
+    assert reconstructor.spec.eval_resize == 54
     assert reconstructor.pixel_values([(photos / "1.png").read_bytes()]).shape == (1, 3, 48, 64)
 
 
