@@ -216,7 +216,7 @@ class MAEImageProcessingTest(ImageProcessingTestMixin, unittest.TestCase):
     # The mixin expects the class of the options in the processor's own file; our two processors share one.
     def test_valid_kwargs_set(self):
         for processor_class in self.image_processing_classes.values():
-            self.assertIs(processor_class.valid_kwargs, hf_mae.image_processing_pil_mae.MAEImageProcessorKwargs)
+            self.assertIs(processor_class.valid_kwargs, hf_mae.image_processing_base_mae.MAEImageProcessorKwargs)
 """
 
 DINOV2_TEST = """
