@@ -51,8 +51,8 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
         decoder_num_hidden_layers: decoder blocks (Table 1a).
         decoder_num_attention_heads: decoder heads.
         decoder_intermediate_size: width of the decoder's MLPs.
-        decoder_type: "self": self-attention over visible and mask tokens, as in the paper; "cross": each mask token
-            attends to the visible ones alone (CrossMAE, arXiv:2401.14391), which predicts removed patches only.
+        decoder_attention: "self": self-attention over visible and mask tokens, as in the paper; "cross": each mask
+            token attends to the visible ones alone (CrossMAE, arXiv:2401.14391), which predicts removed patches only.
         decoder_fusion: with "cross", let each decoder block read its own learned sum of what the encoder's embedding
             and blocks give, instead of the last one's output ("inter-block attention" in CrossMAE).
         mask_ratio: fraction of patches removed in pretraining, in [0, 1) (Fig. 5).
@@ -100,7 +100,7 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
     decoder_num_hidden_layers: int = 8
     decoder_num_attention_heads: int = 16
     decoder_intermediate_size: int = 2048
-    decoder_type: Literal["self", "cross"] = "self"
+    decoder_attention: Literal["self", "cross"] = "self"
     decoder_fusion: bool = False
     mask_ratio: float | int = 0.75
     prediction_ratio: float | int | None = None
@@ -192,9 +192,11 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
         if self.num_channels < 1:
             raise ValueError(f"num_channels {self.num_channels} is not positive; give 1 or more")
         self.num_kept_patches(self.mask_ratio)
-        if self.decoder_type == "self" and (self.decoder_fusion or self.prediction_ratio is not None):
+        if self.decoder_attention == "self" and (self.decoder_fusion or self.prediction_ratio is not None):
             given = "decoder_fusion" if self.decoder_fusion else f"prediction_ratio {self.prediction_ratio}"
-            raise ValueError(f"{given} needs decoder_type cross, not self; leave it out, or change decoder_type")
+            raise ValueError(
+                f"{given} needs decoder_attention cross, not self; leave it out, or change decoder_attention"
+            )
         if self.prediction_ratio is not None and not 0 < self.prediction_ratio <= self.mask_ratio:
             raise ValueError(
                 f"prediction_ratio {self.prediction_ratio} lies outside (0, mask_ratio {self.mask_ratio}]: only "
