@@ -190,8 +190,10 @@ def _refuse_oblong(model: Any, name: str) -> None:
 
 
 def _refuse_cross_attention(model: Any, name: str) -> None:
-    if isinstance(model, MAEForPreTraining) and model.config.decoder_type == "cross":
-        raise UserError(f"{name} can't express decoder_type cross; use --to vit or --to timm for the encoder alone")
+    if isinstance(model, MAEForPreTraining) and model.config.decoder_attention == "cross":
+        raise UserError(
+            f"{name} can't express decoder_attention cross; use --to vit or --to timm for the encoder alone"
+        )
 
 
 def _refuse_other_activations(model: Any, name: str) -> None:

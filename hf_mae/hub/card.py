@@ -161,7 +161,7 @@ class Card:
             f"{config['num_channels']}-channel images of {sizes}."
         ]
         if not self.classifies:
-            how = " with cross-attention alone" if config.get("decoder_type") == "cross" else ""
+            how = " with cross-attention alone" if config.get("decoder_attention") == "cross" else ""
             lines.append(
                 f"Its decoder{how} has {config['decoder_num_hidden_layers']} layers of width "
                 f"{config['decoder_hidden_size']}; {config['mask_ratio']:.0%} of the patches are hidden in pretraining."
