@@ -92,7 +92,8 @@ def write_timm(model: Any, processor: MAEImageProcessor, folder: Path) -> Run:
             **timm_settings(processor, config),
             "num_classes": num_classes,
             "fixed_input_size": True,
-            "first_conv": "patch_embed.proj",
+            # Before 1.0.31, timm takes the filters of any `first_conv` for those of 3 channels, and replaces others.
+            "first_conv": "patch_embed.proj" if config.num_channels == 3 else None,
             "classifier": "head",
         },
     }
