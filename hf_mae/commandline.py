@@ -1,0 +1,183 @@
+"""The keys of a command: a dataclass's defaults, then a YAML recipe, then what the user typed.
+
+The fields of the dataclass, made by `key`, are the command's flags. jsonargparse merges and prints them; this file says
+how a value of each type is typed, and makes one line of every mistake.
+"""
+
+import difflib
+import re
+import shutil
+from argparse import SUPPRESS, ArgumentError, RawDescriptionHelpFormatter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING
+from importlib.resources.abc import Traversable
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from .errors import UserError
+from .keys import BadValue, Key, keys_of
+
+T = TypeVar("T")
+
+# Order of the groups in the help; others follow in the order of their first key.
+GROUPS = ["data", "model", "masking", "optimization", "evaluation", "checkpoints", "logging", "hardware"]
+
+
+def parse(
+    kind: type[T],
+    words: Sequence[str],
+    prog: str,
+    *,
+    recipes: Mapping[str, Traversable] | None = None,
+    description: str = "",
+    examples: Sequence[str] = (),
+) -> T:
+    """Read a command line into a dataclass; `--help` prints the keys and exits with status 0.
+
+    Args:
+        kind: the dataclass. If it has a key `recipe`, that names the recipe to start from, as does `--config`.
+        words: what was typed after the command, e.g. `["--recipe", "quickstart", "--seed", "1"]`.
+        prog: the command, e.g. "hf-mae pretrain".
+        recipes: files of the recipes that can be given by name.
+        description: what the command does, for the help.
+        examples: whole command lines, for the help.
+
+    Raises:
+        UserError: for an unknown, repeated or missing key, or a value that a key can't have.
+    """
+    keys = keys_of(kind)
+    parser = _build_parser(keys, prog, description, examples)
+    flags = _name_positionals(keys, words, prog)
+    _check_flags(flags, [*(flag for one in keys.values() for flag in one.flags), "--help", "-h"])
+    try:
+        given = parser.parse_args(flags)
+        if (name := given.get("recipe")) is not None:
+            given = parser.parse_args(flags, namespace=_parse_recipe(parser, keys, name, recipes or {}))
+        values = {name: keys[name].join(value) for name, value in vars(given).items()}
+    except BadValue as error:
+        raise UserError(f"--{error}") from error
+    for name, one in keys.items():
+        if one.default is MISSING and name not in values:
+            raise UserError(f"--{name} is missing: {one.metadata['help']}; see {prog} --help")
+    return kind(**values)
+
+
+def read_recipe(name: str, recipes: Mapping[str, Traversable]) -> dict[str, Any]:
+    """The keys of a recipe as they are written: words, lists or tables of words, or None.
+
+    Args:
+        name: one of `recipes`, or the path of a YAML file.
+        recipes: files by name.
+
+    Raises:
+        UserError: if there is none, naming the nearest, or the file is not a table of keys.
+    """
+    file = recipes.get(name) or Path(name)
+    try:
+        if not (file.name.endswith((".yaml", ".yml")) and file.is_file()):
+            known = f"there are {', '.join(recipes)}, or a .yaml file" if recipes else "give a .yaml file that exists"
+            raise UserError(f"unknown recipe '{name}'{_nearest(name, recipes)}; {known}")
+        values = yaml.load(file.read_text(encoding="utf-8"), _Words)
+    except OSError as error:
+        raise UserError(f"recipe {name} can't be read: {error.strerror}; check its name and permissions") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {name} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"recipe {name} is not a table of keys; write lines such as 'epochs: 800'")
+    return values
+
+
+class _Words(yaml.BaseLoader):
+    """Leaves every scalar the word that is written, so that `no` and `1e-6` mean what they mean when typed."""
+
+
+_NULL = "tag:yaml.org,2002:null"
+_Words.add_implicit_resolver(_NULL, re.compile("^(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_Words.add_constructor(_NULL, lambda loader, node: None)
+
+
+class _Parser(ArgumentParser):
+    """Raises one line where jsonargparse would print a page of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if isinstance(ex, ArgumentError):
+            message = f"{ex.argument_name}: {ex.message}"
+        raise UserError(f"{' '.join(message.split())}; see {self.prog} --help") from ex
+
+
+class _HelpFormatter(RawDescriptionHelpFormatter):
+    def __init__(self, prog: str, **more: Any):
+        width = min(100, max(60, shutil.get_terminal_size().columns))
+        super().__init__(prog, **(more | {"width": width, "max_help_position": 36}))
+
+
+def _build_parser(keys: dict[str, Key], prog: str, description: str, examples: Sequence[str]) -> ArgumentParser:
+    first = [one.metavar + (" ..." if one.several else "") for one in keys.values() if one.metadata["positional"]]
+    parser = _Parser(
+        prog=prog,
+        usage=" ".join([prog, *first, "[--key value ...]"]),
+        description=description,
+        epilog="\n  ".join(["examples:", *examples]) if examples else None,
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    names = dict.fromkeys(one.metadata["group"] for one in keys.values())
+    order = sorted(filter(None, names), key=lambda name: GROUPS.index(name) if name in GROUPS else len(GROUPS))
+    groups = {name: parser.add_argument_group(name) for name in order} | {"": parser}
+    for one in keys.values():
+        nargs: dict[str, Any] = (
+            {"nargs": "?", "const": True} if one.base is bool else {"nargs": "+"} if one.several else {}
+        )
+        groups[one.metadata["group"]].add_argument(
+            *one.flags, type=one.read, default=SUPPRESS, metavar=one.metavar, help=one.describe(), **nargs
+        )
+    return parser
+
+
+def _parse_recipe(
+    parser: ArgumentParser, keys: dict[str, Key], name: str, recipes: Mapping[str, Traversable]
+) -> Namespace:
+    values = read_recipe(name, recipes)
+    for unknown in (one for one in values if one not in keys):
+        raise UserError(f"unknown key '{unknown}' in recipe {name}{_nearest(str(unknown), keys)}")
+    try:
+        given = parser.parse_object({one: keys[one].to_words(value) for one, value in values.items()})
+        for one, value in vars(given).items():
+            keys[one].join(value)
+    except BadValue as error:
+        raise UserError(f"recipe {name}: {error}") from error
+    return given
+
+
+def _name_positionals(keys: dict[str, Key], words: Sequence[str], prog: str) -> list[str]:
+    """The first words as flags: `prepare SRC DST` as `prepare --source=SRC --dest=DST`."""
+    first = list(takewhile(lambda word: not word.startswith("-"), words))
+    rest, named = list(words[len(first) :]), []
+    for one in keys.values():
+        if one.metadata["positional"] and first:
+            taken = first if one.several else first[:1]
+            first = first[len(taken) :]
+            if any(word.partition("=")[0] == f"--{one.name}" for word in rest):
+                raise UserError(
+                    f"{one.name} is given twice, as '{taken[0]}' and as --{one.name}; leave one of them out"
+                )
+            named += [f"--{one.name}", *taken]
+    if first:
+        raise UserError(f"'{first[0]}' has no key; write --key {first[0]}, with one of the keys of {prog} --help")
+    return [*named, *rest]
+
+
+def _check_flags(words: Sequence[str], flags: Sequence[str]) -> None:
+    for word in words:
+        flag = word.partition("=")[0]
+        if flag not in flags and (flag.startswith("--") or (flag[1:2].isalpha() and flag[0] == "-")):
+            raise UserError(f"unknown argument '{word}'{_nearest(flag, flags)}")
+
+
+def _nearest(word: str, words: Iterable[str]) -> str:
+    match = difflib.get_close_matches(word, list(words), n=1)
+    return f"; did you mean '{match[0]}'?" if match else ""
