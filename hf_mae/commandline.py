@@ -10,8 +10,8 @@ import shutil
 from argparse import SUPPRESS, ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING
+from importlib import resources
 from importlib.resources.abc import Traversable
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -19,12 +19,14 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from .errors import UserError
-from .keys import BadValue, Key, keys_of
+from .keys import BOOLEANS, BadValue, Key, keys_of
 
 T = TypeVar("T")
 
 # Order of the groups in the help; others follow in the order of their first key.
-GROUPS = ["data", "model", "masking", "optimization", "evaluation", "checkpoints", "logging", "hardware"]
+GROUPS = ["data", "model", "masking", "optimization", "evaluation", "output", "checkpoints", "logging", "hardware"]
+# What the names of recipes start with that are not for pretraining.
+PREFIXES = ("finetune_", "linear_probe_")
 
 
 def parse(
@@ -51,8 +53,8 @@ def parse(
     """
     keys = keys_of(kind)
     parser = _build_parser(keys, prog, description, examples)
+    _check_flags(words, [*(flag for one in keys.values() for flag in one.flags), "--help", "-h"])
     flags = _name_positionals(keys, words, prog)
-    _check_flags(flags, [*(flag for one in keys.values() for flag in one.flags), "--help", "-h"])
     try:
         given = parser.parse_args(flags)
         if (name := given.get("recipe")) is not None:
@@ -64,6 +66,17 @@ def parse(
         if one.default is MISSING and name not in values:
             raise UserError(f"--{name} is missing: {one.metadata['help']}; see {prog} --help")
     return kind(**values)
+
+
+def shipped_recipes(prefix: str = "") -> dict[str, Traversable]:
+    """The package's recipes of one command: those whose names start with `prefix`, or those of pretraining."""
+    files = (resources.files("hf_mae") / "recipes").iterdir()
+    names = {file.name.removesuffix(".yaml"): file for file in files if file.name.endswith(".yaml")}
+    return {
+        name: names[name]
+        for name in sorted(names)
+        if (name.startswith(prefix) if prefix else not name.startswith(PREFIXES))
+    }
 
 
 def read_recipe(name: str, recipes: Mapping[str, Traversable]) -> dict[str, Any]:
@@ -154,27 +167,53 @@ def _parse_recipe(
 
 
 def _name_positionals(keys: dict[str, Key], words: Sequence[str], prog: str) -> list[str]:
-    """The first words as flags: `prepare SRC DST` as `prepare --source=SRC --dest=DST`."""
-    first = list(takewhile(lambda word: not word.startswith("-"), words))
-    rest, named = list(words[len(first) :]), []
-    for one in keys.values():
-        if one.metadata["positional"] and first:
-            taken = first if one.several else first[:1]
-            first = first[len(taken) :]
-            if any(word.partition("=")[0] == f"--{one.name}" for word in rest):
-                raise UserError(
-                    f"{one.name} is given twice, as '{taken[0]}' and as --{one.name}; leave one of them out"
-                )
-            named += [f"--{one.name}", *taken]
-    if first:
-        raise UserError(f"'{first[0]}' has no key; write --key {first[0]}, with one of the keys of {prog} --help")
-    return [*named, *rest]
+    """Words that belong to no flag, as flags: `prepare SRC DST` as `prepare --dataset SRC --output_dir DST`."""
+    first = [one for one in keys.values() if one.metadata["positional"]]
+    flags, free = _part_words(keys, words, bool(first))
+    for one in first:
+        if not free:
+            break
+        taken = free if one.several else free[:1]
+        free = free[len(taken) :]
+        if any(word.partition("=")[0] in one.flags for word in flags):
+            raise UserError(f"{one.name} is given twice, as '{taken[0]}' and as --{one.name}; leave one of them out")
+        flags += [f"--{one.name}", *taken]
+    if free:
+        raise UserError(f"'{free[0]}' has no key; write --key {free[0]}, with one of the keys of {prog} --help")
+    return flags
+
+
+def _part_words(keys: dict[str, Key], words: Sequence[str], first: bool) -> tuple[list[str], list[str]]:
+    """Flags with their values, and the words that are left for the keys without a flag, if there are such (`first`).
+
+    A flag takes a word, one of several words takes all up to the next flag, and one of true or false takes a word only
+    if it is such a word.
+    """
+    by_flag = {flag: one for one in keys.values() for flag in one.flags}
+    flags, free, room = [], [], 0
+    taking: Key | None = None
+    for word in words:
+        if _is_flag(word):
+            name, equals, _ = word.partition("=")
+            taking = by_flag.get(name)
+            room = 0 if taking is None or equals else len(words) if taking.several else 1
+            flags.append(word)
+        elif room and not (first and taking and taking.base is bool and word.lower() not in (*BOOLEANS, "none")):
+            flags.append(word)
+            room -= 1
+        else:
+            free.append(word)
+    return flags, free
+
+
+def _is_flag(word: str) -> bool:
+    return word.startswith("--") or (word[:1] == "-" and word[1:2].isalpha())
 
 
 def _check_flags(words: Sequence[str], flags: Sequence[str]) -> None:
     for word in words:
         flag = word.partition("=")[0]
-        if flag not in flags and (flag.startswith("--") or (flag[1:2].isalpha() and flag[0] == "-")):
+        if flag not in flags and _is_flag(flag):
             raise UserError(f"unknown argument '{word}'{_nearest(flag, flags)}")
 
 

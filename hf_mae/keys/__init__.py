@@ -1,10 +1,13 @@
 """The keys of a command: how a dataclass declares them, and how a value of each type is typed."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+
+from ..errors import UserError
 
 # Pixels, one side or [height, width]; typed as 224, 208 320, 208x320 or 208,320.
 ImageSize = Annotated[int | list[int], "image size"]
@@ -31,10 +34,11 @@ def key(
     *,
     group: str = "",
     free: bool = False,
+    place: bool = False,
+    card: bool = True,
     positional: bool = False,
     metavar: str | None = None,
     shown: Any = None,
-    **more: Any,
 ) -> Any:
     """A field of a dataclass that is a key of a command.
 
@@ -43,16 +47,55 @@ def key(
         help_text: what the key does, in one line with its unit; the help adds choices and default.
         group: heading under which the help lists it, see `GROUPS`.
         free: whether a resumed run may change it.
-        positional: whether the first words of the command line may give it, in the order of the fields.
+        place: whether a resumed run may change it as long as the data's fingerprint is the same.
+        card: whether a model's card shows it; not if it says how a run was started instead of what it computed.
+        positional: whether words without a flag give it, in the order of the fields.
         metavar: what stands for the value in the help, such as DIR; chosen by type when omitted.
         shown: what the help prints as the default where the field's is None, e.g. "found by type".
-        more: metadata for other readers of the field.
     """
-    known = {"help": help_text, "group": group, "free": free, "positional": positional}
-    metadata = known | {"metavar": metavar, "shown": shown} | more
+    marks = {"free": free, "place": place, "card": card, "positional": positional}
+    return _field(default, {"help": help_text, "group": group, "metavar": metavar, "shown": shown, **marks})
+
+
+def inherit(kind: Any, name: str, default: Any = MISSING, help_text: str | None = None, **changes: Any) -> Any:
+    """A key of another dataclass again, with another default, help text or other metadata of `key`."""
+    changes |= {} if help_text is None else {"help": help_text}
+    return _field(default, {**kind.__dataclass_fields__[name].metadata, **changes})
+
+
+def _field(default: Any, metadata: dict[str, Any]) -> Any:
     if isinstance(default, list):
         return field(default_factory=default.copy, kw_only=True, metadata=metadata)
     return field(default=default, kw_only=True, metadata=metadata)
+
+
+class Recipe:
+    """The base of every dataclass of keys."""
+
+    def check(self) -> None:
+        """Raise a UserError for a value that can't be used; needs neither torch nor the data."""
+
+    def finish(self) -> Self:
+        """Check all values, after filling in what follows from others.
+
+        Raises:
+            UserError: as `check`.
+        """
+        self.check()
+        return self
+
+    def check_least(self, **limits: float) -> None:
+        """Raise a UserError for a key below its limit; None passes."""
+        for name, least in limits.items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise UserError(f"{name} {value} is too small; give {least} or more")
+
+    def check_range(self, name: str, low: float, high: float = math.inf) -> None:
+        """Raise a UserError for a number that is not finite or not in [low, high]; None passes."""
+        value = getattr(self, name)
+        if value is not None and not (math.isfinite(value) and low <= value <= high):
+            limits = f"{low} or more" if high == math.inf else f"in [{low}, {high}]"
+            raise UserError(f"{name} {value} is out of range; give a number {limits}")
 
 
 class BadValue(Exception):
@@ -101,7 +144,7 @@ class Key:
                 return self.choices[self.choices.index(word)]
             if self.base is bool:
                 return BOOLEANS[word.lower()]
-            return [int(side) for side in re.split("[x,]", word)] if self.base == ImageSize else self.base(word)
+            return _sides(word) if self.base == ImageSize else self.base(word)
         except (ValueError, KeyError):
             raise self.bad_value(word) from None
 
@@ -143,6 +186,32 @@ def _typed(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(_typed, value))
     return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _sides(word: str) -> list[int]:
+    return [int(side) for side in re.split("[x,]", word)]
+
+
+def read_size(word: str) -> int | list[int]:
+    """An image size from one word, such as 224, 208x320 or 208,320.
+
+    Raises:
+        ValueError: if it is not a size.
+    """
+    sides = _sides(word)
+    if len(sides) > 2:
+        raise ValueError(f"{word} has more than a height and a width")
+    return sides if len(sides) == 2 else sides[0]
+
+
+def height_width(size: int | list[int]) -> tuple[int, int]:
+    """Both sides of an image size."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def names_where(kind: Any, **marks: bool) -> set[str]:
+    """Names of the keys that have these marks of `key`, e.g. `free=True`."""
+    return {name for name, one in keys_of(kind).items() if marks.items() <= one.metadata.items()}
 
 
 def keys_of(kind: Any) -> dict[str, Key]:

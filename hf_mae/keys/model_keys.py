@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..keys import ImageSize, key
+from . import ImageSize, key
 
 
 def _model_key(default: Any, help_text: str, group: str = "model") -> Any:
@@ -74,5 +74,8 @@ class ModelKeys:
 
     def given_model_keys(self) -> dict[str, Any]:
         """The keys that were given, as `MAEConfig` takes them."""
-        values = {name: getattr(self, name) for name in ModelKeys.__dataclass_fields__}
+        values = {name: getattr(self, name) for name in MODEL_KEYS}
         return {name: value for name, value in values.items() if value is not None}
+
+
+MODEL_KEYS = list(ModelKeys.__dataclass_fields__)
