@@ -5,8 +5,6 @@ read it back by the target's own implementation, check again, and only then give
 """
 
 import argparse
-import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,10 +13,11 @@ from safetensors import SafetensorError
 from transformers import __version__ as transformers_version
 
 from ..errors import UserError
-from .compare import largest_difference, run_ours
+from ..files import check_free, new_folder, write_json
+from ..run_folder import RunFolder
+from .compare import compare_runs, run_ours
 from .processors import SETTINGS, adapt_channels, evaluation_processor
-from .pth import read_pth
-from .read import NON_COMMERCIAL, RECORD, Numbers, Source, open_source
+from .read import NON_COMMERCIAL, Numbers, Source, open_source
 from .write import WRITERS, describe_use, part_for
 
 NOTE = (
@@ -80,27 +79,20 @@ def convert(options: ConvertOptions) -> dict[str, Any]:
     Raises:
         UserError: if the source can't be read or expressed, DEST isn't empty, or outputs differ.
     """
-    dest = Path(options.dest).absolute()
-    if dest.is_file() or (dest.is_dir() and any(dest.iterdir())):
-        raise UserError(f"{options.dest} is there and not empty; name another folder")
+    check_free(Path(options.dest))
     source = open_source(options.source, options)
     config, ours = source.model.config, run_ours(source.model)
-    differences = {"read": largest_difference(source.run, ours, config, f"{options.source} and hf_mae")}
+    differences = {"read": compare_runs(source.run, ours, config, f"{options.source} and hf_mae")}
     changes = _adapt(source, options)
     model, more = part_for(source.model, options.to)
-    temporary = dest.with_name(f".tmp-{dest.name}")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        written = WRITERS[options.to](model, source.processor, temporary)
-        differences["written"] = largest_difference(run_ours(model), written, config, f"hf_mae and {options.to}")
-        record = _record(source, options, differences, changes + more)
-        (temporary / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-        temporary.replace(dest)
+        with new_folder(Path(options.dest)) as folder:
+            written = WRITERS[options.to](model, source.processor, folder)
+            differences["written"] = compare_runs(run_ours(model), written, config, f"hf_mae and {options.to}")
+            record = _record(source, options, differences, changes + more)
+            write_json(record, RunFolder(folder).conversion_file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{options.dest} can't be written: {error}; name another folder, or make room") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return record | {"use": describe_use(options.to, model, options.dest)}
 
 
@@ -158,6 +150,3 @@ def describe_conversion(record: dict[str, Any], dest: str) -> str:
         f"load it  {record['use']}",
     ]
     return "\n".join(lines)
-
-
-__all__ = ["ConvertOptions", "UserError", "convert", "describe_conversion", "parse_options", "read_pth"]

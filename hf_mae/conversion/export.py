@@ -4,7 +4,6 @@ The batch may have any size, images have the model's. The graph is read back fro
 on several batches before the folder gets its name.
 """
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,9 @@ from torch import nn
 
 from ..classifier_mae import MAEForImageClassification
 from ..errors import UserError
-from ..hub.check import compare
+from ..files import check_free, new_folder
 from ..modeling_mae import MAEForPreTraining
+from .compare import compare
 from .convert import OneLineParser
 from .read import Numbers, open_source
 
@@ -70,26 +70,18 @@ def export(options: ExportOptions) -> dict[str, Any]:
     Raises:
         UserError: if the source can't be read, DEST isn't empty, or outputs differ by more than 1e-5 of their scale.
     """
-    dest = Path(options.dest).absolute()
-    if dest.is_file() or (dest.is_dir() and any(dest.iterdir())):
-        raise UserError(f"{options.dest} is there and not empty; name another folder")
+    check_free(Path(options.dest))
     source = open_source(options.source, Numbers())
     model = source.model.mae if isinstance(source.model, MAEForPreTraining) else source.model
-    temporary = dest.with_name(f".tmp-{dest.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    (file, write), tensors = WRITERS[options.to], Tensors(model).eval()
     try:
-        file, write = WRITERS[options.to]
-        tensors = Tensors(model).eval()
-        graph = write(tensors, _images(model, 2), temporary / file)
-        difference = max(_difference(tensors, graph, batch, options.to) for batch in BATCHES)
-        model.config.save_pretrained(temporary)
-        source.processor.save_pretrained(temporary)
-        temporary.replace(dest)
+        with new_folder(Path(options.dest)) as folder:
+            graph = write(tensors, _images(model, 2), folder / file)
+            difference = max(_difference(tensors, graph, batch, options.to) for batch in BATCHES)
+            model.config.save_pretrained(folder)
+            source.processor.save_pretrained(folder)
     except OSError as error:
         raise UserError(f"{options.dest} can't be written: {error}; name another folder, or make room") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     outputs = dict(zip(tensors.names, tensors(_images(model, 1)), strict=True))
     return {
         "part": "classifier" if isinstance(model, MAEForImageClassification) else "encoder",
