@@ -5,7 +5,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,6 @@ CURVES = {
 }
 COLOURS = ("#1f6feb", "#d9480f", "#2b8a3e", "#862e9c", "#0b7285", "#a61e4d")
 MOST_PICTURES, MOST_BAD = 12, 20
-
-
-@dataclass
-class ReportRecipe:
-    """Keys of `hf-mae report`."""
-
-    runs: list[str] = field(metadata={"help": "folders of runs"})
-    out: str | None = field(default=None, metadata={"help": "file to write; report.html of the first run if omitted"})
 
 
 @dataclass
@@ -133,7 +125,7 @@ def write_report(folders: Sequence[str | Path], out: str | Path) -> None:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         write_text(Path(out), text)
     except OSError as error:
-        raise DataError(f"{out} can't be written: {error.strerror}; name another file by --out") from error
+        raise DataError(f"{out} can't be written: {error.strerror}; name another file by --output") from error
 
 
 def page(runs: Sequence[Run]) -> str:

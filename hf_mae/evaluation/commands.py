@@ -1,88 +1,24 @@
-"""`hf-mae evaluate knn | linear-probe`: the keys of both, and from them to an entry of results.json."""
+"""`hf-mae evaluate knn | linear-probe`: from their keys to an entry of results.json."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import asdict, fields
+from typing import Any
 
 from accelerate import Accelerator
 
 from ..data.labels import class_numbers, common_classes, find_classes, read_labels
 from ..data.splits import splits_of
 from ..errors import UserError
+from ..keys.evaluation_keys import EvaluateRecipe, KnnRecipe, LinearProbeRecipe, Pooling
 from ..optim.batch import micro_batch
 from ..run_folder import add_result
-from .encoder import FrozenEncoder, Pooling
+from .encoder import FrozenEncoder
 from .knn import knn_accuracy
 from .linear_probe import MAX_ITER, PENALTIES, PaperProbe, ProbeRun, fast_linear_accuracy
-from .recipes import ScoreRecipe
-from .results import make_result, named_data
+from .results import check_results_file, make_result, named_data
 from .table import Features, extract_table, report_bad
 
 PUBLISHED = PaperProbe()
-
-
-def _key(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass
-class EvaluateRecipe(ScoreRecipe):
-    """Keys of both commands."""
-
-    pooling: Pooling | None = _key(
-        None, "mean of the patch tokens, class token, or both; cls for the paper's protocol, else mean"
-    )
-    seeds: int = _key(1, "repetitions, each with other random numbers")
-    fraction: float = _key(1.0, "share of both splits that each repetition draws")
-
-    def check(self) -> None:
-        super().check()
-        if self.seeds < 1:
-            raise UserError(f"seeds {self.seeds} is too small; give 1 or more")
-        if not 0 < self.fraction <= 1:
-            raise UserError(f"fraction {self.fraction} lies outside (0, 1]; give e.g. 0.2")
-
-
-@dataclass
-class KnnRecipe(EvaluateRecipe):
-    """Keys of `hf-mae evaluate knn`."""
-
-    k: list[int] = field(default_factory=lambda: [10, 20, 100, 200], metadata={"help": "numbers of neighbours"})
-    temperature: float = _key(0.07, "of the neighbours' weights exp(cosine / temperature)")
-
-    def check(self) -> None:
-        super().check()
-        if min(self.k) < 1 or self.temperature <= 0:
-            raise UserError(f"k {self.k} or temperature {self.temperature} is not positive; give e.g. 20 and 0.07")
-
-
-@dataclass
-class LinearProbeRecipe(EvaluateRecipe):
-    """Keys of `hf-mae evaluate linear-probe`; those from `total_batch_size` on are of `--protocol paper` alone."""
-
-    recipe: str | None = _key(None, "name of a recipe linear_probe_..., or path of a YAML file")
-    protocol: Literal["fast", "paper"] = _key("fast", "fast: logistic regression on features; paper: LARS on crops")
-    total_batch_size: int = _key(PUBLISHED.total_batch_size, "images of a step, over all processes")
-    epochs: float = _key(PUBLISHED.epochs, "passes over the training images")
-    warmup_epochs: float = _key(PUBLISHED.warmup_epochs, "length of the linear warm-up")
-    blr: float = _key(PUBLISHED.blr, "learning rate per 256 images: lr = blr * total_batch_size / 256")
-    min_lr: float = _key(PUBLISHED.min_lr, "learning rate at the end of the cosine")
-    weight_decay: float = _key(PUBLISHED.weight_decay, "of the head's weights")
-    seed: int = _key(0, "of initial weights, order, crops and flips; of the next repetition 1 more")
-
-    def check(self) -> None:
-        super().check()
-        if self.protocol == "paper" and self.fraction != 1:
-            raise UserError("fraction draws from a table of features; with --protocol paper pass --max_samples")
-        for key, least in (("total_batch_size", 2), ("epochs", 1e-9), ("warmup_epochs", 0), ("blr", 0), ("seed", 0)):
-            if getattr(self, key) < least:
-                raise UserError(f"{key} {getattr(self, key)} is too small; give {least} or more")
-
-    @property
-    def probe(self) -> PaperProbe:
-        """The settings of the paper's protocol."""
-        known = [key.name for key in fields(PaperProbe) if hasattr(self, key.name)]
-        return PaperProbe(**{key: getattr(self, key) for key in known})
 
 
 class Evaluation:
@@ -98,6 +34,7 @@ class Evaluation:
 
     def __init__(self, recipe: EvaluateRecipe, pooling: Pooling):
         recipe.check()
+        check_results_file(recipe)
         self.recipe, self.accelerator = recipe, Accelerator()
         self.encoder = FrozenEncoder(recipe.model, recipe.pooling or pooling, recipe.mixed_precision)
         self.encoder.to(self.accelerator.device)
@@ -209,8 +146,14 @@ def _evaluate_tables(
     return evaluation.result({**protocol, "fraction": recipe.fraction}, images, int(train.labels.max()) + 1, runs)
 
 
+def paper_probe(recipe: LinearProbeRecipe) -> PaperProbe:
+    """The settings of the paper's protocol, with the recipe's values."""
+    known = [field.name for field in fields(PaperProbe) if hasattr(recipe, field.name)]
+    return PaperProbe(**{name: getattr(recipe, name) for name in known})
+
+
 def _evaluate_paper_probe(recipe: LinearProbeRecipe) -> dict[str, Any] | None:
-    evaluation = Evaluation(recipe, "cls")
+    evaluation, probe = Evaluation(recipe, "cls"), paper_probe(recipe)
     accelerator, rows, eval_rows = evaluation.accelerator, evaluation.rows, evaluation.eval_rows
     size, _ = micro_batch(recipe.total_batch_size, recipe.per_device_batch_size, accelerator.num_processes, most=512)
     if size == 1:
@@ -223,14 +166,14 @@ def _evaluate_paper_probe(recipe: LinearProbeRecipe) -> dict[str, Any] | None:
     evaluated, bad = 0, {}
     for seed in range(recipe.seed, recipe.seed + recipe.seeds):
         run = ProbeRun(
-            evaluation.encoder, rows, classes, recipe.probe, size, recipe.num_workers, seed, accelerator,
+            evaluation.encoder, rows, classes, probe, size, recipe.num_workers, seed, accelerator,
             recipe.max_bad_fraction,
         )  # fmt: skip
         run.train()
         figures, evaluated = run.accuracy(eval_rows)
         runs.append(figures)
         bad = run.bad
-    used, published = asdict(recipe.probe), asdict(PUBLISHED)
+    used, published = asdict(probe), asdict(PUBLISHED)
     used["pooling"], published["pooling"] = evaluation.encoder.pooling, "cls"
     protocol = {
         "name": "linear_probe_paper",
@@ -238,7 +181,7 @@ def _evaluate_paper_probe(recipe: LinearProbeRecipe) -> dict[str, Any] | None:
         "source": "arXiv:2111.06377, Table 10, for ViT-Base",
         "differs_from_source": {key: value for key, value in used.items() if value != published[key]},
         **used,
-        "lr": recipe.probe.lr,
+        "lr": probe.lr,
         "per_device_batch_size": size,
         "processes": accelerator.num_processes,
         "seed": recipe.seed,

@@ -2,8 +2,8 @@
 
     print(Card.read("outputs/quickstart").text())
 
-Everything in it is read from the folder of the model (config.json and the files of its run); of a `checkpoint-STEP`, from
-the folder of its run, up to that step. What these do not say, the card does not say either.
+Everything in it is read from the model's folder: config.json and the files of its run. The card of a `checkpoint-STEP`
+is read from the folder of its run, up to that step. What these do not say, the card does not say either.
 """
 
 import re
@@ -16,12 +16,13 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..files import read_json, sha256
+from ..keys import names_where
+from ..keys.finetune_keys import FinetuneRecipe
+from ..keys.run_keys import PretrainRecipe
 from ..run_folder import RunFolder, curve, run_of
 
 TEMPLATE = Path(__file__).with_name("card.md")
 LICENCES = {"apache-2.0": "Apache-2.0", "cc-by-nc-4.0": "CC BY-NC 4.0 (not for commercial use)"}
-# Keys of a recipe that say where and how a run was started, not what it computes.
-NOT_REPRODUCED = ("recipe", "output_dir", "resume", "dry_run", "log_with", "push_to_hub", "hub_private_repo")
 
 
 @dataclass
@@ -121,7 +122,8 @@ class Card:
 
     def recipe_yaml(self) -> str:
         """The keys of the run as a recipe file that `hf-mae` takes."""
-        keys = {key: value for key, value in self.recipe.items() if value is not None and key not in NOT_REPRODUCED}
+        hidden = names_where(FinetuneRecipe if self.command == "finetune" else PretrainRecipe, card=False)
+        keys = {key: value for key, value in self.recipe.items() if value is not None and key not in hidden}
         return yaml.safe_dump(keys, sort_keys=False)
 
     # ------------------------------------------------------------------------------------------ the card

@@ -25,11 +25,11 @@ from ..data.transform import evaluation_spec
 from ..evaluation.metrics import make_compute_metrics
 from ..evaluation.results import make_result, named_data
 from ..files import replace_files
+from ..keys.finetune_keys import FinetuneRecipe
 from ..optim.groups import layer_decay_groups
 from ..run_folder import RunFolder, add_result, read_results
 from .callbacks import EMACallback, EpochCallback, LogCallback
 from .devices import choose_precision, describe_hardware, tune_for_cpu
-from .finetune_recipe import FinetuneRecipe
 from .finetune_setup import (
     build_classifier,
     build_processor,
@@ -56,7 +56,7 @@ def finetune(recipe: FinetuneRecipe) -> dict[str, Any] | None:
     Raises:
         UserError: for what a user can mend; one line with the remedy.
     """
-    recipe = recipe.finish("finetune")
+    recipe = recipe.finish()
     output_dir = Path(str(recipe.output_dir))
     check_folder(recipe, output_dir)
     folder = RunFolder(output_dir)
@@ -79,7 +79,7 @@ def trainer_parts(recipe: FinetuneRecipe) -> dict[str, Any]:
     Raises:
         UserError: as `finetune`.
     """
-    return FinetuneRun(recipe.finish("finetune")).trainer_parts()
+    return FinetuneRun(recipe.finish()).trainer_parts()
 
 
 class FinetuneRun:

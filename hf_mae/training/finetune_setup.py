@@ -13,19 +13,19 @@ from ..configuration_mae import MAEConfig
 from ..data.labels import Labels
 from ..data.mix import RandAugment
 from ..data.order import Rows
-from ..data.sources import DataError
 from ..data.stats import probe_rows
 from ..data.transform import ImageSpec, crop_settings
-from ..errors import CheckpointError, UserError
+from ..errors import CheckpointError, DataError, UserError
 from ..image_processing_mae import MAEImageProcessor
+from ..keys import names_where
+from ..keys.finetune_keys import FinetuneRecipe
 from ..optim.groups import train_last_blocks
 from ..pretrained import loading
 from ..run_folder import RunFolder
 from .build import describe_failure
 from .callbacks import EMA_FILE
 from .devices import check_trackers, choose_precision, make_deterministic
-from .finetune_recipe import FinetuneRecipe
-from .resume import FREE_KEYS, check_same_recipe
+from .resume import check_same_recipe
 
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
 # What a classifier has and a pretrained model hasn't.
@@ -54,7 +54,7 @@ def find_trainer_checkpoint(recipe: FinetuneRecipe, output_dir: Path) -> Path | 
 def check_run(recipe: FinetuneRecipe, output_dir: Path) -> None:
     """Raise a CheckpointError if a folder holds a run of another recipe."""
     if before := RunFolder(output_dir).config()[0]:
-        check_same_recipe(before, recipe, output_dir, FREE_KEYS)
+        check_same_recipe(before, recipe, output_dir, names_where(recipe, free=True))
 
 
 def training_arguments(recipe: FinetuneRecipe, stored: Path | None) -> TrainingArguments:
@@ -138,7 +138,7 @@ def build_classifier(recipe: FinetuneRecipe, labels: Labels) -> MAEForImageClass
         "dtype": torch.float32,
     }
     if recipe.image_size is not None:
-        options["image_size"] = recipe.size
+        options["image_size"] = recipe.image_size
     verbosity = transformers_logging.get_verbosity()
     # Its report of the head's missing weights would be alarming, and says what everyone knows.
     transformers_logging.set_verbosity_error()

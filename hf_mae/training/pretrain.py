@@ -24,6 +24,7 @@ from ..errors import CheckpointError, DiskFullError
 from ..evaluation.online import OnlineEvaluator
 from ..files import replace_files, write_json
 from ..hub.push import BackgroundPush
+from ..keys.run_keys import PretrainRecipe
 from ..modeling_mae import MAEForPreTraining
 from ..optim.groups import adamw
 from ..optim.schedule import lr_at, stages, value_at
@@ -42,7 +43,6 @@ from .devices import describe_hardware, make_accelerator, tune_for_cpu
 from .guard import StepGuard
 from .held_out import HeldOut
 from .log import BadSamples, RunLog, Stopwatch
-from .recipe import PretrainRecipe
 from .resume import find_stored, read_state
 
 STRATEGIES = {

@@ -6,19 +6,10 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..files import read_json
+from ..keys import names_where
+from ..keys.run_keys import PretrainRecipe, RunRecipe
 from ..run_folder import RunFolder
 from .checkpoint import find_checkpoint
-from .recipe import PretrainRecipe, RunRecipe
-
-# These keys may change when a run goes on: they say how it is computed and shown, not what it computes.
-FREE_KEYS = {
-    "output_dir", "resume", "recipe", "num_workers", "per_device_batch_size", "mixed_precision", "compile",
-    "gradient_checkpointing", "attn_implementation", "deterministic", "log_steps", "log_with", "save_steps",
-    "keep_checkpoints", "eval_steps", "max_eval_samples", "max_bad_fraction", "dry_run", "allow_data_change",
-    "quality_steps", "quality_samples", "push_to_hub", "hub_private_repo",
-}  # fmt: skip
-# And these, where a fingerprint of the data tells whether what is at another place is the same.
-PLACE_KEYS = {"dataset", "dataset_config", "dataset_revision", "eval_dataset", "eval_split"}
 
 
 def check_folder(recipe: RunRecipe, output_dir: Path) -> None:
@@ -68,7 +59,9 @@ def find_stored(recipe: PretrainRecipe, output_dir: Path) -> Path | None:
     check_folder(recipe, output_dir)
     stored = None if recipe.resume == "none" else find_checkpoint(output_dir, recipe.resume)
     if stored:
-        check_same_recipe(read_state(stored)[0]["recipe"], recipe, stored, FREE_KEYS | PLACE_KEYS)
+        # A fingerprint of the data tells whether another place holds the same.
+        free = names_where(recipe, free=True) | names_where(recipe, place=True)
+        check_same_recipe(read_state(stored)[0]["recipe"], recipe, stored, free)
     return stored
 
 
