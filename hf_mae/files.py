@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from safetensors import SafetensorError
 
 from .errors import UserError
 
@@ -93,7 +94,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """Write a folder that is complete or absent at every instant: yields the temporary folder to fill instead.
 
     Raises:
-        OSError: if it can't be written.
+        UserError: if it can't be written.
     """
     final = folder.absolute()
     temporary = final.with_name(f".tmp-{final.name}")
@@ -105,6 +106,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
             settle(file)
         temporary.replace(final)
         fsync(final.parent)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder} can't be written: {error}; name another folder, or make room") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

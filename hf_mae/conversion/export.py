@@ -51,14 +51,11 @@ def export(recipe: ExportRecipe) -> dict[str, Any]:
     source = open_source(recipe.model, Numbers())
     model = source.model.mae if isinstance(source.model, MAEForPreTraining) else source.model
     (file, write), tensors = WRITERS[recipe.to], Tensors(model).eval()
-    try:
-        with new_folder(Path(recipe.output_dir)) as folder:
-            graph = write(tensors, _images(model, 2), folder / file)
-            difference = max(_difference(tensors, graph, batch, recipe.to) for batch in BATCHES)
-            model.config.save_pretrained(folder)
-            source.processor.save_pretrained(folder)
-    except OSError as error:
-        raise UserError(f"{recipe.output_dir} can't be written: {error}; name another folder, or make room") from error
+    with new_folder(Path(recipe.output_dir)) as folder:
+        graph = write(tensors, _images(model, 2), folder / file)
+        difference = max(_difference(tensors, graph, batch, recipe.to) for batch in BATCHES)
+        model.config.save_pretrained(folder)
+        source.processor.save_pretrained(folder)
     outputs = dict(zip(tensors.names, tensors(_images(model, 1)), strict=True))
     return {
         "part": "classifier" if isinstance(model, MAEForImageClassification) else "encoder",
