@@ -606,7 +606,7 @@ def mistake(capsys, *words) -> str:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"model": None}, "no model is given; pass --model"),
+        ({"model": None}, "--model is missing: folder or Hub id of a pretrained or fine-tuned model"),
         ({"model": "there/is/none"}, "--model there/is/none can't be loaded"),
         ({"trainable_blocks": 3}, "trainable_blocks 3 is none of 0, 0.5, 1 to 2, or all; choose one of these"),
         ({"trainable_blocks": "most"}, "trainable_blocks most is none of"),
