@@ -9,10 +9,11 @@ from torch import nn
 from transformers import AutoModel, AutoModelForPreTraining
 
 from hf_mae import MAEConfig, MAEForPreTraining, MAEModel
-from hf_mae.modeling_mae import MAEMLP, MAEAttention, normalize_patches, patchify, sincos_table
+from hf_mae.layers_mae import MAEMLP, MAEAttention, sincos_table
+from hf_mae.masking_mae import normalize_patches, patchify
 from hf_mae.visualize.reconstruction import reconstruct
 
-CROSS = {"decoder_type": "cross"}
+CROSS = {"decoder_attention": "cross"}
 QUARTER = {**CROSS, "prediction_ratio": 0.25}
 FUSED = {**QUARTER, "decoder_fusion": True}
 variants = pytest.mark.parametrize("overrides", [CROSS, QUARTER, FUSED], ids=["all", "quarter", "fused quarter"])
@@ -89,7 +90,7 @@ def test_in_evaluation_all_removed_patches_are_predicted_each_as_if_it_were_alon
     encoded = model.mae(images, mask_ratio=0.75, noise=draw_noise())
     for place in range(12):
         ids = encoded.ids_restore.argsort(dim=1)[:, 4 + place, None]
-        alone = model.decoder(encoded, ids, (4, 4))
+        alone = model.decoder(encoded.features or encoded.last_hidden_state, ids, (4, 4))
         expected = output.logits.gather(1, ids.unsqueeze(-1).expand(-1, -1, 192))
         torch.testing.assert_close(alone.gather(1, ids.unsqueeze(-1).expand(-1, -1, 192)), expected, atol=1e-5, rtol=0)
     # The loss is that of all removed patches too, whatever part training looks at.
@@ -112,7 +113,7 @@ def test_a_part_of_the_predictions_changes_neither_encoder_nor_masks_nor_other_p
 
 @pytest.mark.parametrize(("removed", "predicted", "count"), [(0.75, 0.75, 12), (0.75, 0.1, 2), (0.7, 0.7, 12)])
 def test_as_many_patches_are_predicted_as_a_mask_of_that_ratio_would_remove(removed, predicted, count):
-    model = tiny(MAEForPreTraining, decoder_type="cross", mask_ratio=removed, prediction_ratio=predicted)
+    model = tiny(MAEForPreTraining, decoder_attention="cross", mask_ratio=removed, prediction_ratio=predicted)
     logits = model.train()(pixels(), noise=draw_noise()).logits
     assert logits.any(dim=-1).sum(dim=1).tolist() == [count, count]
 
@@ -300,18 +301,18 @@ def test_a_run_of_the_command_trains_it_and_goes_on_exactly(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"prediction_ratio": 0.25}, r"prediction_ratio 0.25 needs decoder_type cross, not self"),
-        ({"decoder_fusion": True}, r"decoder_fusion needs decoder_type cross, not self"),
+        ({"prediction_ratio": 0.25}, r"prediction_ratio 0.25 needs decoder_attention cross, not self"),
+        ({"decoder_fusion": True}, r"decoder_fusion needs decoder_attention cross, not self"),
         (
             {**CROSS, "prediction_ratio": 0.8},
             r"prediction_ratio 0.8 lies outside \(0, mask_ratio 0.75\]: .* use e.g. 0.25",
         ),
         ({**CROSS, "prediction_ratio": 0}, r"prediction_ratio 0 lies outside \(0, mask_ratio 0.75\]"),
-        ({"decoder_type": "crossed"}, r"decoder_type"),
+        ({"decoder_attention": "crossed"}, r"decoder_attention"),
     ],
 )
 def test_what_does_not_go_together_is_refused(overrides, message):
     with pytest.raises(Exception, match=message) as error:
         tiny_config(**overrides)
-    if overrides != {"decoder_type": "crossed"}:
+    if overrides != {"decoder_attention": "crossed"}:
         assert "\n" not in str(error.value).split(": ", 1)[-1]

@@ -33,16 +33,16 @@ class ModelKeys:
     decoder_num_hidden_layers: int | None = _model_key(8, "number of blocks in the decoder")
     decoder_num_attention_heads: int | None = _model_key(16, "number of attention heads in a decoder block")
     decoder_intermediate_size: int | None = _model_key(2048, "hidden width of the MLPs in the decoder")
-    decoder_type: Literal["self", "cross"] | None = _model_key(
+    decoder_attention: Literal["self", "cross"] | None = _model_key(
         "self", "what mask tokens attend to: all tokens, or only visible ones as in CrossMAE"
     )
     decoder_fusion: bool | None = _model_key(
-        False, "with decoder_type cross, feed each decoder block a learned sum of all encoder blocks"
+        False, "with decoder_attention cross, feed each decoder block a learned sum of all encoder blocks"
     )
     mask_ratio: float | None = _model_key(0.75, "fraction of patches removed from each image, in [0, 1)", "masking")
     prediction_ratio: float | None = _model_key(
         None,
-        "with decoder_type cross, fraction of patches predicted in training; all removed ones when omitted",
+        "with decoder_attention cross, fraction of patches predicted in training; all removed ones when omitted",
         "masking",
     )
     mask_strategy: Literal["random", "block"] | None = _model_key(

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import yaml
 from accelerate import DistributedType
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import nn
@@ -23,12 +22,13 @@ from ..data.sources import DataError
 from ..data.transform import make_normalizer
 from ..errors import CheckpointError, DiskFullError
 from ..evaluation.online import OnlineEvaluator
-from ..files import replace_files, write_json, write_text
+from ..files import replace_files, write_json
 from ..hub.push import BackgroundPush
 from ..keys.run_keys import PretrainRecipe
 from ..modeling_mae import MAEForPreTraining
 from ..optim.groups import adamw
 from ..optim.schedule import lr_at, stages, value_at
+from ..run_folder import RunFolder
 from .build import build_model, build_processor, make_spec, make_training_specs, open_data, plan_stream
 from .checkpoint import (
     full_state_dict,
@@ -176,9 +176,7 @@ class PretrainRun:
                 flush=True,
             )
             if not recipe.dry_run:
-                self.output_dir.mkdir(parents=True, exist_ok=True)
-                text = yaml.safe_dump({"recipe": recipe.to_dict(), "derived": derived}, sort_keys=False)
-                write_text(self.output_dir / "run_config.yaml", text)
+                RunFolder(self.output_dir).write_config(recipe.to_dict(), derived)
         accelerator.wait_for_everyone()
         if recipe.log_with and not recipe.dry_run:
             accelerator.init_trackers("hf_mae", config={k: v for k, v in recipe.to_dict().items() if _is_plain(v)})
@@ -190,7 +188,7 @@ class PretrainRun:
         recipe, first_step = self.recipe, self.step
         log = RunLog(self.accelerator, self.output_dir, first_step, self.total_steps)
         if self.accelerator.is_main_process:
-            self.bad = BadSamples(self.output_dir / "bad_samples.jsonl", self._bad_before)
+            self.bad = BadSamples(RunFolder(self.output_dir), self._bad_before)
         eval_steps = recipe.eval_steps or max(1, self.total_steps // 10)
         save_steps = recipe.save_steps or max(1, self.total_steps // 10)
         quality_steps = max(1, self.total_steps // 5) if recipe.quality_steps is None else recipe.quality_steps
@@ -394,13 +392,14 @@ class PretrainRun:
             seen = max(self.bad.total + self.images_seen, min(1000, len(self.data.rows)))
             failed = self.bad.total / seen
             if bad:
-                log.say(f"{self.bad.total} images skipped so far: {dict(self.bad.counts)}; see {self.bad.path}")
+                file = self.bad.folder.bad_file
+                log.say(f"{self.bad.total} images skipped so far: {dict(self.bad.counts)}; see {file}")
         # Only the main process counts: the sum is its number, and all ranks stop by it.
         failed = self._reduce(torch.tensor(failed, device=self.accelerator.device), "sum").item()
         if failed > self.recipe.max_bad_fraction:
             raise DataError(
                 f"{failed:.1%} of the images can't be decoded, more than max_bad_fraction "
-                f"{self.recipe.max_bad_fraction:.1%}; see {self.output_dir / 'bad_samples.jsonl'}"
+                f"{self.recipe.max_bad_fraction:.1%}; see {RunFolder(self.output_dir).bad_file}"
             )
 
     def _measure_quality(self, log: RunLog) -> None:

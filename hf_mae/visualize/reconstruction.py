@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from ..keys.publishing_keys import Statistics
-from ..modeling_mae import MAEForPreTraining, patchify, unpatchify
+from ..masking_mae import patchify, unpatchify
+from ..modeling_mae import MAEForPreTraining
 
 
 @dataclass
