@@ -3,12 +3,21 @@
 import pytest
 import torch
 import yaml
-from runs import arguments, checkpoints, events, losses, run, start, weights_difference, weights_hash
+from runs import (
+    arguments,
+    checkpoints,
+    events,
+    load_pretrain_recipe,
+    losses,
+    run,
+    start,
+    weights_difference,
+    weights_hash,
+)
 
 from hf_mae.errors import UserError
 from hf_mae.optim.batch import micro_batch
 from hf_mae.training.pretrain import PretrainRun
-from hf_mae.training.recipe import load_pretrain_recipe
 
 TWICE = {"masks_per_image": 2, "save_steps": 3, "eval_steps": 12}
 

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from memory_source import MemorySource, noise_images
 from PIL import Image
-from runs import start
+from runs import load_pretrain_recipe, start
 from sklearn.linear_model import LogisticRegression
 from tiny import tiny
 
@@ -25,7 +25,6 @@ from hf_mae.evaluation.linear_probe import fast_linear_accuracy, logistic_regres
 from hf_mae.evaluation.table import Features, extract_table, rankme, top_k_correct
 from hf_mae.run_folder import add_result, read_results
 from hf_mae.training.build import open_data
-from hf_mae.training.recipe import load_pretrain_recipe
 
 
 def clusters(n: int, seed: int) -> Features:

@@ -9,7 +9,17 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from runs import events, run, spawn, start, weights_difference, weights_hash
+from runs import (
+    events,
+    load_finetune_recipe,
+    recipe_names,
+    run,
+    shipped_recipe,
+    spawn,
+    start,
+    weights_difference,
+    weights_hash,
+)
 from safetensors.torch import load_file
 from tiny import draw_noise, pixels, tiny, tiny_config
 from torch.nn import functional as F
@@ -18,10 +28,9 @@ from transformers import AutoModelForImageClassification, Trainer, TrainerCallba
 
 from hf_mae import MAEForImageClassification, MAEForPreTraining, MAEImageProcessor
 from hf_mae.errors import UserError
+from hf_mae.keys.finetune_keys import FinetuneRecipe
 from hf_mae.optim.schedule import lr_at
-from hf_mae.training.finetune import FinetuneRecipe, trainer_parts
-from hf_mae.training.finetune_recipe import load_finetune_recipe
-from hf_mae.training.recipe import read_recipe, recipe_names
+from hf_mae.training.finetune import trainer_parts
 
 # A second of fine-tuning on the digits.
 TINY_TUNING = {
@@ -95,7 +104,7 @@ def test_the_official_recipes_have_the_originals_values(name):
     assert total == round(recipe.epochs * 1_281_167 / 1024)
     assert warmup == pytest.approx(5 * 1_281_167 / 1024, abs=1)
     # Written down in the file, not left to defaults that may change.
-    written = set(read_recipe(name, "finetune_"))
+    written = set(shipped_recipe(name))
     assert written >= {key for key in {**OF_ALL, **OFFICIAL[name]} if OF_ALL.get(key, 0) is not None} - {
         "lr", "trainable_blocks",
     }  # fmt: skip
@@ -107,7 +116,7 @@ def test_all_recipes_of_fine_tuning_are_shipped_and_load():
         recipe = load_finetune_recipe(["--recipe", name, "--model", "m"])
         assert recipe.output_dir == f"outputs/{name}"
         flat = recipe.to_dict()
-        assert {key: flat[key] for key in read_recipe(name, "finetune_")} == read_recipe(name, "finetune_")
+        assert {key: flat[key] for key in shipped_recipe(name)} == shipped_recipe(name)
 
 
 class Recorder:

@@ -28,6 +28,7 @@ from runs import (
     environment,
     evaluations,
     events,
+    load_pretrain_recipe,
     losses,
     run,
     spawn,
@@ -46,7 +47,6 @@ from hf_mae.data.sources import DataError
 from hf_mae.errors import MissingPackage
 from hf_mae.training.log import RunLog, Stopwatch
 from hf_mae.training.pretrain import PretrainRun
-from hf_mae.training.recipe import load_pretrain_recipe
 from hf_mae.visualize.grid import with_title
 
 datasets = pytest.importorskip("datasets")
