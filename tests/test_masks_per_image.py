@@ -21,7 +21,7 @@ def whole(tmp_path_factory):
 def test_the_loss_of_a_step_is_the_mean_over_the_masks_of_each_image(tmp_path):
     words = arguments(tmp_path, masks_per_image=4, total_batch_size=32, per_device_batch_size=16)[1:]
     step = PretrainRun(load_pretrain_recipe(words))
-    first, second = (next(batches) for batches in [step._batches(0)] for _ in range(2))
+    first, second = (next(batches) for batches in [step.batches] for _ in range(2))
     assert len(first.images) == len(second.images) == 4
     assert first.noise.shape == (16, 16)
     assert len(torch.unique(torch.cat([first.noise, second.noise]), dim=0)) == 32

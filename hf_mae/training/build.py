@@ -3,13 +3,14 @@
 import copy
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
+from .. import __version__
 from ..configuration_mae import SIZES, MAEConfig
 from ..data.order import Rows, StreamPlan
 from ..data.sources import DataError
@@ -21,6 +22,7 @@ from ..image_processing_mae import MAEImageProcessor
 from ..modeling_mae import MAEForPreTraining
 from ..optim.schedule import stages
 from .recipe import PretrainRecipe, RunRecipe
+from .state import RunState
 
 logger = logging.getLogger(__name__)
 
@@ -181,30 +183,34 @@ def make_training_specs(
     return stages(specs, total_steps)
 
 
-def plan_stream(
-    recipe: PretrainRecipe, data: PretrainData, ranks: int, state: dict[str, Any] | None
-) -> tuple[StreamPlan, list[int]]:
-    """How batches are put together, and what each stream has read.
+def start_state(
+    recipe: PretrainRecipe, data: PretrainData, total_steps: int, ranks: int, stored: RunState | None
+) -> RunState:
+    """Where a run starts: at step 0, or where its checkpoint stands.
 
     Args:
         recipe: of the run.
         data: of the run.
+        total_steps: of the run.
         ranks: processes.
-        state: of a checkpoint (data.json); None for a new run.
+        stored: state of the checkpoint; None for a new run.
 
     Raises:
         CheckpointError: if the data is not what the checkpoint was trained on.
     """
-    if state is None:
+    fingerprint = data.fingerprint
+    if stored is None:
         access = data.rows.source.random_access
         plan = StreamPlan.choose(recipe.images_per_step, ranks, recipe.num_workers, len(data.rows), access)
-        return plan, [0] * plan.num_streams
-    if state["fingerprint"] != data.fingerprint:
-        changed = f"{recipe.dataset} is not the data that this run was trained on (its files or rows changed)"
+        return RunState(recipe.to_dict(), total_steps, plan, [0] * plan.num_streams, fingerprint)
+    if stored.fingerprint != fingerprint:
+        change = f"{recipe.dataset} is not the data that this run was trained on (its files or rows changed)"
         if not recipe.allow_data_change:
-            raise CheckpointError(f"{changed}; bring the old data back, or pass --allow_data_change true")
-        logger.warning("%s; going on with it, the order of samples is another from here on", changed)
-    return StreamPlan(**state["plan"]), state["positions"]
+            raise CheckpointError(f"{change}; bring the old data back, or pass --allow_data_change true")
+        logger.warning("%s; going on with it, the order of samples is another from here on", change)
+    # Keys that may change at a resume are this run's own, as is all that follows from them.
+    own = {"recipe": recipe.to_dict(), "total_steps": total_steps, "fingerprint": fingerprint, "version": __version__}
+    return replace(stored, **own)
 
 
 def model_config_of(recipe: PretrainRecipe, num_channels: int) -> MAEConfig:

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from ..files import write_text
 from ..run_folder import picture_step, read_events
 from ..visualize.grid import with_title
+from .recipe import RunRecipe
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +124,13 @@ class RunLog:
 
 def _is_nan(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
+
+
+def start_trackers(accelerator: Accelerator, recipe: RunRecipe) -> None:
+    """Start the trackers that a recipe names, if any, with its numbers and words."""
+    if recipe.log_with:
+        plain = {key: value for key, value in recipe.to_dict().items() if isinstance(value, int | float | str | bool)}
+        accelerator.init_trackers("hf_mae", config=plain)
 
 
 class BadSamples:

@@ -8,6 +8,7 @@ from ..errors import CheckpointError
 from ..run_folder import list_checkpoints, read_events
 from .checkpoint import find_checkpoint
 from .recipe import PretrainRecipe, RunRecipe
+from .state import RunState
 
 # These keys may change when a run goes on: they say how it is computed and shown, not what it computes.
 FREE_KEYS = {
@@ -58,29 +59,16 @@ def check_same_recipe(old: dict[str, Any], recipe: RunRecipe, where: Path, free:
             )
 
 
-def find_stored(recipe: PretrainRecipe, output_dir: Path) -> Path | None:
-    """The checkpoint that the run goes on from; None for a new run.
+def find_stored(recipe: PretrainRecipe, output_dir: Path) -> tuple[Path | None, RunState | None]:
+    """The checkpoint that a run continues from, and its state; None and None for a new run.
 
     Raises:
-        CheckpointError: if the folder holds a run that this one is not to go on with, or can't.
+        CheckpointError: if the folder holds another run, or one that can't be continued.
     """
     check_folder(recipe, output_dir)
-    stored = None if recipe.resume == "none" else find_checkpoint(output_dir, recipe.resume)
-    if stored:
-        check_same_recipe(read_state(stored)[0]["recipe"], recipe, stored, FREE_KEYS | PLACE_KEYS)
-    return stored
-
-
-def read_state(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a checkpoint says of the run (trainer.json) and of its data (data.json).
-
-    Raises:
-        CheckpointError: if it is a model's folder rather than a checkpoint.
-    """
-    try:
-        trainer, data = (json.loads((checkpoint / name).read_text()) for name in ("trainer.json", "data.json"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{error.filename} is missing; name a folder checkpoint-STEP of a run") from error
-    except ValueError as error:
-        raise CheckpointError(f"the state in {checkpoint} is no JSON ({error}); name another checkpoint") from error
-    return trainer, data
+    checkpoint = None if recipe.resume == "none" else find_checkpoint(output_dir, recipe.resume)
+    if checkpoint is None:
+        return None, None
+    state = RunState.read(checkpoint)
+    check_same_recipe(state.recipe, recipe, checkpoint, FREE_KEYS | PLACE_KEYS)
+    return checkpoint, state

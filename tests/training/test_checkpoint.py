@@ -16,7 +16,7 @@ from hf_mae.errors import CheckpointError, DiskFullError
 from hf_mae.files import write_json
 from hf_mae.optim.groups import adamw
 from hf_mae.run_folder import list_checkpoints
-from hf_mae.training import pretrain
+from hf_mae.training import saving
 from hf_mae.training.checkpoint import (
     find_checkpoint,
     full_state_dict,
@@ -200,14 +200,14 @@ def test_the_first_save_of_a_run_is_read_back(tmp_path, monkeypatch, capfd):
         loaded.append(path.parent.name)
         return load_tensors(path)
 
-    monkeypatch.setattr(pretrain, "load_tensors", load)
+    monkeypatch.setattr(saving, "load_tensors", load)
     run(tmp_path / "run", total_steps=3, save_steps=1)
     assert loaded == [".tmp-checkpoint-1", ".tmp-checkpoint-1"]  # weights and moments
 
     def other_bits(path):
         return {name: -value for name, value in load_tensors(path).items()}
 
-    monkeypatch.setattr(pretrain, "load_tensors", other_bits)
+    monkeypatch.setattr(saving, "load_tensors", other_bits)
     assert start(*arguments(tmp_path / "other", total_steps=3, save_steps=1)) == 2
     assert "does not hold what was written into it; check the disk" in capfd.readouterr().err
     assert list_checkpoints(tmp_path / "other") == []

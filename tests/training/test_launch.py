@@ -52,7 +52,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.state import PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from hf_mae import cli
-from hf_mae.training import setup
+from hf_mae.training import devices
 
 class Sharding(Accelerator):
     def __init__(self, **options):
@@ -63,7 +63,7 @@ class Sharding(Accelerator):
         PartialState._shared_state["distributed_type"] = self.state.distributed_type = DistributedType.FSDP
         self.state.fsdp_plugin = plugin
 
-setup.Accelerator = Sharding
+devices.Accelerator = Sharding
 sys.exit(cli.main(sys.argv[1:]))
 """
 
