@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .backbone_mae import MAEBackbone
+    from .classifier_mae import MAEForImageClassification
     from .configuration_mae import MAEConfig
     from .image_processing_mae import MAEImageProcessor
     from .image_processing_pil_mae import MAEImageProcessorPil
+    from .masking_mae import patchify, unpatchify
     from .modeling_mae import (
-        MAEBackbone,
-        MAEForImageClassification,
         MAEForPreTraining,
         MAEModel,
         mae_vit_base,
@@ -22,19 +23,18 @@ if TYPE_CHECKING:
         mae_vit_large,
         mae_vit_small,
         mae_vit_tiny,
-        patchify,
-        unpatchify,
     )
 
 __version__ = "0.1.0"
 
 _MODULES = {
+    "backbone_mae": ("MAEBackbone",),
+    "classifier_mae": ("MAEForImageClassification",),
     "configuration_mae": ("MAEConfig",),
     "image_processing_mae": ("MAEImageProcessor",),
     "image_processing_pil_mae": ("MAEImageProcessorPil",),
+    "masking_mae": ("patchify", "unpatchify"),
     "modeling_mae": (
-        "MAEBackbone",
-        "MAEForImageClassification",
         "MAEForPreTraining",
         "MAEModel",
         "mae_vit_base",
@@ -42,8 +42,6 @@ _MODULES = {
         "mae_vit_large",
         "mae_vit_small",
         "mae_vit_tiny",
-        "patchify",
-        "unpatchify",
     ),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
@@ -75,32 +73,17 @@ def __getattr__(name: str) -> Any:
 
 def register() -> None:
     """Make transformers' Auto classes and pipelines know `model_type` "mae"; repeating it changes nothing."""
-    from transformers import (
-        AutoBackbone,
-        AutoConfig,
-        AutoImageProcessor,
-        AutoModel,
-        AutoModelForImageClassification,
-        AutoModelForMaskedImageModeling,
-        AutoModelForPreTraining,
-    )
+    import transformers
 
-    from .configuration_mae import MAEConfig
-    from .image_processing_mae import MAEImageProcessor
-    from .image_processing_pil_mae import MAEImageProcessorPil
-    from .modeling_mae import MAEBackbone, MAEForImageClassification, MAEForPreTraining, MAEModel
+    from . import auto_image_processors_mae, auto_models_mae
 
-    AutoConfig.register("mae", MAEConfig, exist_ok=True)
-    for auto_class, model_class in (
-        (AutoModel, MAEModel),
-        (AutoModelForPreTraining, MAEForPreTraining),
-        (AutoModelForMaskedImageModeling, MAEForPreTraining),
-        (AutoModelForImageClassification, MAEForImageClassification),
-        (AutoBackbone, MAEBackbone),
-    ):
-        auto_class.register(MAEConfig, model_class, exist_ok=True)
-    processors = {"torchvision": MAEImageProcessor, "pil": MAEImageProcessorPil}
-    AutoImageProcessor.register(MAEConfig, image_processor_classes=processors, exist_ok=True)
+    models = dict(auto_models_mae.AUTO_CLASSES)
+    config_class = models.pop("AutoConfig")
+    transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    for name, model_class in models.items():
+        getattr(transformers, name).register(config_class, model_class, exist_ok=True)
+    backends = auto_image_processors_mae.AUTO_CLASSES["AutoImageProcessor"]
+    transformers.AutoImageProcessor.register(config_class, image_processor_classes=backends, exist_ok=True)
 
 
 # `hf-mae --help` must answer before torch could even be imported; the command registers when it starts to work.

@@ -1,11 +1,14 @@
 """Every number that shapes a masked autoencoder, and the table of sizes (arXiv:2111.06377)."""
 
 # No `from __future__ import annotations` here: it would turn off the type checks of `strict`.
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
+
+from .hub_code_mae import NamesCode
 
 # Encoders: base, large and huge as in the paper (Sec. 4), tiny and small as in DeiT (arXiv:2012.12877).
 # The decoder is the paper's default for all of them: 8 blocks, 512 wide, 16 heads (Table 1a and 1b).
@@ -25,7 +28,7 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 @strict
-class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
+class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
     """Configuration of an MAE; the defaults are ViT-B/16 with the paper's decoder.
 
     Keys have the names of transformers' `ViTMAEConfig` where both know the thing.
@@ -79,6 +82,7 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
     """
 
     model_type = "mae"
+    code_index, auto_class = "auto_models_mae", "AutoConfig"
 
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -123,6 +127,24 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
         self._check()
         self.stage_names = ["stem"] + [f"stage{i}" for i in range(1, self.num_hidden_layers + 1)]
         self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
+
+    @classmethod
+    def of_checkpoint(cls, place: Any, **loading: Any) -> "MAEConfig":
+        """The configuration that is stored with a model.
+
+        Args:
+            place: folder or Hub id.
+            **loading: keywords of a model's `from_pretrained`; those that concern the place are used.
+
+        Raises:
+            ValueError: if the model isn't an MAE of this package.
+        """
+        options = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+        settings, _ = cls.get_config_dict(place, **{key: loading[key] for key in options if key in loading})
+        found = settings.get("model_type", "mae")
+        if found != "mae":
+            raise ValueError(f"{place} is a model of type {found}, not mae; convert it: hf-mae convert {place} FOLDER")
+        return cls.from_dict(settings)
 
     @property
     def image_height_width(self) -> tuple[int, int]:
@@ -180,6 +202,34 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate {self.drop_path_rate} lies outside [0, 1); give e.g. 0.1")
+
+    def patch_grid(self, shape: Sequence[int], any_size: bool) -> tuple[int, int]:
+        """The patches (h, w) of a batch of images, or an error that names what doesn't fit.
+
+        Args:
+            shape: of the batch, (B, C, H, W).
+            any_size: accept images of another size than `image_size`.
+
+        Raises:
+            ValueError: if the shape has other dimensions or channels, or its size doesn't fit.
+        """
+        if len(shape) != 4:
+            raise ValueError(f"pixel_values have shape {tuple(shape)}; pass (batch, channels, height, width)")
+        _, C, H, W = shape
+        (height, width), (P, Q) = self.image_height_width, self.patch_height_width
+        if self.num_channels != C:
+            raise ValueError(
+                f"pixel_values have {C} channels, the model {self.num_channels}; convert the images, or load the model "
+                f"with num_channels={C}"
+            )
+        if H % P or W % Q:
+            raise ValueError(f"an image of {H}x{W} is not a multiple of the patch {P}x{Q}; resize or crop it")
+        if not any_size and (H, W) != (height, width):
+            raise ValueError(
+                f"an image of {H}x{W} doesn't fit a model for {height}x{width}; resize it, pass "
+                f"interpolate_pos_encoding=True, or load the model with image_size=({H}, {W})"
+            )
+        return H // P, W // Q
 
     def num_kept_patches(self, mask_ratio: float, grid_size: tuple[int, int] | None = None) -> int:
         """K, the patches that the encoder sees of each image: `int(N * (1 - mask_ratio))`, in whole cells.

@@ -1,7 +1,4 @@
-"""Images of any kind -> `pixel_values`, batched by torchvision on the device of choice.
-
-What an image becomes before it is resized, and every setting, are shared with image_processing_pil_mae.py.
-"""
+"""Images of any kind -> `pixel_values`, batched by torchvision on the device of choice."""
 
 # Shape letters in this file
 #   B images   C bands = num_channels   H, W pixels
@@ -15,7 +12,7 @@ import torch
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import SizeDict
 
-from .image_processing_pil_mae import MAEImageProcessorBase, center_spans, resized_size
+from .image_processing_base_mae import MAEImageProcessorBase, center_spans, resized_size
 
 
 class MAEImageProcessor(MAEImageProcessorBase, TorchvisionBackend):

@@ -44,7 +44,8 @@ def seed():
 def scripts(monkeypatch):
     """The folder of the scripts, whose modules can be imported."""
     folder = Path(__file__).parents[1] / "scripts"
-    monkeypatch.syspath_prepend(str(folder))
+    for part in ("benchmarks", "checks", "examples", "studies"):
+        monkeypatch.syspath_prepend(str(folder / part))
     return folder
 
 

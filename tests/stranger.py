@@ -1,11 +1,14 @@
-"""Run as a script: loads a pushed model as someone without the package does, and writes down what it gives.
+"""Run as a script: what someone without the package does with a model that brings its code.
 
-    python -P stranger.py REPO OUTPUTS.safetensors [OTHER_REPO]
+    python -P stranger.py load PLACE OUTPUTS.safetensors [PLACE OUTPUTS.safetensors ...]
+    python -P stranger.py again PLACE AUTO_CLASS BACKEND FOLDER REPO
 
-With OTHER_REPO, model and image processor are pushed there as they were loaded.
+`load` loads from folders or repositories in every way, and writes down what the models give. `again` loads one class
+and one image processor, and nothing else, then saves and pushes them.
 """
 
 import sys
+from pathlib import Path
 
 
 class WithoutPackage:
@@ -19,17 +22,17 @@ if __name__ == "__main__":
     sys.meta_path.insert(0, WithoutPackage)
 
 import torch  # noqa: E402
+import transformers  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
-from transformers import (  # noqa: E402
-    AutoBackbone,
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageClassification,
-    AutoModelForMaskedImageModeling,
-    AutoModelForPreTraining,
-    pipeline,
+from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, pipeline  # noqa: E402
+
+MODELS = (
+    "AutoModel",
+    "AutoModelForPreTraining",
+    "AutoModelForMaskedImageModeling",
+    "AutoModelForImageClassification",
+    "AutoBackbone",
 )
 
 
@@ -59,22 +62,25 @@ def outputs(place: str, models: dict, **loading) -> dict[str, torch.Tensor]:
     return {name: value.contiguous() for name, value in found.items()}
 
 
-def main(repo: str, file: str, again: str = "") -> None:
-    config = AutoConfig.from_pretrained(repo, trust_remote_code=True)
-    assert type(config).__module__.startswith("transformers_modules."), type(config)
-    models = {
-        "AutoModel": AutoModel,
-        "AutoModelForPreTraining": AutoModelForPreTraining,
-        "AutoModelForMaskedImageModeling": AutoModelForMaskedImageModeling,
-        "AutoModelForImageClassification": AutoModelForImageClassification,
-        "AutoBackbone": AutoBackbone,
-    }
-    save_file(outputs(repo, models, trust_remote_code=True), file)
-    if again:
-        own = AutoModelForImageClassification if "Classif" in config.architectures[0] else AutoModelForPreTraining
-        own.from_pretrained(repo, trust_remote_code=True).push_to_hub(again)
-        AutoImageProcessor.from_pretrained(repo, trust_remote_code=True).push_to_hub(again)
+def load(*places_and_files: str) -> None:
+    for place, file in zip(places_and_files[::2], places_and_files[1::2], strict=True):
+        config = AutoConfig.from_pretrained(place, trust_remote_code=True)
+        assert type(config).__module__.startswith("transformers_modules."), type(config)
+        models = {name: getattr(transformers, name) for name in MODELS}
+        if Path(place).is_dir():
+            # transformers asks the Hub about every place that a backbone is loaded from.
+            del models["AutoBackbone"]
+            assert type(AutoBackbone.from_config(config, trust_remote_code=True)).__name__ == "MAEBackbone"
+        save_file(outputs(place, models, trust_remote_code=True), file)
+
+
+def again(place: str, auto_class: str, backend: str, folder: str, repo: str) -> None:
+    model = getattr(transformers, auto_class).from_pretrained(place, trust_remote_code=True)
+    processor = AutoImageProcessor.from_pretrained(place, backend=backend, trust_remote_code=True)
+    for loaded in (model, processor):
+        loaded.save_pretrained(folder)
+        loaded.push_to_hub(repo)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    {"load": load, "again": again}[sys.argv[1]](*sys.argv[2:])

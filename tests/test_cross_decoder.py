@@ -9,7 +9,8 @@ from torch import nn
 from transformers import AutoModel, AutoModelForPreTraining
 
 from hf_mae import MAEConfig, MAEForPreTraining, MAEModel
-from hf_mae.modeling_mae import MAEMLP, MAEAttention, normalize_patches, patchify, sincos_table
+from hf_mae.layers_mae import MAEMLP, MAEAttention, sincos_table
+from hf_mae.masking_mae import normalize_patches, patchify
 from hf_mae.visualize.reconstruction import reconstruct
 
 CROSS = {"decoder_type": "cross"}
@@ -89,7 +90,7 @@ def test_in_evaluation_all_removed_patches_are_predicted_each_as_if_it_were_alon
     encoded = model.mae(images, mask_ratio=0.75, noise=draw_noise())
     for place in range(12):
         ids = encoded.ids_restore.argsort(dim=1)[:, 4 + place, None]
-        alone = model.decoder(encoded, ids, (4, 4))
+        alone = model.decoder(encoded.features or encoded.last_hidden_state, ids, (4, 4))
         expected = output.logits.gather(1, ids.unsqueeze(-1).expand(-1, -1, 192))
         torch.testing.assert_close(alone.gather(1, ids.unsqueeze(-1).expand(-1, -1, 192)), expected, atol=1e-5, rtol=0)
     # The loss is that of all removed patches too, whatever part training looks at.

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from hf_mae import MAEBackbone, MAEConfig, MAEForPreTraining, MAEModel
-from hf_mae.modeling_mae import sincos_table
+from hf_mae.layers_mae import sincos_table
 
 SCALES = [4, 2, 1, 0.5]
 BOXES = [{"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.4, 0.3]])}] * 2

@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_mae import MAEConfig, MAEForImageClassification, MAEForPreTraining, mae_vit_base
 from hf_mae.conversion.layouts import their_names
-from hf_mae.modeling_mae import MAEPositions, sincos_table
+from hf_mae.layers_mae import MAEPositions, sincos_table
 
 # "img 64, patch 16, width 96, 3 blocks, 4 heads, decoder 48, 2 blocks, 4 heads, mlp ratio 4"
 NUMBERS = {

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
+from hf_mae.image_processing_base_mae import center_spans, resize_bands, to_bands
 from hf_mae.image_processing_mae import MAEImageProcessor
-from hf_mae.image_processing_pil_mae import MAEImageProcessorPil, center_spans, resize_bands, to_bands
+from hf_mae.image_processing_pil_mae import MAEImageProcessorPil
 
 BACKENDS = [MAEImageProcessor, MAEImageProcessorPil]
 BICUBIC = Image.Resampling.BICUBIC

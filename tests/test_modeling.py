@@ -13,17 +13,8 @@ from transformers import AutoModel
 from transformers.modeling_utils import AttentionInterface
 
 from hf_mae import MAEBackbone, MAEConfig, MAEForImageClassification, MAEForPreTraining, MAEModel, patchify, unpatchify
-from hf_mae.modeling_mae import (
-    MAEMLP,
-    MAEAttention,
-    MAEDropPath,
-    MAEPositions,
-    block_noise,
-    hashed_noise,
-    normalize_patches,
-    sincos_table,
-    take,
-)
+from hf_mae.layers_mae import MAEMLP, MAEAttention, MAEDropPath, MAEPositions, sincos_table
+from hf_mae.masking_mae import block_noise, choose_patches, gather_tokens, hashed_noise, normalize_patches
 
 ALL_CLASSES = [MAEModel, MAEForPreTraining, MAEForImageClassification, MAEBackbone]
 every_class = pytest.mark.parametrize("model_class", ALL_CLASSES)
@@ -96,7 +87,7 @@ def test_the_kept_patches_are_those_with_the_smallest_noise(mask_ratio):
 def test_ids_restore_puts_the_tokens_back_where_their_patches_were():
     model, images, noise = tiny(MAEModel), pixels(), draw_noise()
     shuffled = model(images, mask_ratio=0, noise=noise)
-    restored = take(shuffled.last_hidden_state[:, 1:], shuffled.ids_restore)
+    restored = gather_tokens(shuffled.last_hidden_state[:, 1:], shuffled.ids_restore)
     torch.testing.assert_close(restored, model(images).last_hidden_state[:, 1:], atol=1e-5, rtol=0)
 
 
@@ -126,8 +117,8 @@ def neighbours_that_differ(mask: torch.Tensor, h: int, w: int) -> float:
 def test_block_masks_hang_together_and_remove_exactly_as_many_patches(mask_ratio):
     boundaries = {}
     for strategy in ("random", "block"):
-        model = MAEModel(tiny_config(image_size=112, mask_strategy=strategy, num_hidden_layers=1))
-        _, mask, _ = model.choose_patches(pixels(64, height=112), (14, 14), mask_ratio, draw_noise(64, 196))
+        config = tiny_config(image_size=112, mask_strategy=strategy)
+        mask = choose_patches(config, pixels(64, height=112), (14, 14), mask_ratio, draw_noise(64, 196)).mask
         assert masked_count(mask) == [196 - int(196 * (1 - mask_ratio))] * 64
         boundaries[strategy] = neighbours_that_differ(mask, 14, 14)
     # 364 pairs of neighbours, of which 2 r (1 - r) differ at random.
@@ -344,6 +335,15 @@ def test_a_mask_is_repeatable_by_noise_mask_and_generator_also_in_training(model
         assert not torch.equal(other.mask, first.mask)
 
 
+def test_patches_chosen_beforehand_are_those_that_the_encoder_sees():
+    model, noise = tiny(MAEModel), draw_noise()
+    chosen = choose_patches(model.config, pixels(), (4, 4), 0.5, noise)
+    output, expected = model(pixels(), chosen=chosen), model(pixels(), mask_ratio=0.5, noise=noise)
+    assert torch.equal(output.last_hidden_state, expected.last_hidden_state)
+    assert torch.equal(output.mask, expected.mask)
+    assert torch.equal(chosen.ids_shuffle.gather(1, expected.ids_restore), torch.arange(16).expand(2, -1))
+
+
 def test_a_ratio_alone_draws_a_new_mask_at_each_call():
     model = tiny(MAEModel)
     masks = [model(pixels(), mask_ratio=0.75).mask for _ in range(4)]
@@ -400,7 +400,7 @@ def test_hidden_states_and_attentions_come_on_request():
 def test_the_hidden_states_are_the_layers_inputs_and_the_last_ones_output():
     model = tiny(MAEModel)
     output = model(pixels(), output_hidden_states=True)
-    state = model.embeddings(pixels())
+    state = model.embeddings(pixels(), (4, 4))
     for index, layer in enumerate(model.layers):
         assert torch.equal(output.hidden_states[index], state)
         state = layer(state)
@@ -541,6 +541,10 @@ REFUSALS = {
     ),
     "mask and ratio": ((MAEModel, {}, {"mask": own_mask(), "mask_ratio": 0.5}), r"mask came with mask_ratio"),
     "mask and generator": ((PRE, {}, {"mask": own_mask(), "generator": seeded()}), r"mask came with .*generator"),
+    "mask and chosen patches": (
+        (MAEModel, {}, {"mask": own_mask(), "chosen": choose_patches(tiny_config(), pixels(), (4, 4), 0.5)}),
+        r"chosen can't be combined with mask_ratio, noise, mask, bool_masked_pos or generator",
+    ),
     "two masks": (
         (PRE, {}, {"mask": own_mask(), "bool_masked_pos": own_mask()}),
         r"mask and bool_masked_pos are two names of one thing, and both came; pass one of them",
@@ -838,7 +842,7 @@ def test_an_encoder_moves_between_the_classes_without_a_report(saved, loaded, mi
         encoder.layers.state_dict().items(), origin.layers.state_dict().items(), strict=True
     ):
         assert torch.equal(one, other), name
-    assert torch.equal(encoder.embeddings(pixels()), origin.embeddings(pixels()))
+    assert torch.equal(encoder.embeddings(pixels(), (4, 4)), origin.embeddings(pixels(), (4, 4)))
 
 
 def test_the_decoder_starts_afresh_from_an_encoders_checkpoint(tmp_path):

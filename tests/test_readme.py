@@ -50,9 +50,9 @@ RUN_ELSEWHERE = {
     "hf-mae convert": ("conversion/test_convert.py", "convert"),
     "hf-mae export": ("conversion/test_export.py", "export"),
     "hf-mae push": ("hub/test_push.py", "push"),
-    "python scripts/segmentation.py": ("scripts/test_segmentation_script.py", "segmentation.py"),
-    "python scripts/study_mask_ratio.py": ("scripts/test_studies.py", "study_mask_ratio.py"),
-    "python scripts/compare_contrastive.py": ("scripts/test_studies.py", "compare_contrastive"),
+    "python scripts/examples/segmentation.py": ("scripts/test_segmentation_script.py", "segmentation.py"),
+    "python scripts/studies/study_mask_ratio.py": ("scripts/test_studies.py", "study_mask_ratio.py"),
+    "python scripts/studies/compare_contrastive.py": ("scripts/test_studies.py", "compare_contrastive"),
     "bash scripts/quickstart.sh": ("scripts/test_scripts.py", "quickstart.sh"),
     "python scripts/chaos_drill.py": ("scripts/test_scripts.py", "chaos_drill.py"),
 }

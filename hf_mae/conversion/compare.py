@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..classifier_mae import MAEForImageClassification
 from ..configuration_mae import MAEConfig
 from ..errors import UserError
-from ..modeling_mae import MAEForImageClassification, MAEForPreTraining
+from ..modeling_mae import MAEForPreTraining
 
 # Of the outputs' own scale, where that is above 1.
 TOLERANCE = 1e-5

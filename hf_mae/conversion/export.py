@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..classifier_mae import MAEForImageClassification
 from ..errors import UserError
 from ..hub.check import compare
-from ..modeling_mae import MAEForImageClassification, MAEForPreTraining
+from ..modeling_mae import MAEForPreTraining
 from .convert import OneLineParser
 from .read import Numbers, open_source
 

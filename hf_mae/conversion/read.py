@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from ..classifier_mae import MAEForImageClassification
 from ..configuration_mae import SIZES, MAEConfig
 from ..errors import UserError
 from ..image_processing_mae import MAEImageProcessor
-from ..modeling_mae import MAEForImageClassification, MAEForPreTraining, MAEModel
+from ..modeling_mae import MAEForPreTraining, MAEModel
 from . import reference
 from .compare import Outputs, Probe, Run, run_ours, run_timm, run_transformers
 from .layouts import load_layout

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ..classifier_mae import MAEForImageClassification
 from ..errors import UserError
 from ..image_processing_mae import MAEImageProcessor
-from ..modeling_mae import MAEForImageClassification, MAEForPreTraining, MAEModel
+from ..modeling_mae import MAEForPreTraining, MAEModel
 from .compare import Run, run_ours, run_timm, run_transformers
 from .layouts import to_layout
 from .processors import timm_settings, write_transformers_processor

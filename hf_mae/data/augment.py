@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ..image_processing_pil_mae import resize_bands
+from ..image_processing_base_mae import resize_bands
 from .transform import BICUBIC, RATIO, height_width
 
 

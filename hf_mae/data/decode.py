@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ..errors import MissingPackage
-from ..image_processing_pil_mae import to_opaque
+from ..image_processing_base_mae import to_opaque
 
 try:
     import simplejpeg

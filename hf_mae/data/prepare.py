@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..errors import DataError
-from ..image_processing_pil_mae import resize_bands
+from ..image_processing_base_mae import resize_bands
 from .decode import BadImage, as_bad_image, load_image
 from .loader import each_batch, ignore_termination
 from .order import Rows

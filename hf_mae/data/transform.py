@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from ..configuration_mae import MAEConfig
+from ..image_processing_base_mae import resize_bands
 from ..image_processing_mae import MAEImageProcessor
-from ..image_processing_pil_mae import resize_bands
 
 BICUBIC = Image.Resampling.BICUBIC
 LONGEST = 100  # times the shorter side

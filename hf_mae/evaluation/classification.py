@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from transformers import EvalPrediction
 
+from ..classifier_mae import MAEForImageClassification
 from ..data.labels import Labels
 from ..data.loader import EvaluationSet, each_batch, make_loader
 from ..data.sources import DataError
 from ..data.splits import splits_of
 from ..data.transform import evaluation_spec, make_normalizer
-from ..modeling_mae import MAEForImageClassification
 from ..pretrained import load_with_processor
 from ..run_folder import add_result
 from .metrics import make_compute_metrics

@@ -26,9 +26,11 @@ from huggingface_hub.errors import (
 )
 from safetensors.torch import save_file
 
+from ..backbone_mae import MAEBackbone
+from ..classifier_mae import MAEForImageClassification
 from ..errors import UserError
 from ..image_processing_mae import MAEImageProcessor
-from ..modeling_mae import MAEBackbone, MAEForImageClassification, MAEForPreTraining, MAEModel
+from ..modeling_mae import MAEForPreTraining, MAEModel
 from . import check
 from .card import Card
 

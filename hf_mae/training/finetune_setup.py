@@ -9,6 +9,7 @@ import yaml
 from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
+from ..classifier_mae import MAEForImageClassification
 from ..configuration_mae import MAEConfig
 from ..data.labels import Labels
 from ..data.mix import RandAugment
@@ -18,7 +19,6 @@ from ..data.stats import probe_rows
 from ..data.transform import ImageSpec, crop_settings
 from ..errors import CheckpointError, UserError
 from ..image_processing_mae import MAEImageProcessor
-from ..modeling_mae import MAEForImageClassification
 from ..optim.groups import train_last_blocks
 from ..run_folder import list_checkpoints
 from .build import describe_failure

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..modeling_mae import MAEForPreTraining, patchify, unpatchify
+from ..masking_mae import patchify, unpatchify
+from ..modeling_mae import MAEForPreTraining
 
 Statistics = Literal["visible", "true", "raw"]
 

@@ -33,7 +33,7 @@ from transformers.utils import logging as transformers_logging
 from hf_mae import MAEConfig, MAEForImageClassification, MAEForPreTraining, MAEImageProcessor, MAEModel
 from hf_mae.conversion import layouts as keys
 from hf_mae.conversion import reference
-from hf_mae.modeling_mae import sincos_table
+from hf_mae.layers_mae import sincos_table
 
 # Errors are counted in lines; the command turns its bars off, and the tests save models before it.
 transformers_logging.disable_progress_bar()

@@ -18,11 +18,12 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from runs import REPOSITORY, run, start, tree
 from safetensors.torch import load_file
 from stranger import outputs
-from tiny import pixels, tiny
+from tiny import pixels, tiny, tiny_config
 
 import hf_mae
 from hf_mae import (
     MAEBackbone,
+    MAEConfig,
     MAEForImageClassification,
     MAEForPreTraining,
     MAEImageProcessor,
@@ -33,22 +34,29 @@ from hf_mae.hub import check
 from hf_mae.hub import push as hub
 
 TOKEN = "hf_canaryCANARYcanaryCANARYcanaryCANAR"
-FILES = {
-    "README.md", "config.json", "configuration_mae.py", "image_processing_mae.py", "image_processing_pil_mae.py",
-    "model.safetensors", "modeling_mae.py", "preprocessor_config.json", "recipe.yaml", "reconstruction.png",
+MODEL_CODE = {
+    "auto_models_mae.py", "backbone_mae.py", "classifier_mae.py", "configuration_mae.py", "hub_code_mae.py",
+    "layers_mae.py", "masking_mae.py", "modeling_mae.py",
+}  # fmt: skip
+PROCESSOR_CODE = {
+    "auto_image_processors_mae.py", "hub_code_mae.py", "image_processing_base_mae.py", "image_processing_mae.py",
+    "image_processing_pil_mae.py",
+}  # fmt: skip
+FILES = MODEL_CODE | PROCESSOR_CODE | {
+    "README.md", "config.json", "model.safetensors", "preprocessor_config.json", "recipe.yaml", "reconstruction.png",
 }  # fmt: skip
 AUTO_MAP = {
-    "AutoConfig": "configuration_mae.MAEConfig",
-    "AutoModel": "modeling_mae.MAEModel",
-    "AutoModelForPreTraining": "modeling_mae.MAEForPreTraining",
-    "AutoModelForMaskedImageModeling": "modeling_mae.MAEForPreTraining",
-    "AutoModelForImageClassification": "modeling_mae.MAEForImageClassification",
-    "AutoBackbone": "modeling_mae.MAEBackbone",
+    "AutoConfig": "auto_models_mae.MAEConfig",
+    "AutoModel": "auto_models_mae.MAEModel",
+    "AutoModelForPreTraining": "auto_models_mae.MAEForPreTraining",
+    "AutoModelForMaskedImageModeling": "auto_models_mae.MAEForPreTraining",
+    "AutoModelForImageClassification": "auto_models_mae.MAEForImageClassification",
+    "AutoBackbone": "auto_models_mae.MAEBackbone",
 }
 PROCESSOR_MAP = {
     "AutoImageProcessor": {
-        "torchvision": "image_processing_mae.MAEImageProcessor",
-        "pil": "image_processing_pil_mae.MAEImageProcessorPil",
+        "torchvision": "auto_image_processors_mae.MAEImageProcessor",
+        "pil": "auto_image_processors_mae.MAEImageProcessorPil",
     }
 }
 
@@ -65,7 +73,7 @@ def test_a_model_saved_with_code_names_a_class_for_every_auto_class(tmp_path, mo
     model = tiny(model_class)
     model.save_pretrained(tmp_path / "with", with_code=True)
     assert auto_map(tmp_path / "with") == AUTO_MAP
-    assert {path.name for path in (tmp_path / "with").glob("*.py")} == {"configuration_mae.py", "modeling_mae.py"}
+    assert {path.name for path in (tmp_path / "with").glob("*.py")} == MODEL_CODE
     for path in (tmp_path / "with").glob("*.py"):
         assert path.read_bytes() == (REPOSITORY / "hf_mae" / path.name).read_bytes()
     model.save_pretrained(tmp_path / "without")
@@ -85,8 +93,7 @@ def test_an_image_processor_saved_with_code_names_both_backends(tmp_path, proces
     processor = processor_class(num_channels=1)
     processor.save_pretrained(tmp_path / "with", with_code=True)
     assert auto_map(tmp_path / "with", "preprocessor_config.json") == PROCESSOR_MAP
-    names = {"image_processing_mae.py", "image_processing_pil_mae.py"}
-    assert {path.name for path in (tmp_path / "with").glob("*.py")} == names
+    assert {path.name for path in (tmp_path / "with").glob("*.py")} == PROCESSOR_CODE
     processor.save_pretrained(tmp_path / "without")
     again = processor_class.from_pretrained(tmp_path / "with")
     again.save_pretrained(tmp_path / "again")
@@ -94,6 +101,29 @@ def test_an_image_processor_saved_with_code_names_both_backends(tmp_path, proces
     assert "auto" not in settings
     assert (tmp_path / "again" / "preprocessor_config.json").read_text() == settings
     assert not list(tmp_path.glob("*out/*.py"))
+
+
+def test_a_configuration_saved_alone_brings_the_code_of_all_models_or_speaks_of_none(tmp_path):
+    config = tiny_config()
+    config.save_pretrained(tmp_path / "with", with_code=True)
+    assert auto_map(tmp_path / "with") == AUTO_MAP
+    assert {path.name for path in (tmp_path / "with").glob("*.py")} == MODEL_CODE
+    MAEConfig.from_pretrained(tmp_path / "with").save_pretrained(tmp_path / "without")
+    assert auto_map(tmp_path / "without") is None
+    assert not list((tmp_path / "without").glob("*.py"))
+
+
+def test_a_class_derived_from_ours_is_named_beside_the_others(tmp_path, monkeypatch):
+    (tmp_path / "derived.py").write_text(
+        "from hf_mae import MAEForPreTraining\nclass Mine(MAEForPreTraining):\n    pass\n"
+        "Mine.register_for_auto_class('AutoModelForPreTraining')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from derived import Mine
+
+    tiny(Mine).save_pretrained(tmp_path / "saved")
+    assert auto_map(tmp_path / "saved") == AUTO_MAP | {"AutoModelForPreTraining": "derived.Mine"}
+    assert {path.name for path in (tmp_path / "saved").glob("*.py")} == MODEL_CODE | {"derived.py"}
 
 
 def test_classes_registered_by_hand_are_saved_with_all_of_the_code_as_a_trainer_saves_them(tmp_path, monkeypatch):
@@ -108,7 +138,7 @@ def test_classes_registered_by_hand_are_saved_with_all_of_the_code_as_a_trainer_
         processor.save_pretrained(tmp_path)
     assert auto_map(tmp_path) == AUTO_MAP
     assert auto_map(tmp_path, "preprocessor_config.json") == PROCESSOR_MAP
-    assert {path.name for path in tmp_path.glob("*.py")} == set(check.CODE)
+    assert {path.name for path in tmp_path.glob("*.py")} == set(check.CODE) == MODEL_CODE | PROCESSOR_CODE
 
 
 def test_the_code_files_import_each_other_and_the_packages_that_every_user_of_transformers_has():
@@ -181,6 +211,14 @@ def test_a_push_uploads_everything_in_one_commit_and_leaves_the_folder_as_it_is(
     assert "notes of mine" not in card
     for path in server.root.rglob("*"):
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes()
+
+
+@pytest.mark.parametrize("processor_class", [MAEImageProcessor, MAEImageProcessorPil])
+def test_saving_with_push_to_hub_uploads_the_code_too(server, tmp_path, processor_class):
+    tiny(MAEForImageClassification).save_pretrained(str(tmp_path / "model"), push_to_hub=True, repo_id="user/x")
+    assert repository(server) == MODEL_CODE | {"config.json", "model.safetensors", "README.md"}
+    processor_class().save_pretrained(str(tmp_path / "processor"), push_to_hub=True, repo_id="user/y")
+    assert repository(server, "user/y") == PROCESSOR_CODE | {"preprocessor_config.json"}
 
 
 def test_a_push_to_a_branch_leaves_main_alone(server, trusting, finished):
@@ -373,16 +411,23 @@ def publishers_outputs(folder):
     return outputs(str(folder), models)
 
 
-def assert_stranger_gets(expected, server, tmp_path, repo, again=""):
-    """A fresh process with an empty cache and without the package loads the same in every way."""
-    script, file = REPOSITORY / "tests" / "stranger.py", tmp_path / "outputs.safetensors"
-    caches = {"HF_HOME": str(tmp_path / f"home-{repo.replace('/', '-')}"), "HF_TOKEN": TOKEN}
-    command = [sys.executable, "-P", script, repo, file, *filter(None, [again])]
-    subprocess.run(command, env={**server.env, **caches}, check=True)
-    found = load_file(file)
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(found[name], value), name
+def stranger(server, home, *words):
+    """`stranger.py WORDS` in a fresh process, with the caches in `home`."""
+    command = [sys.executable, "-P", REPOSITORY / "tests" / "stranger.py", *words]
+    subprocess.run(command, env={**server.env, "HF_HOME": str(home), "HF_TOKEN": TOKEN}, check=True)
+
+
+def assert_stranger_gets(expected, server, tmp_path, *places):
+    """A fresh process with an empty cache and without the package loads the same in every way from each of them."""
+    files = [tmp_path / f"outputs-{number}.safetensors" for number in range(len(places))]
+    words = [word for pair in zip(places, files, strict=True) for word in pair]
+    stranger(server, tmp_path / "home", "load", *words)
+    for place, file in zip(places, files, strict=True):
+        found, local = load_file(file), Path(place).is_dir()
+        wanted = {name: value for name, value in expected.items() if not (local and "AutoBackbone" in name)}
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            assert torch.equal(found[name], value), f"{place}: {name}"
 
 
 @pytest.mark.slow
@@ -391,23 +436,36 @@ def test_without_the_package_everything_loads_from_what_the_command_pushed_and_f
 ):
     assert start("push", finished, "--repo_id", "user/x", "--private", "true") == 0
     assert "largest difference 0\n" in capsys.readouterr().out
-    expected = publishers_outputs(finished)
-    assert_stranger_gets(expected, server, tmp_path, "user/x", again="user/again")
-    assert_stranger_gets(expected, server, tmp_path, "user/again")
+    words = ("user/x", "AutoModelForPreTraining", "torchvision", tmp_path / "again", "user/again")
+    stranger(server, tmp_path / "first", "again", *words)
+    assert_stranger_gets(publishers_outputs(finished), server, tmp_path, "user/x", "user/again")
 
 
 @pytest.mark.slow
-def test_without_the_package_everything_loads_from_what_the_models_own_method_pushed(server, tmp_path):
-    model, processor = tiny(MAEForImageClassification, num_labels=3), MAEImageProcessor(size={"shortest_edge": 32})
-    processor.crop_size = {"height": 32, "width": 32}
-    model.save_pretrained(tmp_path / "local")
-    processor.save_pretrained(tmp_path / "local")
-    model.push_to_hub("user/x")
-    processor.push_to_hub("user/x")
-    assert not list((tmp_path / "local").glob("*.py"))
-    model.save_pretrained(tmp_path / "after")
-    assert auto_map(tmp_path / "after") is None
-    assert_stranger_gets(publishers_outputs(tmp_path / "local"), server, tmp_path, "user/x")
+@pytest.mark.parametrize(
+    ("model_class", "processor_class", "origin", "auto_class", "backend"),
+    [
+        (MAEModel, MAEImageProcessor, "saved", "AutoModel", "pil"),
+        (MAEForPreTraining, MAEImageProcessorPil, "pushed", "AutoModelForPreTraining", "torchvision"),
+        (MAEForImageClassification, MAEImageProcessor, "saved", "AutoModelForImageClassification", "torchvision"),
+        (MAEBackbone, MAEImageProcessorPil, "pushed", "AutoBackbone", "pil"),
+    ],
+)
+def test_without_the_package_everything_loads_from_what_was_saved_or_pushed_and_from_one_class_saved_again(
+    server, tmp_path, model_class, processor_class, origin, auto_class, backend
+):
+    places = {"saved": tmp_path / "saved", "pushed": "user/x"}
+    model = tiny(model_class, num_labels=3)
+    processor = processor_class(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    for saved in (model, processor):
+        saved.push_to_hub("user/x")
+        saved.save_pretrained(tmp_path / "plain")
+        saved.save_pretrained(places["saved"], with_code=True)
+    assert auto_map(tmp_path / "plain") is None
+    assert not list((tmp_path / "plain").glob("*.py"))
+    stranger(server, tmp_path / "first", "again", places[origin], auto_class, backend, tmp_path / "again", "user/again")
+    expected = publishers_outputs(tmp_path / "plain")
+    assert_stranger_gets(expected, server, tmp_path, *places.values(), tmp_path / "again", "user/again")
 
 
 @pytest.mark.slow

@@ -75,7 +75,7 @@ def test_the_loader_benchmark_measures_both_sides(scripts, tmp_path, capsys):
 def test_the_command_writes_a_table_and_json(tmp_path):
     words = ["step", "--sizes", "tiny", "--precisions", "fp32", "--ways", "eager", "--batch", "2", "--steps", "1"]
     output = tmp_path / "found.json"
-    said = run_script(sys.executable, "scripts/benchmark.py", *words, "--repeats", "1", "--output", output)
+    said = run_script(sys.executable, "scripts/benchmarks/benchmark.py", *words, "--repeats", "1", "--output", output)
     found = json.loads(output.read_text())
     assert found["header"]["threads"] == 1
     assert {"hf_mae", "transformers ViTMAE"} <= {row["model"] for row in found["results"]}

@@ -1,4 +1,4 @@
-"""scripts/segmentation.py: its figures by hand, and a run of a few steps on shapes and on a folder of images."""
+"""The segmentation example: its figures by hand, and a run of a few steps on shapes and on a folder of images."""
 
 import importlib.util
 import sys
@@ -16,7 +16,9 @@ from hf_mae import MAEBackbone, MAEForPreTraining, MAEImageProcessor
 
 @pytest.fixture
 def script(monkeypatch, tmp_path):
-    spec = importlib.util.spec_from_file_location("segmentation", REPOSITORY / "scripts" / "segmentation.py")
+    spec = importlib.util.spec_from_file_location(
+        "segmentation", REPOSITORY / "scripts" / "examples" / "segmentation.py"
+    )
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "segmentation", module)
     spec.loader.exec_module(module)

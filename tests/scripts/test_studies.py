@@ -10,7 +10,7 @@ from tiny import tiny_config
 
 
 def test_the_table_has_a_column_for_each_figure_found(scripts, tmp_path):
-    import studies
+    import study_common as studies
 
     rows = [{"cell": "25%", "kNN, k = 20": 30.0}, {"cell": "75%", "kNN, k = 20": 41.239, "fine-tuned": 50.0}]
     studies.write_table(rows, tmp_path, "beside it")
@@ -24,7 +24,7 @@ def test_the_table_has_a_column_for_each_figure_found(scripts, tmp_path):
 @pytest.mark.slow
 def test_a_study_goes_on_where_it_stopped(scripts, tmp_path):
     command = [
-        sys.executable, "scripts/study_mask_ratio.py", "--dataset", "digits", "--recipe", "quickstart",
+        sys.executable, "scripts/studies/study_mask_ratio.py", "--dataset", "digits", "--recipe", "quickstart",
         "--finetune_recipe", "finetune_quickstart", "--total_steps", "4", "--finetune_epochs", "0.1",
         "--max_samples", "100", "--output_dir", tmp_path, "--ratios", "0.5",
     ]  # fmt: skip

@@ -7,7 +7,7 @@ from runs import arguments, evaluations, losses, run, start, weights_difference,
 
 from hf_mae import MAEConfig, MAEForPreTraining
 from hf_mae.errors import UserError
-from hf_mae.modeling_mae import sincos_table
+from hf_mae.layers_mae import sincos_table
 from hf_mae.optim.schedule import read_points, stages, value_at
 from hf_mae.training.pretrain import PretrainRun
 from hf_mae.training.recipe import load_pretrain_recipe

@@ -9,7 +9,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from tiny import draw_noise, pixels, tiny
 
 from hf_mae import MAEForPreTraining, MAEImageProcessor, MAEImageProcessorPil, MAEModel, patchify
-from hf_mae.modeling_mae import normalize_patches
+from hf_mae.masking_mae import normalize_patches
 from hf_mae.visualize.command import Reconstructor
 from hf_mae.visualize.grid import CAPTION, HEADER, MARGIN, reconstruction_grid
 from hf_mae.visualize.reconstruction import _ssim_map, from_visible_neighbours, masked_psnr, masked_ssim, reconstruct

@@ -1,6 +1,6 @@
 """How deep the decoder should be: the same encoder pretrained with decoders of several depths for equal steps.
 
-    python scripts/study_decoder.py --dataset DATA
+    python scripts/studies/study_decoder.py --dataset DATA
 
 At full size, for each depth:
     torchrun --nproc_per_node 8 -m hf_mae.cli pretrain --recipe vit_large_in1k --decoder_num_hidden_layers 1 \\
@@ -8,7 +8,7 @@ At full size, for each depth:
     torchrun --nproc_per_node 8 -m hf_mae.cli finetune --recipe finetune_vit_large_in1k --model outputs/depth1
 """
 
-import studies
+import study_common as studies
 
 NOTES = """
 Beside it: the paper (Table 1a, ViT-L on ImageNet-1K), fine-tuned / linear: 1 block 84.8 / 65.5, 2 84.9 / 70.0, 4 84.9 /

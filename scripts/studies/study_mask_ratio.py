@@ -1,13 +1,13 @@
 """How much to hide: the same model pretrained with several mask ratios for equal steps, then measured.
 
-    python scripts/study_mask_ratio.py --dataset DATA
+    python scripts/studies/study_mask_ratio.py --dataset DATA
 
 At full size, for each ratio:
     torchrun --nproc_per_node 8 -m hf_mae.cli pretrain --recipe vit_large_in1k --mask_ratio 0.5 --output_dir outputs/r50
     torchrun --nproc_per_node 8 -m hf_mae.cli finetune --recipe finetune_vit_large_in1k --model outputs/r50
 """
 
-import studies
+import study_common as studies
 
 NOTES = """
 Beside it: the paper (Figure 5, ViT-L on ImageNet-1K) finds fine-tuning flat from 40 to 80 %, the linear probe best at

@@ -1,7 +1,7 @@
 """Run transformers' own common model tests on our classes, and on its Dinov2 for comparison.
 
-    python scripts/check_transformers_common_tests.py            # everything, about five minutes on two cores
-    python scripts/check_transformers_common_tests.py -k init    # tests whose name contains "init"
+    python scripts/checks/transformers_common_tests.py            # everything, about five minutes on two cores
+    python scripts/checks/transformers_common_tests.py -k init    # tests whose name contains "init"
 
 The tests lie in the source distribution of transformers, not in its wheel: the one of the installed version is
 downloaded by pip into a temporary folder, together with nothing else. What the distribution leaves out (the tests of
@@ -216,7 +216,7 @@ class MAEImageProcessingTest(ImageProcessingTestMixin, unittest.TestCase):
     # The mixin expects the class of the options in the processor's own file; our two processors share one.
     def test_valid_kwargs_set(self):
         for processor_class in self.image_processing_classes.values():
-            self.assertIs(processor_class.valid_kwargs, hf_mae.image_processing_pil_mae.MAEImageProcessorKwargs)
+            self.assertIs(processor_class.valid_kwargs, hf_mae.image_processing_base_mae.MAEImageProcessorKwargs)
 """
 
 DINOV2_TEST = """
@@ -316,7 +316,7 @@ def run_suite(root: Path, path: str, expression: str) -> dict[str, tuple[str, st
     """Run one file of tests; returns its tests' names with "passed", "failed" or "skipped", and the reason."""
     report = root / "report.xml"
     report.unlink(missing_ok=True)
-    package = str(Path(__file__).resolve().parent.parent)
+    package = str(Path(__file__).resolve().parents[2])
     paths = os.pathsep.join([package, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "--tb=short", "-rf"]
     subprocess.run(

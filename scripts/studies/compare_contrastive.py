@@ -1,7 +1,7 @@
 """MAE against contrastive learning: the same ViT, data and minutes, at a small and a large batch.
 
     pip install 'hf-mae[train,eval,viz,studies]'
-    python scripts/compare_contrastive.py --dataset DATA --minutes 10
+    python scripts/studies/compare_contrastive.py --dataset DATA --minutes 10
 
 SimCLR (arXiv:2002.05709) and MoCo v3 (arXiv:2104.02057) with lightly's transforms, heads and SimCLR loss; the encoder
 is MAEModel, and all three are measured by the same commands. How many steps fit into the minutes is found by a short
@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import studies
+import study_common as studies
 import torch
 import torch.nn.functional as F
 from torch import nn

@@ -1,13 +1,15 @@
 """Benchmarks, side by side in one run, interleaved and repeated; medians and ranges as a table and as JSON.
 
-python scripts/benchmark.py all --dataset PHOTOS          everything below, on a folder of JPEGs
-python scripts/benchmark.py step                          training steps: ours, transformers' ViTMAE, lightly's MAE
-python scripts/benchmark.py memory                        peak memory of training against the batch size
-python scripts/benchmark.py loader --dataset PHOTOS       the data path alone: ours, from prepared shards, run_mae's
-python scripts/benchmark.py end_to_end --dataset PHOTOS   hf-mae pretrain against a Trainer as in run_mae
-python scripts/benchmark.py cost                          parameters and FLOPs of every size, on the meta device
-python scripts/benchmark.py startup                       import, first step
-python scripts/benchmark.py resume --dataset DATA         time to the first batch of a run that goes on, early and late
+    python scripts/benchmarks/benchmark.py CELL [--dataset DATA]
+
+    all --dataset PHOTOS          everything below, on a folder of JPEGs
+    step                          training steps: ours, transformers' ViTMAE, lightly's MAE
+    memory                        peak memory of training against the batch size
+    loader --dataset PHOTOS       the data path alone: ours, from prepared shards, run_mae's
+    end_to_end --dataset PHOTOS   hf-mae pretrain against a Trainer as in run_mae
+    cost                          parameters and FLOPs of every size, on the meta device
+    startup                       import, first step
+    resume --dataset DATA         time to the first batch of a resumed run, early and late
 
 Pin it to cores that nothing else uses, e.g. `taskset -c 1`, with OMP_NUM_THREADS as many as they are.
 """

@@ -1,8 +1,8 @@
 """Semantic segmentation by transformers' UperNet on a pretrained MAE encoder: a worked example, and ADE20K's numbers.
 
-    python scripts/segmentation.py                                        coloured shapes, from random weights
-    python scripts/segmentation.py --model outputs/mine                   the same, pretrained beside random weights
-    python scripts/segmentation.py --recipe ade20k_base --model outputs/base --data ADEChallengeData2016
+    python scripts/examples/segmentation.py                              coloured shapes, from random weights
+    python scripts/examples/segmentation.py --model outputs/mine         the same, pretrained beside random weights
+    python scripts/examples/segmentation.py --recipe ade20k_base --model outputs/base --data ADEChallengeData2016
 
 The first two make their images (disks, squares and triangles of any colour on a noisy ground: the outline alone tells
 the class); a training takes about a minute of one CPU core. The third has not been run at full size. `--data` is a

@@ -1,6 +1,6 @@
 """What to predict: raw pixels against pixels normalised in each patch, for equal steps.
 
-    python scripts/study_target.py --dataset DATA
+    python scripts/studies/study_target.py --dataset DATA
 
 At full size:
     torchrun --nproc_per_node 8 -m hf_mae.cli pretrain --recipe vit_large_in1k --norm_pix_loss false \\
@@ -8,7 +8,7 @@ At full size:
     torchrun --nproc_per_node 8 -m hf_mae.cli finetune --recipe finetune_vit_large_in1k --model outputs/raw
 """
 
-import studies
+import study_common as studies
 
 NOTES = """
 Beside it: the paper (Table 1d, ViT-L on ImageNet-1K), fine-tuned / linear: raw pixels 84.9 / 73.5, normalised 85.4 /

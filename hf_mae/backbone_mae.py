@@ -1,0 +1,115 @@
+"""The encoder as a source of feature maps for detection, segmentation and depth."""
+
+# Shape letters in this file
+#   B images   C channels   H, W pixels   P, Q patch height and width in pixels   h, w patch grid   N = h*w
+#   D encoder width
+
+import math
+from collections.abc import Sequence
+from typing import Unpack
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneMixin
+from transformers.modeling_outputs import BackboneOutput
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_mae import MAEConfig
+from .layers_mae import MAEEmbeddings, encoder_layers
+from .modeling_mae import MAEKwargs, MAEPreTrainedModel
+
+
+class MAERescale(nn.Module):
+    """A feature map at a power of two times its resolution, D wide as before (arXiv:2203.16527, Fig. 2).
+
+    Up by transposed convolutions that double it, with LayerNorm and activation between two of them; down by max
+    pooling.
+    """
+
+    def __init__(self, config: MAEConfig, scale: float):
+        super().__init__()
+        D, doublings = config.hidden_size, round(math.log2(scale))
+        self.doublings = nn.ModuleList(nn.ConvTranspose2d(D, D, kernel_size=2, stride=2) for _ in range(doublings))
+        self.norms = nn.ModuleList(nn.LayerNorm(D, eps=config.layer_norm_eps) for _ in range(doublings - 1))
+        self.act = ACT2FN[config.hidden_act]
+        self.pool = 2 ** max(-doublings, 0)
+
+    def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
+        """(B, D, h, w) -> (B, D, scale * h, scale * w), rounded down."""
+        for index, double in enumerate(self.doublings):
+            if index:
+                feature_map = self.act(self.norms[index - 1](feature_map.movedim(1, -1))).movedim(-1, 1)
+            feature_map = double(feature_map)
+        return F.max_pool2d(feature_map, self.pool) if self.pool > 1 else feature_map
+
+
+class MAEBackbone(BackboneMixin, MAEPreTrainedModel):
+    """The encoder as a source of feature maps for dense heads; its stages are the transformer blocks.
+
+    `out_indices=[4, 6, 8, 12]` gives the maps after blocks 4, 6, 8 and 12 (0 is the embedding), all with the patch's
+    stride and without a final LayerNorm. `pyramid_scales=[4, 2, 1, 0.5]` gives them strides 4, 8, 16 and 32 (with
+    patches of 16 pixels) by layers that no pretraining has trained; with a single one of `out_indices`, all from that
+    map. Images of any size that the patch divides are accepted.
+    """
+
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^(mae\.)?norm\."]
+
+    def __init__(self, config: MAEConfig):
+        super().__init__(config)
+        self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
+        self.embeddings = MAEEmbeddings(config)
+        self.layers = encoder_layers(config)
+        scales = config.pyramid_scales or []
+        self._check_pyramid(scales)
+        self.pyramid = nn.ModuleList(MAERescale(config, scale) for scale in scales)
+        self.post_init()
+
+    def _check_pyramid(self, scales: Sequence[float]) -> None:
+        if any(scale <= 0 or math.log2(scale) % 1 for scale in scales):
+            raise ValueError(f"pyramid_scales {scales} are not all powers of two; give e.g. [4, 2, 1, 0.5]")
+        if scales and len(self.out_features) not in (1, len(scales)):
+            raise ValueError(
+                f"pyramid_scales {scales} don't go with the {len(self.out_features)} maps of out_indices "
+                f"{self.out_indices}; give as many, or one that all come from"
+            )
+        if scales and not self.config.reshape_hidden_states:
+            raise ValueError("pyramid_scales need maps, reshape_hidden_states False gives tokens; leave one out")
+
+    @property
+    def channels(self) -> list[int]:
+        """Width of each feature map."""
+        return [self.config.hidden_size] * (len(self.pyramid) or len(self.out_features))
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[MAEKwargs]
+    ) -> BackboneOutput:
+        """Feature maps (B, D, H/P, W/Q), one for each of `out_features` (tokens with `reshape_hidden_states=False`).
+
+        With `pyramid_scales` they are (B, D, scale * H/P, scale * W/Q), one for each scale.
+
+        Args:
+            pixel_values: (B, C, H, W) normalised pixels, H and W multiples of the patch.
+            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
+        """
+        self._refuse_unknown(kwargs)
+        grid_size = self.config.patch_grid(pixel_values.shape, any_size=True)
+        hidden_states = self.embeddings(pixel_values, grid_size)
+        stages = [hidden_states]
+        for layer in self.layers:
+            hidden_states = layer(hidden_states)
+            stages.append(hidden_states)
+        maps = [stages[self.stage_names.index(name)] for name in self.out_features]
+        if self.config.reshape_hidden_states:
+            maps = [tokens[:, 1:].transpose(1, 2).unflatten(2, grid_size).contiguous() for tokens in maps]
+        if self.pyramid:
+            sources = maps * len(self.pyramid) if len(maps) == 1 else maps
+            maps = [rescale(source) for rescale, source in zip(self.pyramid, sources, strict=True)]
+        return BackboneOutput(feature_maps=tuple(maps))
+
+
+__all__ = ["MAEBackbone", "MAERescale"]

@@ -1,0 +1,102 @@
+"""The encoder with a linear head: fine-tuning and linear probing (Appendix A.1)."""
+
+# Shape letters in this file
+#   B images   C channels   H, W pixels
+
+from typing import Unpack
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_mae import MAEConfig
+from .modeling_mae import MAEKwargs, MAEModel, MAEPreTrainedModel
+
+
+class MAEForImageClassification(MAEPreTrainedModel):
+    """The encoder with a linear head on the pooled tokens, for fine-tuning (Appendix A.1, "End-to-end fine-tuning").
+
+    With mean pooling the pooled vector is normalised (`fc_norm`) instead of the tokens, as in the original.
+    """
+
+    # The loss is a mean over the batch, whatever a Trainer passes: accumulated steps weigh alike.
+    accepts_loss_kwargs = False
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^(mae\.)?norm\."]
+
+    def __init__(self, config: MAEConfig):
+        super().__init__(config)
+        self.num_labels = int(config.num_labels or 0)
+        mean = config.pooling == "mean"
+        self.mae = MAEModel(config, add_final_norm=not mean)
+        self.fc_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if mean else nn.Identity()
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if module is self.classifier:
+            init.trunc_normal_(self.classifier.weight, std=self.config.head_initializer_range)
+            init.zeros_(self.classifier.bias)
+        else:
+            super()._init_weights(module)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[MAEKwargs],
+    ) -> ImageClassifierOutput:
+        """Classify images, none of their patches removed.
+
+        Args:
+            pixel_values: (B, C, H, W) normalised pixels.
+            labels: (B,) class indices, or (B, classes) float rows that sum to 1 (mixup, cutmix). With
+                `config.problem_type` "multi_label_classification": (B, classes) of 0 and 1; "regression": (B,) or
+                (B, num_labels) numbers.
+            interpolate_pos_encoding: accept images of another size than `config.image_size`.
+            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
+
+        Raises:
+            ValueError: if the labels fit none of these.
+            TypeError: for an unknown argument, `mask_ratio` among them.
+        """
+        self._refuse_unknown(kwargs)
+        outputs = self.mae(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs)
+        logits = self.classifier(self.fc_norm(outputs.pooler_output))
+        loss = None if labels is None else self.classification_loss(logits, labels)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+    def classification_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy (hard or soft labels), binary cross-entropy or squared error, by `config.problem_type`."""
+        logits, problem = logits.float(), self.config.problem_type
+        if problem in ("regression", "multi_label_classification"):
+            rows = labels.unsqueeze(1) if problem == "regression" and labels.ndim == 1 else labels
+            if rows.shape != logits.shape:
+                # The losses would broadcast them.
+                raise ValueError(
+                    f"labels of shape {tuple(labels.shape)} don't fit {tuple(logits.shape)} (images, num_labels), what "
+                    f'problem_type "{problem}" needs; give a row of {logits.shape[1]} an image, or change num_labels'
+                )
+            loss = F.mse_loss if problem == "regression" else F.binary_cross_entropy_with_logits
+            return loss(logits, rows.float())
+        if labels.ndim == 1 and not labels.is_floating_point():
+            return F.cross_entropy(logits, labels)
+        if labels.shape == logits.shape and labels.is_floating_point():
+            total = labels.sum(dim=1)
+            if torch.allclose(total, torch.ones_like(total), atol=1e-2):
+                return F.cross_entropy(logits, labels)
+        raise ValueError(
+            f"labels of shape {tuple(labels.shape)} and type {labels.dtype} are neither class indices (B,) nor rows of "
+            f"{logits.shape[1]} that sum to 1; for several labels or numbers set config.problem_type to "
+            '"multi_label_classification" or "regression"'
+        )
+
+
+__all__ = ["MAEForImageClassification"]

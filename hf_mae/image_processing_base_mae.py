@@ -1,0 +1,320 @@
+"""What both image processors share: every setting, and images of any kind -> bands, sizes, crops."""
+
+# Shape letters in this file
+#   C bands = num_channels   H, W pixels
+
+# transformers' backends redefine the methods of their own base class with other arguments:
+# pyright: reportIncompatibleMethodOverride=false
+
+import math
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers.image_processing_base import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict, load_image
+from transformers.processing_utils import ImagesKwargs
+from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from .hub_code_mae import NamesCode
+
+
+def resize_bands(
+    image: np.ndarray, size: tuple[int, int], resample: int, box: tuple[float, float, float, float] | None = None
+) -> np.ndarray:
+    """Resize every band with Pillow's filters; what leaves is of the dtype that came in.
+
+    Args:
+        image: (H, W, C) uint8, uint16 or float32.
+        size: (height, width) of the result in pixels.
+        resample: a `PIL.Image.Resampling` filter.
+        box: (left, upper, right, lower), the part of the image to read, in pixels; all of it when omitted.
+
+    Returns:
+        (height, width, C). uint8 and uint16 are rounded and clipped to their range; float32 may overshoot.
+
+    Raises:
+        ValueError: if the array is not three-dimensional or of another dtype.
+    """
+    if image.ndim != 3 or image.dtype not in (np.uint8, np.uint16, np.float32):
+        raise ValueError(
+            f"resize_bands got shape {image.shape} and dtype {image.dtype}; pass (height, width, bands) as "
+            "uint8, uint16 or float32"
+        )
+    height, width = size
+    if image.dtype == np.uint8 and image.shape[-1] == 3:  # the bits of the band-by-band path, in one call
+        return np.array(Image.fromarray(image).resize((width, height), resample, box))
+    # of more than 8 bits Pillow filters mode F alone; its double accumulator loses nothing of a uint16
+    bands = np.moveaxis(image if image.dtype == np.uint8 else image.astype(np.float32), -1, 0)
+    resized = np.stack(
+        [np.asarray(Image.fromarray(band).resize((width, height), resample, box)) for band in bands], axis=-1
+    )
+    return resized.round().clip(0, 65535).astype(np.uint16) if image.dtype == np.uint16 else resized
+
+
+def to_opaque(image: Image.Image, num_channels: int) -> Image.Image:
+    """An 8-bit image in Pillow's mode L (1 channel) or RGB (3), with white behind what is transparent.
+
+    So do the image processors of transformers 5.24 where they convert to RGB. Those of 5.17, and the reference code
+    of MAE, drop the alpha band, and show whatever colour lies under transparent pixels.
+    """
+    if image.has_transparency_data:
+        opaque = image.convert("RGBA")
+        image = Image.new("RGBA", image.size, "white")
+        image.alpha_composite(opaque)
+    return image.convert("L" if num_channels == 1 else "RGB")
+
+
+def pil_to_array(image: Image.Image, num_channels: int, do_convert_rgb: bool = True) -> np.ndarray:
+    """Pixels of a Pillow image for a model of `num_channels` bands, at the image's own bit depth.
+
+    8-bit modes go through `to_opaque`.
+
+    Args:
+        image: any mode.
+        num_channels: 1, 3, or 4 for an RGBA or CMYK image.
+        do_convert_rgb: with 3 channels, accept other modes than RGB.
+
+    Returns:
+        (H, W) or (H, W, C); uint8, uint16 (modes I and I;16), or float32 (mode F). A grey image of more than
+        8 bits stays one band: Pillow's own conversion of it to RGB would clip at 255.
+
+    Raises:
+        ValueError: if the mode cannot give `num_channels` bands, or a mode I image exceeds 16 bits.
+    """
+    if num_channels == 4 and image.mode in ("RGBA", "CMYK"):
+        return np.array(image)
+    if num_channels not in (1, 3):
+        raise ValueError(
+            f"a Pillow image of mode {image.mode} cannot give num_channels={num_channels} bands; pass an "
+            f"array of shape ({num_channels}, height, width)"
+        )
+    if num_channels == 3 and image.mode != "RGB" and not do_convert_rgb:
+        raise ValueError(
+            f"a Pillow image of mode {image.mode} does not have the num_channels=3 bands of RGB; pass "
+            "do_convert_rgb=True"
+        )
+    if image.mode.startswith("I"):
+        array = np.array(image)
+        if array.min() < 0 or array.max() > 65535:
+            raise ValueError(
+                f"a Pillow image of mode {image.mode} has values from {array.min()} to {array.max()}, beyond "
+                "the 16 bits 0..65535; pass it as a float32 array"
+            )
+        return array.astype(np.uint16)
+    if image.mode == "F":
+        return np.array(image)
+    return np.array(to_opaque(image, num_channels))
+
+
+def to_bands(
+    image: Image.Image | np.ndarray | torch.Tensor,
+    num_channels: int,
+    rescale_factor: float | None,
+    input_data_format: str | ChannelDimension | None = None,
+    do_convert_rgb: bool = True,
+) -> torch.Tensor:
+    """One image as bands, channels first, at the bit depth that `rescale_factor` expects.
+
+    Args:
+        image: a Pillow image; or (H, W), (C, H, W) or (H, W, C) of any numeric dtype. Which axis holds the
+            bands is read off from `num_channels`, the first axis if both could.
+        num_channels: bands of the result.
+        rescale_factor: 1/255 brings 16-bit images to 0..255 (divided by 257, rounded), 1/65535 brings 8-bit
+            images to 0..65535 (times 257); any other value, or None, leaves the numbers alone.
+        input_data_format: "channels_first" or "channels_last" overrules the shape.
+        do_convert_rgb: with 3 channels, repeat a single band and composite a fourth (alpha) on white.
+
+    Returns:
+        (C, H, W) uint8; or int32 that holds 16 bits 0..65535, for torch has few operations on uint16; or
+        float32, which every other dtype becomes with its values unchanged.
+
+    Raises:
+        ValueError: if no axis has `num_channels` entries, or by `pil_to_array`.
+    """
+    if isinstance(image, Image.Image):
+        image = pil_to_array(image, num_channels, do_convert_rgb)
+        input_data_format = ChannelDimension.LAST
+    if isinstance(image, np.ndarray):  # torch takes no flipped views and no foreign byte order (TIFF, FITS)
+        bands = torch.from_numpy(np.require(image, image.dtype.newbyteorder("="), ["C", "W"]))
+    else:
+        bands = image
+    if bands.dtype != torch.uint8:
+        bands = bands.to(torch.int32 if bands.dtype == torch.uint16 else torch.float32)
+    to_rgb = num_channels == 3 and do_convert_rgb
+    bands = _channels_first(bands, num_channels, input_data_format, to_rgb)
+    if to_rgb and len(bands) == 1:
+        bands = bands.expand(3, -1, -1)
+    elif to_rgb and len(bands) == 4:
+        bands = _composite_on_white(bands)
+    if rescale_factor is None:
+        return bands
+    if bands.dtype == torch.int32 and math.isclose(rescale_factor, 1 / 255, rel_tol=1e-3):
+        return ((bands + 128) // 257).to(torch.uint8)
+    if bands.dtype == torch.uint8 and math.isclose(rescale_factor, 1 / 65535, rel_tol=1e-3):
+        return bands.to(torch.int32) * 257
+    return bands
+
+
+def _channels_first(
+    image: torch.Tensor, num_channels: int, input_data_format: str | None, to_rgb: bool
+) -> torch.Tensor:
+    """Move the axis of the bands to the front; with `to_rgb`, that of one or four will do. See `to_bands`."""
+    shape, axes, where = tuple(image.shape), (0, 2), "first or last"
+    if image.ndim == 2:
+        image, axes = image[None], (0,)
+    elif input_data_format is not None:
+        first = ChannelDimension(input_data_format) == ChannelDimension.FIRST
+        axes, where = ((0,), "first") if first else ((2,), "last")
+    for count in (num_channels, 1, 4) if to_rgb else (num_channels,):
+        for axis in axes:
+            if image.ndim == 3 and image.shape[axis] == count:
+                return image.movedim(axis, 0)
+    remedy = "convert it to grey first, or set" if num_channels == 1 else "move the bands there, or set"
+    raise ValueError(
+        f"an image of shape {shape} does not have num_channels={num_channels} bands on its {where} axis; "
+        f"{remedy} num_channels to the number of its bands"
+    )
+
+
+def _composite_on_white(rgba: torch.Tensor) -> torch.Tensor:
+    """(4, H, W) -> (3, H, W), of the same dtype; floats must lie in [0, 1], where white is known."""
+    white = {torch.uint8: 255, torch.int32: 65535, torch.float32: 1}[rgba.dtype]
+    if white == 1 and (rgba.min() < 0 or rgba.max() > 1):
+        raise ValueError(
+            f"a float RGBA image has values from {rgba.min():g} to {rgba.max():g}, beyond [0, 1]; pass its "
+            "three colour bands, or all four as uint8"
+        )
+    alpha = rgba[3:].float() / white
+    rgb = rgba[:3].float() * alpha + white * (1 - alpha)
+    return rgb if white == 1 else rgb.round().to(rgba.dtype)
+
+
+def resized_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
+    """(height, width) in pixels after a resize to `size`, rounded down on the long side as torchvision does.
+
+    Raises:
+        ValueError: if `size` has other keys than "shortest_edge", or "height" and "width"; if a line of pixels
+            would become an image that Pillow would not open for its size.
+    """
+    wanted = dict(size)
+    if wanted.keys() == {"shortest_edge"}:
+        edge, short = wanted["shortest_edge"], min(height, width)
+        resized = int(edge * height / short), int(edge * width / short)
+        if Image.MAX_IMAGE_PIXELS is not None and resized[0] * resized[1] > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(
+                f"an image of {height} x {width} pixels would be resized to {resized[0]} x {resized[1]}, beyond "
+                f"PIL.Image.MAX_IMAGE_PIXELS; cut its middle out first"
+            )
+        return resized
+    if wanted.keys() == {"height", "width"}:
+        return wanted["height"], wanted["width"]
+    raise ValueError(f"size is {wanted}; pass {{'shortest_edge': N}} or {{'height': H, 'width': W}}")
+
+
+def center_spans(
+    height: int, width: int, crop_size: SizeDict
+) -> tuple[tuple[slice, slice], tuple[tuple[int, int], tuple[int, int]]]:
+    """The (rows, columns) to keep, and the zeros (before, after) to put where a side is too short.
+
+    torchvision's CenterCrop rounds half of an odd margin to the even pixel, transformers' rounds it down: of
+    margins 4k + 3 the two are one pixel apart. This is torchvision's.
+
+    Raises:
+        ValueError: if `crop_size` has other keys than "height" and "width".
+    """
+    wanted = dict(crop_size)
+    if wanted.keys() != {"height", "width"}:
+        raise ValueError(f"crop_size is {wanted}; pass {{'height': H, 'width': W}}")
+
+    def span(length: int, target: int) -> tuple[slice, tuple[int, int]]:
+        start, missing = round(max(length - target, 0) / 2), max(target - length, 0)
+        return slice(start, start + target), (missing // 2, missing - missing // 2)
+
+    rows, pad_rows = span(height, wanted["height"])
+    columns, pad_columns = span(width, wanted["width"])
+    return (rows, columns), (pad_rows, pad_columns)
+
+
+def per_channel(name: str, value: float | tuple[float, ...], num_channels: int) -> tuple[float, ...]:
+    """One number for each channel, a single one repeated.
+
+    Raises:
+        ValueError: if there are neither one nor `num_channels` numbers.
+    """
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    if len(values) not in (1, num_channels):
+        raise ValueError(
+            f"{name} has {len(values)} entries but num_channels is {num_channels}; pass {num_channels} "
+            "(`hf-mae stats` computes them from a data set), or do_normalize=False"
+        )
+    return values if len(values) == num_channels else values * num_channels
+
+
+class MAEImageProcessorKwargs(ImagesKwargs, total=False):
+    """What a processor is built with and a call may override: transformers' keys and `num_channels`."""
+
+    num_channels: int
+
+
+class MAEImageProcessorBase(NamesCode, BaseImageProcessor):
+    """The evaluation transform of MAE as class attributes, and the steps that both backends share."""
+
+    code_index, auto_class = "auto_image_processors_mae", "AutoImageProcessor"
+    valid_kwargs = MAEImageProcessorKwargs
+    model_input_names = ["pixel_values"]
+
+    do_convert_rgb = True
+    do_resize = True
+    size = {"shortest_edge": 256}
+    default_to_square = False
+    resample = PILImageResampling.BICUBIC
+    do_center_crop = True
+    crop_size = {"height": 224, "width": 224}
+    do_rescale = True
+    rescale_factor = 1 / 255
+    do_normalize = True
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
+    num_channels = 3
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Open paths and URLs; local files keep their mode, where transformers' loader would clip 16 bits."""
+        if isinstance(image_url_or_urls, (list, tuple)):
+            return [self.fetch_images(image) for image in image_url_or_urls]
+        if not isinstance(image_url_or_urls, str):
+            return super().fetch_images(image_url_or_urls)
+        if not os.path.isfile(image_url_or_urls):
+            return load_image(image_url_or_urls)
+        with Image.open(image_url_or_urls) as image:
+            return ImageOps.exif_transpose(image)
+
+    def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list:
+        """A flat list of images. transformers' own would refuse (H, W) arrays, which are one band here."""
+
+        def flat(item: Any) -> list:
+            if isinstance(item, (list, tuple)):
+                return [image for nested in item for image in flat(nested)]
+            if isinstance(item, Image.Image) or item.ndim != expected_ndims + 1:
+                return [item]
+            return list(item)
+
+        return flat(self.fetch_images(images))
+
+    def _to_bands(self, image: Any, kwargs: dict[str, Any]) -> torch.Tensor:
+        return to_bands(
+            image,
+            kwargs["num_channels"],
+            kwargs["rescale_factor"] if kwargs["do_rescale"] else None,
+            kwargs["input_data_format"],
+            kwargs["do_convert_rgb"],
+        )
+
+    def _preprocess_image_like_inputs(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
+        if kwargs["do_normalize"]:  # before an image is decoded
+            for name in ("image_mean", "image_std"):
+                kwargs[name] = per_channel(name, kwargs[name], kwargs["num_channels"])
+        return super()._preprocess_image_like_inputs(images, *args, **kwargs)

@@ -1,0 +1,209 @@
+"""Images as patches, and which of them are removed."""
+
+# Shape letters in this file
+#   B images   C channels   H, W pixels   P, Q patch height and width in pixels   V = P*Q*C numbers in a patch
+#   h, w patch grid   N = h*w patches per image   K kept patches   M wanted patches   D token width
+
+from typing import NamedTuple
+
+import torch
+
+from .configuration_mae import MAEConfig
+
+
+def patchify(pixel_values: torch.Tensor, patch_size: tuple[int, int], ids: torch.Tensor | None = None) -> torch.Tensor:
+    """Cut images into patches.
+
+    Args:
+        pixel_values: (B, C, H, W).
+        patch_size: (height, width) in pixels; must divide H and W.
+        ids: (B, M) the patches wanted, the only ones to be copied; all of them, in order, when omitted.
+
+    Returns:
+        (B, N or M, P*Q*C) patches from left to right, top to bottom; within one: row, column, channel.
+    """
+    (B, C, H, W), (P, Q) = pixel_values.shape, patch_size
+    h, w = H // P, W // Q
+    patches = pixel_values.reshape(B, C, h, P, w, Q).permute(0, 2, 4, 3, 5, 1)
+    if ids is None:
+        return patches.reshape(B, h * w, P * Q * C)
+    images = torch.arange(B, device=ids.device).unsqueeze(1)
+    return patches[images, ids // w, ids % w].flatten(2)
+
+
+def unpatchify(patches: torch.Tensor, patch_size: tuple[int, int], grid_size: tuple[int, int]) -> torch.Tensor:
+    """Put patches (B, N, P*Q*C) back together as images (B, C, H, W); the inverse of `patchify`."""
+    (B, N, V), (P, Q), (h, w) = patches.shape, patch_size, grid_size
+    if N != h * w:
+        raise ValueError(f"{N} patches don't fill a {h}x{w} grid of {h * w}; pass the grid_size of these images")
+    pixels = patches.reshape(B, h, w, P, Q, V // (P * Q))
+    return pixels.permute(0, 5, 1, 3, 2, 4).reshape(B, V // (P * Q), h * P, w * Q)
+
+
+def gather_tokens(tokens: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Pick tokens (B, M, D) of (B, N, D) by their indices (B, M)."""
+    return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def normalize_patches(patches: torch.Tensor) -> torch.Tensor:
+    """Each patch (..., V) to mean 0 and (unbiased) variance 1 (Sec. 3, "Reconstruction target")."""
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return (patches - mean) / (variance + 1e-6).sqrt()
+
+
+def random_masking(noise: torch.Tensor, len_keep: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keep the patches with the smallest noise (Sec. 3, "Masking": shuffle, keep the first).
+
+    Args:
+        noise: (B, N) sort keys; equal keys stay in image order.
+        len_keep: K.
+
+    Returns:
+        ids_shuffle: (B, N) patch indices, the K kept ones first.
+        mask: (B, N) 1 = removed, 0 = kept, in image order.
+        ids_restore: (B, N) index that puts a shuffled sequence back in image order.
+    """
+    ids_shuffle = noise.argsort(dim=1, stable=True)
+    ids_restore = ids_shuffle.argsort(dim=1)
+    return ids_shuffle, (ids_restore >= len_keep).to(noise.dtype), ids_restore
+
+
+def hashed_noise(seed: int, count: int, device: torch.device) -> torch.Tensor:
+    """(count,) numbers in [0, 1) that are a function of the seed and of their place: equal on every device.
+
+    A hash of a counter (github.com/skeeto/hash-prospector), because torch.compile takes no new torch.Generator.
+    """
+    bits = (torch.arange(count, device=device) + seed * 0x9E3779B9 % 2**32) % 2**32
+    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
+        bits = (bits ^ (bits >> shift)) * factor % 2**32
+    return ((bits ^ (bits >> 15)) >> 8) / 2**24  # 24 bits: what a float32 holds exactly
+
+
+def cell_noise(noise: torch.Tensor, grid_size: tuple[int, int], cell: int) -> torch.Tensor:
+    """Give all patches of a square cell (cell x cell) the key of the cell's first patch, (B, N) -> (B, N)."""
+    h, w = grid_size
+    keys = noise.reshape(-1, h, w)[:, ::cell, ::cell]
+    return keys.repeat_interleave(cell, dim=1).repeat_interleave(cell, dim=2).flatten(1)
+
+
+def block_noise(noise: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+    """Sort keys that remove random rectangles first ("block" in Table 1f, after BEiT, arXiv:2106.08254).
+
+    Each image gets up to 16 rectangles of 8 to 40 % of its area and aspect 0.3 to 3.3, whose numbers are taken
+    from its own noise, so that one (B, N) tensor repeats a mask of either kind. A patch is removed the earlier, the
+    earlier a rectangle covers it; noise decides within one rectangle and outside of all.
+    """
+    h, w = grid_size
+    blocks = min(16, noise.shape[1] // 4)
+    if blocks == 0:
+        return noise  # too few numbers, and too few patches, for a rectangle
+    area, aspect, top, left = noise[:, : 4 * blocks].reshape(-1, blocks, 4, 1, 1).unbind(2)
+    area = (0.08 + 0.32 * area) * h * w
+    aspect = 0.3 * (3.3 / 0.3) ** aspect
+    height, width = (area * aspect).sqrt().clamp(1, h), (area / aspect).sqrt().clamp(1, w)
+    top, left = top * (h - height), left * (w - width)
+    rows = torch.arange(h, device=noise.device).view(1, 1, h, 1) + 0.5
+    columns = torch.arange(w, device=noise.device).view(1, 1, 1, w) + 0.5
+    inside = (rows >= top) & (rows < top + height) & (columns >= left) & (columns < left + width)
+    order = torch.arange(blocks, 0, -1, device=noise.device, dtype=noise.dtype).view(1, blocks, 1, 1)
+    # The first rectangle has the largest number, and the largest keys are removed.
+    return (inside * order).amax(dim=1).flatten(1) + noise
+
+
+def one_mask(mask: torch.Tensor | None, bool_masked_pos: torch.Tensor | None) -> torch.Tensor | None:
+    """The caller's mask, under whichever of its two names it came."""
+    if mask is not None and bool_masked_pos is not None:
+        raise ValueError("mask and bool_masked_pos are two names of one thing, and both came; pass one of them")
+    return mask if bool_masked_pos is None else bool_masked_pos
+
+
+def check_per_patch(name: str, tensor: torch.Tensor | None, shape: tuple[int, int]) -> None:
+    """Refuse a caller's noise or mask that doesn't have one number for each patch (B, N)."""
+    if tensor is not None and tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}, the images {shape} (images, patches); pass one number per patch"
+        )
+
+
+def count_kept(mask: torch.Tensor) -> int:
+    """K, the zeros in each row of a caller's mask (B, N).
+
+    Raises:
+        ValueError: if the rows keep different numbers, or nothing.
+    """
+    counts = (mask == 0).sum(dim=1)
+    fewest, most = int(counts.min()), int(counts.max())
+    if fewest != most:
+        raise ValueError(
+            f"the mask keeps {fewest} patches in one row and {most} in another; keep the same number in each"
+        )
+    if fewest == 0:
+        raise ValueError(f"the mask keeps 0 of {mask.shape[1]} patches; 0 means kept: leave at least one")
+    return fewest
+
+
+class ChosenPatches(NamedTuple):
+    """Which patches of a batch the encoder sees; all but the grid are None when it sees them all.
+
+    Args:
+        grid_size: (h, w) patches of these images.
+        ids_keep: (B, K) the kept patches, in the order in which the encoder gets them.
+        ids_shuffle: (B, N) all patches, the kept ones first.
+        ids_restore: (B, N) index that puts a shuffled sequence back in image order.
+        mask: (B, N) 1 = removed, 0 = kept, in image order.
+    """
+
+    grid_size: tuple[int, int]
+    ids_keep: torch.Tensor | None = None
+    ids_shuffle: torch.Tensor | None = None
+    ids_restore: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+
+def choose_patches(
+    config: MAEConfig,
+    pixel_values: torch.Tensor,
+    grid_size: tuple[int, int],
+    mask_ratio: float | None = None,
+    noise: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> ChosenPatches:
+    """Which patches the encoder sees: all, unless a ratio, noise, a mask or a generator asks for fewer.
+
+    Args:
+        config: of the model.
+        pixel_values: (B, C, H, W).
+        grid_size: (h, w) patches of these images.
+        mask_ratio: as for `MAEModel`, like the rest.
+        noise: (B, N).
+        mask: (B, N).
+        generator: draws the noise.
+
+    Raises:
+        ValueError: if mask, noise or ratio fit neither the images nor each other.
+    """
+    if mask_ratio is None and noise is None and mask is None and generator is None:
+        return ChosenPatches(grid_size)
+    shape = pixel_values.shape[0], grid_size[0] * grid_size[1]
+    check_per_patch("noise", noise, shape)
+    check_per_patch("mask", mask, shape)
+    if mask is not None:
+        if noise is not None or mask_ratio is not None or generator is not None:
+            raise ValueError(
+                "mask came with mask_ratio, noise or generator, which it makes void; pass one or the other"
+            )
+        # Sorted by the mask itself: kept patches come first, in image order.
+        len_keep, noise = count_kept(mask), (mask != 0).to(torch.float32)
+    else:
+        ratio = config.mask_ratio if mask_ratio is None else mask_ratio
+        len_keep = config.num_kept_patches(ratio, grid_size)
+        if noise is None:
+            device = pixel_values.device if generator is None else generator.device
+            noise = torch.rand(*shape, generator=generator, device=device)
+        if config.mask_strategy == "block":
+            noise = block_noise(noise, grid_size)
+        if config.mask_cell > 1:
+            noise = cell_noise(noise, grid_size, config.mask_cell)
+    ids_shuffle, mask, ids_restore = random_masking(noise.to(pixel_values.device), len_keep)
+    return ChosenPatches(grid_size, ids_shuffle[:, :len_keep], ids_shuffle, ids_restore, mask)
