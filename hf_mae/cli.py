@@ -158,7 +158,8 @@ def _evaluate(arguments: list[str]) -> int:
     from accelerate import PartialState
 
     from .evaluation.classification import ClassificationRecipe, evaluate_classification
-    from .evaluation.commands import KnnRecipe, LinearProbeRecipe, evaluate_knn, evaluate_linear_probe
+    from .evaluation.knn import KnnRecipe, evaluate_knn
+    from .evaluation.linear_probe import LinearProbeRecipe, evaluate_linear_probe
     from .evaluation.results import describe_result
     from .training.recipe import parse_dataclass
 

@@ -1,4 +1,4 @@
-"""TODO"""
+"""The keys that the commands of evaluation have in common."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a pretraining run is made of: data, model, image processor and streams, new or from a checkpoint."""
+"""What a pretraining run is made of: data, model, image processor and starting state, new or from a checkpoint."""
 
 import copy
 import json
@@ -49,7 +49,7 @@ class PretrainData:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What the order of samples depends on, besides the seed; as it comes back from JSON."""
+        """What the order of samples depends on besides the seed, in the types of JSON."""
         return json.loads(json.dumps({**self.rows.source.fingerprint, "num_samples": len(self.rows)}))
 
 
@@ -57,17 +57,17 @@ def open_data(recipe: PretrainRecipe) -> PretrainData:
     """Open the training and evaluation rows of a recipe.
 
     Raises:
-        DataError: for what is not there, or has other channels than the recipe says.
+        DataError: if the data is missing, or has other channels than the recipe says.
     """
     rows, eval_rows, evaluated_on = splits_of(recipe, streaming=recipe.streaming)
     num_channels, dtype = probe_rows(rows)
-    wanted = recipe.model_config.get("num_channels")
-    if wanted is not None and wanted != num_channels and {wanted, num_channels} != {1, 3}:
+    configured = recipe.model_config.get("num_channels")
+    if configured is not None and configured != num_channels and {configured, num_channels} != {1, 3}:
         raise DataError(
-            f"images of {recipe.dataset} have {num_channels} channels, num_channels is {wanted}; pass --num_channels "
-            f"{num_channels}"
+            f"images of {recipe.dataset} have {num_channels} channels, num_channels is {configured}; pass "
+            f"--num_channels {num_channels}"
         )
-    return PretrainData(rows, eval_rows, wanted or num_channels, dtype, evaluated_on)
+    return PretrainData(rows, eval_rows, configured or num_channels, dtype, evaluated_on)
 
 
 def build_model(recipe: PretrainRecipe, stored: Path | None, num_channels: int) -> MAEForPreTraining:
@@ -142,7 +142,7 @@ def build_processor(
 
 
 def make_spec(recipe: PretrainRecipe, data: PretrainData, config: MAEConfig) -> ImageSpec:
-    """What becomes of an image on its way into a batch."""
+    """The crop, type and masks of a batch's images."""
     size = config.image_height_width
     return ImageSpec(
         size=size,
@@ -159,7 +159,7 @@ def make_spec(recipe: PretrainRecipe, data: PretrainData, config: MAEConfig) -> 
 def make_training_specs(
     recipe: PretrainRecipe, data: PretrainData, config: MAEConfig, total_steps: int
 ) -> list[tuple[int, ImageSpec]]:
-    """(first step from 0, what becomes of training images from there on), by `image_size_schedule`.
+    """(first step from 0, spec of the training images from there on), by `image_size_schedule`.
 
     Raises:
         UserError: if a size or mask ratio doesn't fit the model, or the last size is not the model's own.

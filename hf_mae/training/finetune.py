@@ -81,7 +81,7 @@ def trainer_parts(recipe: FinetuneRecipe) -> dict[str, Any]:
 
 
 class FinetuneRun:
-    """What a run is made of.
+    """One run: what it is made of, and its training by a Trainer.
 
     Args:
         recipe: the run.
@@ -124,7 +124,7 @@ class FinetuneRun:
         return self.labels.targets(labels_of(rows), rows.source)
 
     def trainer_parts(self) -> dict[str, Any]:
-        """See the function of this name."""
+        """Arguments of a Trainer."""
         recipe = self.recipe
         groups = layer_decay_groups(self.model, recipe.lr, recipe.layer_decay, recipe.weight_decay)
         adamw = {"params": groups, "lr": recipe.lr, "betas": (recipe.adam_beta1, recipe.adam_beta2), "fused": True}
@@ -190,7 +190,7 @@ class FinetuneRun:
         return result
 
     def _save_final(self, log: LogCallback) -> dict[str, Any]:
-        """The model folder, without the pickles of Trainer's checkpoints, which are of no use any more."""
+        """Save the model and its scores, and remove Trainer's checkpoints, which hold pickles; the result's entry."""
         recipe, output_dir = self.recipe, self.output_dir
 
         def write(folder: Path) -> None:

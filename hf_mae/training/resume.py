@@ -10,22 +10,22 @@ from .checkpoint import find_checkpoint
 from .recipe import PretrainRecipe, RunRecipe
 from .state import RunState
 
-# These keys may change when a run goes on: they say how it is computed and shown, not what it computes.
+# Keys that may change when a run is resumed: how it is computed and shown, not what it computes.
 FREE_KEYS = {
     "output_dir", "resume", "recipe", "num_workers", "per_device_batch_size", "mixed_precision", "compile",
     "gradient_checkpointing", "attn_implementation", "deterministic", "log_steps", "log_with", "save_steps",
     "keep_checkpoints", "eval_steps", "max_eval_samples", "max_bad_fraction", "dry_run", "allow_data_change",
     "quality_steps", "quality_samples", "push_to_hub", "hub_private_repo",
 }  # fmt: skip
-# And these, where a fingerprint of the data tells whether what is at another place is the same.
+# These may change too, as long as the fingerprint of the data matches.
 PLACE_KEYS = {"dataset", "dataset_config", "dataset_revision", "eval_dataset", "eval_split"}
 
 
 def check_folder(recipe: RunRecipe, output_dir: Path) -> None:
-    """See to it that a run may write into a folder.
+    """Check that a run may write into a folder.
 
     Raises:
-        CheckpointError: if it holds a run that this one is not to go on with.
+        CheckpointError: if the folder holds another run, and this one doesn't resume.
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise CheckpointError(f"{output_dir} is no folder; choose another --output_dir")
@@ -39,12 +39,12 @@ def check_folder(recipe: RunRecipe, output_dir: Path) -> None:
 
 
 def check_same_recipe(old: dict[str, Any], recipe: RunRecipe, where: Path, free: set[str]) -> None:
-    """See to it that a run goes on with the recipe that it has.
+    """Check that a run is resumed with its own recipe.
 
     Args:
-        old: keys of the run, as they come back from a file.
-        recipe: what was asked for now.
-        where: whose keys they are, for people.
+        old: keys of the run, from a file.
+        recipe: the recipe that it is resumed with.
+        where: checkpoint or folder of the old keys.
         free: keys that may differ.
 
     Raises:

@@ -20,8 +20,8 @@ from hf_mae.data.order import Rows
 from hf_mae.data.sources import DataError, open_source
 from hf_mae.data.splits import open_splits
 from hf_mae.evaluation.encoder import FrozenEncoder
+from hf_mae.evaluation.fast_linear import fast_linear_accuracy, logistic_regression
 from hf_mae.evaluation.knn import knn_accuracy, nearest
-from hf_mae.evaluation.linear_probe import fast_linear_accuracy, logistic_regression
 from hf_mae.evaluation.table import Features, extract_table, rankme, top_k_correct
 from hf_mae.run_folder import add_result, read_results
 from hf_mae.training.build import open_data
@@ -127,7 +127,7 @@ def test_the_logistic_regression_is_scikit_learns(penalty):
 def test_the_logistic_regression_does_not_depend_on_how_many_rows_are_held_at_once(monkeypatch):
     table = random_features(200, 0, classes=3)
     whole = logistic_regression(table.values, table.labels, 1e-2, torch.zeros(3, 9))
-    monkeypatch.setattr("hf_mae.evaluation.linear_probe.ROWS", 17)
+    monkeypatch.setattr("hf_mae.evaluation.fast_linear.ROWS", 17)
     torch.testing.assert_close(
         logistic_regression(table.values, table.labels, 1e-2, torch.zeros(3, 9)), whole, atol=1e-3, rtol=0
     )

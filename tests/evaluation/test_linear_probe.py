@@ -20,9 +20,8 @@ from hf_mae.data.augment import sample_rng, training_view
 from hf_mae.data.decode import decode_image
 from hf_mae.data.order import Rows
 from hf_mae.errors import UserError
-from hf_mae.evaluation.commands import LinearProbeRecipe
 from hf_mae.evaluation.encoder import FrozenEncoder
-from hf_mae.evaluation.linear_probe import PaperProbe, ProbeRun
+from hf_mae.evaluation.linear_probe import LinearProbeRecipe, PaperProbe, ProbeRun
 from hf_mae.optim.lars import LARS
 from hf_mae.run_folder import read_results
 from hf_mae.training.recipe import parse_dataclass, recipe_names
