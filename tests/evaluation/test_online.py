@@ -5,7 +5,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from measure_in_processes import bright_rows, quality_of
-from test_evaluation import save_model
+from tiny import save_model
 
 from hf_mae import MAEForPreTraining
 from hf_mae.data.labels import class_numbers, common_classes

@@ -183,7 +183,7 @@ cp -r disk/run run
 VERIFY = "from hf_mae.training.checkpoint import *; verify_checkpoint(Path('disk/run/checkpoint-8')); print('whole')"
 
 
-def test_a_full_disk_is_told_and_costs_no_checkpoint_and_the_run_goes_on_when_there_is_room(tmp_path):
+def test_a_full_disk_is_reported_and_costs_no_checkpoint_and_the_run_resumes(tmp_path):
     mounting = ["unshare", "--user", "--map-root-user", "--mount"]
     if subprocess.run([*mounting, "true"], check=False, capture_output=True).returncode:
         pytest.skip("this machine does not let a user mount a file system of his own (unshare --user --mount)")

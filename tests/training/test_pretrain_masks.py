@@ -5,8 +5,6 @@ import torch
 import yaml
 from runs import arguments, checkpoints, events, losses, run, start, weights_difference, weights_hash
 
-from hf_mae.errors import UserError
-from hf_mae.optim.batch import micro_batch
 from hf_mae.training.pretrain import PretrainRun
 from hf_mae.training.recipe import load_pretrain_recipe
 
@@ -73,11 +71,3 @@ def test_a_run_with_one_number_of_masks_is_not_gone_on_with_another(whole, tmp_p
     words = arguments(tmp_path / "run", resume=whole / "checkpoint-6", **{**TWICE, "masks_per_image": 4})
     assert start(*words) == 2
     assert "with masks_per_image 2, not 4" in capfd.readouterr().err
-
-
-def test_micro_batches_hold_all_masks_of_an_image():
-    assert micro_batch(96, None, 2, masks=4) == (48, 1)
-    assert micro_batch(960, None, 1, masks=10) == (60, 16)
-    assert micro_batch(640, None, 1, masks=128) == (128, 5)
-    with pytest.raises(UserError, match=r"can't be dealt to 5 processes; use \[1, 2, 3, 4\] .* multiple of 20 images"):
-        micro_batch(96, None, 5, masks=4)

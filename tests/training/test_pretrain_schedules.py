@@ -8,7 +8,6 @@ from runs import arguments, evaluations, losses, run, start, weights_difference,
 from hf_mae import MAEConfig, MAEForPreTraining
 from hf_mae.errors import UserError
 from hf_mae.layers_mae import sincos_table
-from hf_mae.optim.schedule import read_points, stages, value_at
 from hf_mae.training.pretrain import PretrainRun
 from hf_mae.training.recipe import load_pretrain_recipe
 
@@ -20,14 +19,6 @@ OPTIONS = {**GROWING, "save_steps": 1, "eval_steps": 6, "keep_checkpoints": 12}
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     return run(tmp_path_factory.mktemp("runs") / "growing", **OPTIONS)
-
-
-def test_a_value_holds_from_its_part_of_the_run_on():
-    points = read_points(["0:7", "0.25:8", "0.5:9"], int)
-    assert points == [(0.0, 7), (0.25, 8), (0.5, 9)]
-    assert [value_at(stages(points, 8), step) for step in range(8)] == [7, 7, 8, 8, 9, 9, 9, 9]
-    assert [value_at(stages(points, 5), step) for step in range(5)] == [7, 7, 8, 9, 9]
-    assert [value_at(stages(points, 1), step) for step in range(1)] == [7]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
