@@ -86,6 +86,12 @@ def register() -> None:
     transformers.AutoImageProcessor.register(config_class, image_processor_classes=backends, exist_ok=True)
 
 
+def _is_command_line() -> bool:
+    """Whether this process is `hf-mae` or `python -m hf_mae.cli`."""
+    program = sys.argv[0] if sys.argv else ""
+    return Path(program).stem == "hf-mae" or (program == "-m" and "hf_mae.cli" in sys.orig_argv)
+
+
 # `hf-mae --help` must answer before torch could even be imported; the command registers when it starts to work.
-if Path(sys.argv[0] if sys.argv else "").stem != "hf-mae":
+if not _is_command_line():
     register()

@@ -1,28 +1,28 @@
-"""The command line: `hf-mae COMMAND`. Whatever takes long to import is imported inside the commands."""
+"""The command line: `hf-mae COMMAND`. Whatever takes long to import is imported when a command starts to work."""
 
+import difflib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 from .errors import UserError
+from .keys import Recipe
+from .keys.data_keys import PrepareRecipe, StatsRecipe
+from .keys.evaluation_keys import ClassificationRecipe, EmbedRecipe, KnnRecipe, LinearProbeRecipe, ScoreRecipe
+from .keys.finetune_keys import FinetuneRecipe
+from .keys.publishing_keys import (
+    CardRecipe,
+    ConvertRecipe,
+    DemoRecipe,
+    ExportRecipe,
+    PushRecipe,
+    ReconstructRecipe,
+    ReportRecipe,
+)
+from .keys.run_keys import PretrainRecipe
 
-COMMANDS = {
-    "pretrain": "train a masked autoencoder, from scratch or from a checkpoint",
-    "finetune": "train a classifier on a pretrained model, with labels",
-    "evaluate": "evaluate knn | linear-probe: what frozen features are worth; evaluate classification",
-    "embed": "write frozen features of any data to a parquet or numpy file",
-    "reconstruct": "draw original, masked and reconstructed images of a pretrained model",
-    "report": "write one HTML file of a run, or of several side by side",
-    "demo": "start a page to try a pretrained model on one's own photos, or write it as a Space",
-    "convert": "weights of the original (.pth), of transformers' vit_mae and of timm to ours, and back",
-    "export": "an encoder or a classifier as an ONNX file, or as one of torch.export",
-    "push": "publish a model on the Hugging Face Hub, with the code that loads it, and check what comes back",
-    "card": "write a model's card to a file, as push would publish it",
-    "prepare": "re-encode a data set once, at the size that training needs, to sharded parquet",
-    "stats": "print a data set's per-channel mean and standard deviation",
-}
-
-# Import names of the extras, without which the package loads and runs models all the same.
+# Import names of the extras, without which the package still loads and runs models.
 EXTRAS = {
     **dict.fromkeys(
         ("accelerate", "datasets", "evaluate", "fsspec", "pyarrow", "sklearn", "timm", "tqdm", "yaml"), "train"
@@ -45,54 +45,111 @@ Masked autoencoders (arXiv:2111.06377) as Hugging Face Transformers models.
 hf-mae COMMAND --help lists the keys of a command. A first run, on a data set that comes along:
   hf-mae pretrain --recipe quickstart
 """
+EVALUATE_USAGE = """usage: hf-mae evaluate PROTOCOL [--key value ...]
+
+Evaluate a model on a labelled data set.
+
+{commands}
+
+hf-mae evaluate PROTOCOL --help lists the keys of a protocol.
+"""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; 0 if it went well, 2 for a mistake that its one-line message names, 130 if interrupted."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE.format(commands="\n".join(f"  {name:11} {text}" for name, text in COMMANDS.items())))
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE.format(commands=_list_commands(COMMANDS)))
         return 0
-    name, rest = arguments[0], arguments[1:]
-    if name == "--version":
+    if words[0] == "--version":
         from . import __version__
 
         print(__version__)
         return 0
-    runners: dict[str, Callable[[list[str]], int]] = {
-        "pretrain": _pretrain,
-        "finetune": _finetune,
-        "evaluate": _evaluate,
-        "embed": _embed,
-        "reconstruct": _reconstruct,
-        "report": _report,
-        "demo": _demo,
-        "convert": _convert,
-        "export": _export,
-        "push": _push,
-        "card": _card,
-        "prepare": _prepare,
-        "stats": _stats,
-    }
-    if name not in runners:
-        import difflib
-
-        nearest = difflib.get_close_matches(name, runners, n=1)
-        hint = f"did you mean '{nearest[0]}'?" if nearest else f"there are {', '.join(runners)}"
-        return _fail(f"unknown command '{name}'; {hint}")
+    if words[0] == "evaluate" and words[1:2] in (["-h"], ["--help"]):
+        print(EVALUATE_USAGE.format(commands=_list_commands(_protocols())))
+        return 0
     try:
-        return _run(runners[name], rest)
+        return _run(*find_command(words))
+    except UserError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        _fail(f"interrupted; {REPEATS.get(words[0], 'the same command starts anew')}")
+        return 130
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: the line about it in the help, its keys, and what it does with them.
+
+    Args:
+        help: what it does.
+        keys: the dataclass of its keys.
+        run: works with them, and prints the outcome; whatever is slow to import is imported inside.
+        examples: whole command lines, for its help.
+        recipes: what the names of its recipes start with; None if it takes no recipe.
+    """
+
+    help: str
+    keys: type[Recipe]
+    run: Callable[[Any], None]
+    examples: tuple[str, ...] = ()
+    recipes: str | None = None
+
+
+def find_command(words: list[str]) -> tuple[str, list[str]]:
+    """The name of a command in `COMMANDS`, and the words that follow it.
+
+    Raises:
+        UserError: if there is none of this name.
+    """
+    name, rest = words[0], words[1:]
+    if name == "evaluate":
+        if not rest or rest[0].startswith("-"):
+            raise UserError(f"evaluate what? hf-mae evaluate {' | '.join(_protocols())} --model DIR --dataset DATA")
+        if rest[0] not in _protocols():
+            raise UserError(f"unknown protocol '{rest[0]}' of evaluate; {_hint(rest[0], _protocols())}")
+        return f"evaluate {rest[0]}", rest[1:]
+    if name not in COMMANDS:
+        raise UserError(f"unknown command '{name}'; {_hint(name, dict.fromkeys(key.split()[0] for key in COMMANDS))}")
+    return name, rest
+
+
+def _protocols() -> dict[str, "Command"]:
+    names = {name.partition(" ")[2]: command for name, command in COMMANDS.items()}
+    return {name: command for name, command in names.items() if name}
+
+
+def read_keys(name: str, words: list[str]) -> Any:
+    """The keys of a command from its words, checked; `--help` exits with status 0.
+
+    Raises:
+        UserError: for an unknown key, or a value that it can't have.
+    """
+    from .commandline import parse, shipped_recipes
+
+    command = COMMANDS[name]
+    recipes = None if command.recipes is None else shipped_recipes(command.recipes)
+    description = f"{command.help[0].upper()}{command.help[1:]}."
+    prog = f"hf-mae {name}"
+    keys = parse(command.keys, words, prog, recipes=recipes, description=description, examples=command.examples)
+    return keys.finish()
+
+
+def _run(name: str, words: list[str]) -> int:
+    try:
+        keys = read_keys(name, words)  # before torch is imported, so that a mistake is answered at once
+        _prepare_transformers()
+        COMMANDS[name].run(keys)
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         if package not in EXTRAS:
             raise
         return _fail(f"hf-mae {name} needs the package {package}: pip install 'hf-mae[{EXTRAS[package]}]'")
-    except KeyboardInterrupt:
-        _fail(f"interrupted; {REPEATS.get(name, 'the same command starts anew')}")
-        return 130
+    return 0
 
 
-def _run(runner: Callable[[list[str]], int], arguments: list[str]) -> int:
+def _prepare_transformers() -> None:
     from transformers.utils import logging as transformers_logging
 
     from . import register
@@ -100,10 +157,6 @@ def _run(runner: Callable[[list[str]], int], arguments: list[str]) -> int:
     register()
     # One bar, ours: not another one for each file that a library writes.
     transformers_logging.disable_progress_bar()
-    try:
-        return runner(arguments)
-    except UserError as error:
-        return _fail(str(error))
 
 
 def _fail(message: str) -> int:
@@ -111,11 +164,23 @@ def _fail(message: str) -> int:
     return 2
 
 
-def _pretrain(arguments: list[str]) -> int:
-    from .training.pretrain import pretrain
-    from .training.recipe import load_pretrain_recipe
+def _list_commands(commands: dict[str, Command]) -> str:
+    width = max(map(len, commands))
+    return "\n".join(f"  {name:{width}} {command.help}" for name, command in commands.items())
 
-    summary = pretrain(load_pretrain_recipe(arguments))
+
+def _hint(word: str, words: Collection[str]) -> str:
+    nearest = difflib.get_close_matches(word, list(words), n=1)
+    return f"did you mean '{nearest[0]}'?" if nearest else f"there are {', '.join(words)}"
+
+
+# ------------------------------------------------------------------------------------------ what each command does
+
+
+def _pretrain(recipe: PretrainRecipe) -> None:
+    from .training.pretrain import pretrain
+
+    summary = pretrain(recipe)
     if summary["picture"]:  # only the main process has one
         first, last = (
             "not finite" if loss is None else f"{loss:.4f}"
@@ -131,14 +196,11 @@ def _pretrain(arguments: list[str]) -> int:
             f"load it  import hf_mae; from transformers import AutoModel; "
             f"model = AutoModel.from_pretrained({summary['model']!r})"
         )
-    return 0
 
 
-def _finetune(arguments: list[str]) -> int:
+def _finetune(recipe: FinetuneRecipe) -> None:
     from .training.finetune import finetune
-    from .training.finetune_recipe import load_finetune_recipe
 
-    recipe = load_finetune_recipe(arguments)
     result, folder = finetune(recipe), recipe.output_dir
     if result:  # only the main process has one
         bad = result["data"]["bad_samples"]
@@ -151,153 +213,228 @@ def _finetune(arguments: list[str]) -> int:
             f"use it   import hf_mae; from transformers import pipeline; "
             f"pipeline('image-classification', {folder!r})(image)"
         )
-    return 0
 
 
-def _evaluate(arguments: list[str]) -> int:
+def _knn(recipe: KnnRecipe) -> None:
+    from .evaluation.knn import evaluate_knn
+
+    _show_result(recipe, evaluate_knn(recipe))
+
+
+def _linear_probe(recipe: LinearProbeRecipe) -> None:
+    from .evaluation.linear_probe import evaluate_linear_probe
+
+    _show_result(recipe, evaluate_linear_probe(recipe))
+
+
+def _classification(recipe: ClassificationRecipe) -> None:
+    from .evaluation.classification import evaluate_classification
+
+    _show_result(recipe, evaluate_classification(recipe))
+
+
+def _show_result(recipe: ScoreRecipe, result: dict[str, Any] | None) -> None:
     from accelerate import PartialState
 
-    from .evaluation.classification import ClassificationRecipe, evaluate_classification
-    from .evaluation.knn import KnnRecipe, evaluate_knn
-    from .evaluation.linear_probe import LinearProbeRecipe, evaluate_linear_probe
     from .evaluation.results import describe_result
-    from .training.recipe import parse_dataclass
 
-    protocols: dict[str, tuple[Any, Any, str | None]] = {
-        "knn": (KnnRecipe, evaluate_knn, None),
-        "linear-probe": (LinearProbeRecipe, evaluate_linear_probe, "linear_probe_"),
-        "classification": (ClassificationRecipe, evaluate_classification, None),
-    }
-    if not arguments or arguments[0] not in protocols:
-        raise UserError(f"evaluate what? hf-mae evaluate {' | '.join(protocols)} --model DIR --dataset DATA")
-    keys, evaluate, recipes = protocols[arguments[0]]
-    recipe = parse_dataclass(keys, arguments[1:], f"hf-mae evaluate {arguments[0]}", recipes)
-    result = evaluate(recipe)
     PartialState().destroy_process_group()
     if result:  # only the main process has one
         print(describe_result(result))
         print(f"added to {recipe.results_file}" if recipe.results_file else "written nowhere; --results FILE keeps it")
-    return 0
 
 
-def _embed(arguments: list[str]) -> int:
-    from .evaluation.embed import EmbedRecipe, embed
-    from .training.recipe import parse_dataclass
+def _embed(recipe: EmbedRecipe) -> None:
+    from .evaluation.embed import embed
 
-    written = embed(parse_dataclass(EmbedRecipe, arguments, "hf-mae embed"))
+    written = embed(recipe)
     shape = " x ".join(map(str, written["width"]))
     print(f"{written['images']:,} images, {shape} features each: {written['path']}")
-    return 0
 
 
-def _reconstruct(arguments: list[str]) -> int:
-    from .training.recipe import parse_dataclass
-    from .visualize.command import ReconstructRecipe, reconstruct_files
+def _reconstruct(recipe: ReconstructRecipe) -> None:
+    from .visualize.command import reconstruct_files
 
-    drawn = reconstruct_files(parse_dataclass(ReconstructRecipe, arguments, "hf-mae reconstruct"))
+    drawn = reconstruct_files(recipe)
     for key, reason in drawn["bad"]:
         print(f"left out {key}: {reason}")
     for score in drawn["scores"]:
         print(f"masked {score['mask_ratio']:.0%}: {score['psnr']:.2f} dB, SSIM {score['ssim']:.3f} of the hidden part")
     print(f"picture  {drawn['path']}")
-    return 0
 
 
-def _report(arguments: list[str]) -> int:
-    from .report import ReportRecipe, write_report
-    from .training.recipe import parse_dataclass
+def _report(recipe: ReportRecipe) -> None:
+    from .report import write_report
 
-    folders_first = bool(arguments) and not arguments[0].startswith("-")
-    recipe = parse_dataclass(ReportRecipe, ["--runs", *arguments] if folders_first else arguments, "hf-mae report")
-    out = recipe.out or f"{recipe.runs[0]}/report.html"
-    write_report(recipe.runs, out)
-    print(f"report   {out}")
-    return 0
+    file = recipe.output or f"{recipe.runs[0]}/report.html"
+    write_report(recipe.runs, file)
+    print(f"report   {file}")
 
 
-def _demo(arguments: list[str]) -> int:
-    from .demo import DemoRecipe, run_demo
-    from .training.recipe import parse_dataclass
+def _demo(recipe: DemoRecipe) -> None:
+    from .demo import run_demo
 
-    if folder := run_demo(parse_dataclass(DemoRecipe, arguments, "hf-mae demo")):
+    if folder := run_demo(recipe):
         print(f"space    {folder}\npublish  hf upload --repo-type space USER/NAME {folder}")
-    return 0
 
 
-def _convert(arguments: list[str]) -> int:
-    from .conversion.convert import convert, describe_conversion, parse_options
+def _convert(recipe: ConvertRecipe) -> None:
+    from .conversion.convert import convert, describe_conversion
 
-    options = parse_options(arguments)
-    print(describe_conversion(convert(options), options.dest))
-    return 0
+    print(describe_conversion(convert(recipe), recipe.output_dir))
 
 
-def _export(arguments: list[str]) -> int:
-    from .conversion.export import describe_export, export, parse_options
+def _export(recipe: ExportRecipe) -> None:
+    from .conversion.export import describe_export, export
 
-    print(describe_export(export(parse_options(arguments))))
-    return 0
+    print(describe_export(export(recipe)))
 
 
-def _push(arguments: list[str]) -> int:
-    from dataclasses import asdict
+def _push(recipe: PushRecipe) -> None:
+    from .hub.push import push
 
-    from .hub.push import PushRecipe, push
-    from .training.recipe import parse_dataclass
-
-    published = push(**asdict(parse_dataclass(PushRecipe, _keyed(arguments, "folder"), "hf-mae push")))
+    published = push(recipe.model, recipe.repo_id, recipe.private, recipe.revision)
     print(
         f"published {published['url']} at {published['commit']}\n"
         f"loaded from there without this package: largest difference {published['difference']:.3g}"
     )
-    return 0
 
 
-def _card(arguments: list[str]) -> int:
-    from .hub.push import CardRecipe, write_card
-    from .training.recipe import parse_dataclass
+def _card(recipe: CardRecipe) -> None:
+    from .hub.push import write_card
 
-    keys = parse_dataclass(CardRecipe, _keyed(arguments, "folder", "output"), "hf-mae card")
-    picture = write_card(keys.folder, keys.output)
-    print(f"card     {keys.output}" + (f"\npicture  {picture}" if picture else ""))
-    return 0
+    picture = write_card(recipe.model, recipe.output)
+    print(f"card     {recipe.output}" + (f"\npicture  {picture}" if picture else ""))
 
 
-def _keyed(arguments: list[str], *keys: str) -> list[str]:
-    """The first words as flags, where they are none: `push FOLDER` for `push --folder FOLDER`."""
-    if not keys or not arguments or arguments[0].startswith("-"):
-        return arguments
-    return [f"--{keys[0]}", arguments[0], *_keyed(arguments[1:], *keys[1:])]
+def _prepare(recipe: PrepareRecipe) -> None:
+    from .data.prepare import prepare
 
-
-def _prepare(arguments: list[str]) -> int:
-    from .data.prepare import PrepareRecipe, prepare
-    from .training.recipe import parse_dataclass
-
-    recipe = parse_dataclass(PrepareRecipe, _keyed(arguments, "source", "dest"), "hf-mae prepare")
     for name, split in prepare(recipe)["splits"].items():
         bad = ", ".join(f"{count} {reason}" for reason, count in split["bad"].items())
         left_out = f"; left out: {bad}" if bad else ""
         print(f"{name}: {split['rows']:,} images in {len(split['shards'])} shards{left_out}")
-    print(f"data     {recipe.dest}\nuse it   hf-mae pretrain --dataset {recipe.dest}")
-    return 0
+    print(f"data     {recipe.output_dir}\nuse it   hf-mae pretrain --dataset {recipe.output_dir}")
 
 
-def _stats(arguments: list[str]) -> int:
+def _stats(recipe: StatsRecipe) -> None:
     import json
 
     from .data.order import Rows
     from .data.splits import source_of
     from .data.stats import channel_stats, probe_rows
-    from .training.recipe import load_pretrain_recipe
 
-    recipe = load_pretrain_recipe(arguments)
     rows = Rows(source_of(recipe, recipe.streaming))
     num_channels, dtype = probe_rows(rows)
-    num_channels = recipe.model_config.get("num_channels", num_channels)
-    print(json.dumps(channel_stats(rows, num_channels, dtype, recipe.max_samples or len(rows)), indent=1))
-    return 0
+    print(
+        json.dumps(
+            channel_stats(rows, recipe.num_channels or num_channels, dtype, recipe.max_samples or len(rows)), indent=1
+        )
+    )
 
+
+COMMANDS: dict[str, Command] = {
+    "pretrain": Command(
+        "train a masked autoencoder, from scratch or from a checkpoint",
+        PretrainRecipe,
+        _pretrain,
+        (
+            "hf-mae pretrain --recipe quickstart",
+            "hf-mae pretrain --recipe cifar10_vit_tiny --dataset path/to/images --output_dir outputs/mine",
+            "torchrun --nproc_per_node 8 -m hf_mae.cli pretrain --recipe vit_base_in1k --resume auto",
+        ),
+        recipes="",
+    ),
+    "finetune": Command(
+        "train a classifier on a pretrained model, with labels",
+        FinetuneRecipe,
+        _finetune,
+        ("hf-mae finetune --recipe finetune_quickstart --model outputs/quickstart",),
+        recipes="finetune_",
+    ),
+    "evaluate knn": Command(
+        "classify by the nearest neighbours among frozen features",
+        KnnRecipe,
+        _knn,
+        ("hf-mae evaluate knn --model outputs/mine --dataset path/to/images",),
+    ),
+    "evaluate linear-probe": Command(
+        "train a linear classifier on frozen features",
+        LinearProbeRecipe,
+        _linear_probe,
+        (
+            "hf-mae evaluate linear-probe --model outputs/mine --dataset path/to/images",
+            "hf-mae evaluate linear-probe --recipe linear_probe_vit_base_in1k --model outputs/base",
+        ),
+        recipes="linear_probe_",
+    ),
+    "evaluate classification": Command(
+        "score a fine-tuned model",
+        ClassificationRecipe,
+        _classification,
+        ("hf-mae evaluate classification --model outputs/finetune_quickstart --dataset digits",),
+    ),
+    "embed": Command(
+        "write frozen features of any data to a parquet or numpy file",
+        EmbedRecipe,
+        _embed,
+        ("hf-mae embed --model outputs/mine --dataset path/to/images --output features.parquet",),
+    ),
+    "reconstruct": Command(
+        "draw original, masked and reconstructed images of a pretrained model",
+        ReconstructRecipe,
+        _reconstruct,
+        ("hf-mae reconstruct photo.jpg path/to/images --model outputs/mine --mask_ratios 0.75 --output picture.png",),
+    ),
+    "report": Command(
+        "write one HTML file about a run, or about several side by side",
+        ReportRecipe,
+        _report,
+        ("hf-mae report outputs/mine", "hf-mae report outputs/a outputs/b --output compared.html"),
+    ),
+    "demo": Command(
+        "start a page to try a pretrained model on your own photos, or write it as a Space",
+        DemoRecipe,
+        _demo,
+        ("hf-mae demo --model outputs/mine --gallery path/to/images",),
+    ),
+    "convert": Command(
+        "convert weights of the original (.pth), of transformers' vit_mae and of timm to ours, or back",
+        ConvertRecipe,
+        _convert,
+        ("hf-mae convert facebook/vit-mae-base outputs/base", "hf-mae convert outputs/mine outputs/for_timm --to timm"),
+    ),
+    "export": Command(
+        "write an encoder or a classifier as an ONNX file, or as a file of torch.export",
+        ExportRecipe,
+        _export,
+        ("hf-mae export outputs/mine outputs/mine_onnx --to onnx",),
+    ),
+    "push": Command(
+        "publish a model on the Hugging Face Hub with the code that loads it, and check what comes back",
+        PushRecipe,
+        _push,
+        ("hf-mae push outputs/mine --repo_id user/mine --private true",),
+    ),
+    "card": Command(
+        "write a model's card to a file, as push would publish it",
+        CardRecipe,
+        _card,
+        ("hf-mae card outputs/mine cards/mine.md",),
+    ),
+    "prepare": Command(
+        "re-encode a data set once, at the size that training needs, to sharded parquet",
+        PrepareRecipe,
+        _prepare,
+        ("hf-mae prepare path/to/images outputs/images_256 --short_side 256 --num_workers 8",),
+    ),
+    "stats": Command(
+        "print a data set's mean and standard deviation per channel",
+        StatsRecipe,
+        _stats,
+        ("hf-mae stats --dataset path/to/images",),
+    ),
+}
 
 if __name__ == "__main__":
     sys.exit(main())

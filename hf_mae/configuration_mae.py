@@ -51,8 +51,8 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
         decoder_num_hidden_layers: decoder blocks (Table 1a).
         decoder_num_attention_heads: decoder heads.
         decoder_intermediate_size: width of the decoder's MLPs.
-        decoder_type: "self": self-attention over visible and mask tokens, as in the paper; "cross": each mask token
-            attends to the visible ones alone (CrossMAE, arXiv:2401.14391), which predicts removed patches only.
+        decoder_attention: "self": self-attention over visible and mask tokens, as in the paper; "cross": each mask
+            token attends to the visible ones alone (CrossMAE, arXiv:2401.14391), which predicts removed patches only.
         decoder_fusion: with "cross", let each decoder block read its own learned sum of what the encoder's embedding
             and blocks give, instead of the last one's output ("inter-block attention" in CrossMAE).
         mask_ratio: fraction of patches removed in pretraining, in [0, 1) (Fig. 5).
@@ -100,7 +100,7 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
     decoder_num_hidden_layers: int = 8
     decoder_num_attention_heads: int = 16
     decoder_intermediate_size: int = 2048
-    decoder_type: Literal["self", "cross"] = "self"
+    decoder_attention: Literal["self", "cross"] = "self"
     decoder_fusion: bool = False
     mask_ratio: float | int = 0.75
     prediction_ratio: float | int | None = None
@@ -168,6 +168,16 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
         return self.grid_size[0] * self.grid_size[1]
 
     def _check(self) -> None:
+        self._check_sizes()
+        self._check_widths()
+        if self.num_channels < 1:
+            raise ValueError(f"num_channels {self.num_channels} is not positive; give 1 or more")
+        self.num_kept_patches(self.mask_ratio)
+        self._check_prediction()
+        if not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate {self.drop_path_rate} lies outside [0, 1); give e.g. 0.1")
+
+    def _check_sizes(self) -> None:
         for key in ("image_size", "patch_size"):
             value = getattr(self, key)
             if isinstance(value, list) and len(value) != 2:
@@ -182,6 +192,8 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
                 f"image_size {height}x{width} is not a multiple of patch_size {patch_height}x{patch_width}; "
                 f"the nearest that fits is {nearest[0]}x{nearest[1]}"
             )
+
+    def _check_widths(self) -> None:
         for name in ("", "decoder_"):
             width, heads = getattr(self, f"{name}hidden_size"), getattr(self, f"{name}num_attention_heads")
             if heads < 1 or width % heads or width % 4:
@@ -189,19 +201,18 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
                     f"{name}hidden_size {width} must be a multiple of {name}num_attention_heads {heads}, and of 4 "
                     "for the sin-cos positions; change one of the two"
                 )
-        if self.num_channels < 1:
-            raise ValueError(f"num_channels {self.num_channels} is not positive; give 1 or more")
-        self.num_kept_patches(self.mask_ratio)
-        if self.decoder_type == "self" and (self.decoder_fusion or self.prediction_ratio is not None):
+
+    def _check_prediction(self) -> None:
+        if self.decoder_attention == "self" and (self.decoder_fusion or self.prediction_ratio is not None):
             given = "decoder_fusion" if self.decoder_fusion else f"prediction_ratio {self.prediction_ratio}"
-            raise ValueError(f"{given} needs decoder_type cross, not self; leave it out, or change decoder_type")
+            raise ValueError(
+                f"{given} needs decoder_attention cross, not self; leave it out, or change decoder_attention"
+            )
         if self.prediction_ratio is not None and not 0 < self.prediction_ratio <= self.mask_ratio:
             raise ValueError(
                 f"prediction_ratio {self.prediction_ratio} lies outside (0, mask_ratio {self.mask_ratio}]: only "
                 "removed patches are predicted; use e.g. 0.25"
             )
-        if not 0 <= self.drop_path_rate < 1:
-            raise ValueError(f"drop_path_rate {self.drop_path_rate} lies outside [0, 1); give e.g. 0.1")
 
     def patch_grid(self, shape: Sequence[int], any_size: bool) -> tuple[int, int]:
         """The patches (h, w) of a batch of images, or an error that names what doesn't fit.

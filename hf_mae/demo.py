@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from .data.order import Rows
 from .data.sources import DataError, open_source
 from .errors import UserError
 from .evaluation.knn import nearest
+from .keys.publishing_keys import DemoRecipe, Statistics
 from .visualize.command import Reconstructor
 from .visualize.grid import FOOTERS, GRAY, to_pictures
-from .visualize.reconstruction import Statistics, masked_scores, reconstruct, seeded_noise, to_unit_range
+from .visualize.reconstruction import masked_scores, reconstruct, seeded_noise, to_unit_range
 
 SIDE, THUMBNAIL, NEIGHBOURS = 384, 96, 8
 PICTURES = {
@@ -31,19 +32,6 @@ PICTURES = {
     "attention": "Attention of the patch you clicked",
 }
 HIDE, ATTEND = "hides or shows it", "shows what it attends to"
-
-
-@dataclass
-class DemoRecipe:
-    """Keys of `hf-mae demo`."""
-
-    model: str = field(metadata={"help": "folder or Hub id of a pretrained model"})
-    gallery: str | None = field(default=None, metadata={"help": "data set among which neighbours are looked for"})
-    gallery_split: str = field(default="train", metadata={"help": "split of the gallery"})
-    max_gallery: int = field(default=1000, metadata={"help": "images of the gallery, evenly spaced"})
-    host: str = field(default="127.0.0.1", metadata={"help": "address to listen on; 0.0.0.0 for everyone"})
-    port: int = field(default=7860, metadata={"help": "port to listen on; 0 for any that is free"})
-    export: str | None = field(default=None, metadata={"help": "write a Space to this folder, and don't start"})
 
 
 @dataclass(frozen=True)
@@ -267,7 +255,7 @@ def run_demo(recipe: DemoRecipe) -> str | None:
     Raises:
         UserError: for what a user can mend; one line with the remedy.
     """
-    if recipe.export:
+    if recipe.output_dir:
         return export_space(recipe)
     gallery = None
     if recipe.gallery:
@@ -296,7 +284,7 @@ app_file: app.py
 license: apache-2.0
 ---
 
-Hide a part of a photo and see what the masked autoencoder `{name}` makes of it. Written by `hf-mae demo --export`.
+Hide a part of a photo and see what the masked autoencoder `{name}` makes of it. Written by `hf-mae demo --output_dir`.
 """
 REQUIREMENTS = (
     "torch", "torchvision", "transformers>=5.17", "safetensors", "accelerate>=1.12", "datasets>=5.2", "evaluate>=0.4.6",
@@ -311,9 +299,9 @@ def export_space(recipe: DemoRecipe) -> str:
     Raises:
         DataError: if there is no such model, or the folder holds something else.
     """
-    folder, model = Path(str(recipe.export)), Path(recipe.model)
+    folder, model = Path(str(recipe.output_dir)), Path(recipe.model)
     if folder.exists() and (folder.is_file() or any(folder.iterdir())):
-        raise DataError(f"{folder} is there and not empty; name another folder by --export")
+        raise DataError(f"{folder} is there and not empty; name another folder by --output_dir")
     Reconstructor(recipe.model)  # raises if it can't be loaded
     shutil.copytree(Path(__file__).parent, folder / "hf_mae", ignore=shutil.ignore_patterns("__pycache__"))
     if model.is_dir():

@@ -247,7 +247,7 @@ class MAEModel(MAEPreTrainedModel):
 
 
 class MAEForPreTraining(MAEPreTrainedModel):
-    """Encoder and decoder (`config.decoder_type`): predicts the pixels of removed patches."""
+    """Encoder and decoder (`config.decoder_attention`): predicts the pixels of removed patches."""
 
     # The loss is a mean over the batch, whatever a Trainer passes: accumulated steps weigh alike.
     accepts_loss_kwargs = False
@@ -255,7 +255,7 @@ class MAEForPreTraining(MAEPreTrainedModel):
     def __init__(self, config: MAEConfig):
         super().__init__(config)
         self.mae = MAEModel(config)
-        self.decoder = MAECrossDecoder(config) if config.decoder_type == "cross" else MAEDecoder(config)
+        self.decoder = MAECrossDecoder(config) if config.decoder_attention == "cross" else MAEDecoder(config)
         self.post_init()
 
     @can_return_tuple
@@ -312,7 +312,7 @@ class MAEForPreTraining(MAEPreTrainedModel):
 
     def decode(self, encoded: MAEModelOutput, chosen: ChosenPatches, ids: torch.Tensor) -> torch.Tensor:
         """(B, N, V) predicted patches in image order: all, or those of `ids` (B, M) by the "cross" decoder."""
-        if self.config.decoder_type == "cross":
+        if self.config.decoder_attention == "cross":
             memory = encoded.last_hidden_state if encoded.features is None else encoded.features
             return self.decoder(memory, ids, chosen.grid_size)
         return self.decoder(encoded.last_hidden_state, chosen.ids_restore, chosen.grid_size)

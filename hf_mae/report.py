@@ -6,7 +6,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +51,6 @@ for (const slider of document.querySelectorAll('input[type=range]')) {
   show();
 }
 """
-
-
-@dataclass
-class ReportRecipe:
-    """Keys of `hf-mae report`."""
-
-    runs: list[str] = field(metadata={"help": "folders of runs"})
-    out: str | None = field(default=None, metadata={"help": "file to write; report.html of the first run if omitted"})
 
 
 @dataclass
@@ -126,7 +118,7 @@ def write_report(folders: Sequence[str | Path], out: str | Path) -> None:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         Path(out).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise DataError(f"{out} can't be written: {error.strerror}; name another file by --out") from error
+        raise DataError(f"{out} can't be written: {error.strerror}; name another file by --output") from error
 
 
 def page(runs: Sequence[Run]) -> str:

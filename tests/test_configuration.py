@@ -53,6 +53,13 @@ def test_the_grid_is_counted_from_top_to_bottom_and_from_left_to_right():
     assert config.num_patches == 48
 
 
+def test_what_transformers_scripts_write_to_decoder_type_changes_nothing(tmp_path):
+    config = tiny_config()
+    config.update({"decoder_type": "simmim"})  # run_mim.py, for every model
+    config.save_pretrained(tmp_path)
+    assert MAEConfig.from_pretrained(tmp_path).decoder_attention == "self"
+
+
 def test_a_config_is_the_same_after_saving_and_loading(tmp_path):
     config = tiny_config(image_size=(48, 32), patch_size=(8, 4), out_indices=[1, 3], num_labels=7, mask_cell=2)
     config.save_pretrained(tmp_path)

@@ -13,7 +13,7 @@ from hf_mae.layers_mae import MAEMLP, MAEAttention, sincos_table
 from hf_mae.masking_mae import normalize_patches, patchify
 from hf_mae.visualize.reconstruction import reconstruct
 
-CROSS = {"decoder_type": "cross"}
+CROSS = {"decoder_attention": "cross"}
 QUARTER = {**CROSS, "prediction_ratio": 0.25}
 FUSED = {**QUARTER, "decoder_fusion": True}
 variants = pytest.mark.parametrize("overrides", [CROSS, QUARTER, FUSED], ids=["all", "quarter", "fused quarter"])
@@ -113,7 +113,7 @@ def test_a_part_of_the_predictions_changes_neither_encoder_nor_masks_nor_other_p
 
 @pytest.mark.parametrize(("removed", "predicted", "count"), [(0.75, 0.75, 12), (0.75, 0.1, 2), (0.7, 0.7, 12)])
 def test_as_many_patches_are_predicted_as_a_mask_of_that_ratio_would_remove(removed, predicted, count):
-    model = tiny(MAEForPreTraining, decoder_type="cross", mask_ratio=removed, prediction_ratio=predicted)
+    model = tiny(MAEForPreTraining, decoder_attention="cross", mask_ratio=removed, prediction_ratio=predicted)
     logits = model.train()(pixels(), noise=draw_noise()).logits
     assert logits.any(dim=-1).sum(dim=1).tolist() == [count, count]
 
@@ -301,18 +301,18 @@ def test_a_run_of_the_command_trains_it_and_goes_on_exactly(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"prediction_ratio": 0.25}, r"prediction_ratio 0.25 needs decoder_type cross, not self"),
-        ({"decoder_fusion": True}, r"decoder_fusion needs decoder_type cross, not self"),
+        ({"prediction_ratio": 0.25}, r"prediction_ratio 0.25 needs decoder_attention cross, not self"),
+        ({"decoder_fusion": True}, r"decoder_fusion needs decoder_attention cross, not self"),
         (
             {**CROSS, "prediction_ratio": 0.8},
             r"prediction_ratio 0.8 lies outside \(0, mask_ratio 0.75\]: .* use e.g. 0.25",
         ),
         ({**CROSS, "prediction_ratio": 0}, r"prediction_ratio 0 lies outside \(0, mask_ratio 0.75\]"),
-        ({"decoder_type": "crossed"}, r"decoder_type"),
+        ({"decoder_attention": "crossed"}, r"decoder_attention"),
     ],
 )
 def test_what_does_not_go_together_is_refused(overrides, message):
     with pytest.raises(Exception, match=message) as error:
         tiny_config(**overrides)
-    if overrides != {"decoder_type": "crossed"}:
+    if overrides != {"decoder_attention": "crossed"}:
         assert "\n" not in str(error.value).split(": ", 1)[-1]

@@ -4,21 +4,20 @@ Read the source, check ours against the source's own implementation, adapt it on
 read it back by the target's own implementation, check again, and only then give it its name.
 """
 
-import argparse
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from safetensors import SafetensorError
 from transformers import __version__ as transformers_version
 
 from ..errors import UserError
+from ..keys import height_width
+from ..keys.publishing_keys import ConvertRecipe
 from .compare import largest_difference, run_ours
 from .processors import SETTINGS, adapt_channels, evaluation_processor
-from .pth import read_pth
-from .read import NON_COMMERCIAL, RECORD, Numbers, Source, open_source
+from .read import NON_COMMERCIAL, RECORD, Source, open_source
 from .write import WRITERS, describe_use, part_for
 
 NOTE = (
@@ -27,51 +26,7 @@ NOTE = (
 )
 
 
-@dataclass
-class ConvertOptions(Numbers):
-    """The command line of `hf-mae convert`; see `convert_parser`."""
-
-    source: str = ""
-    dest: str = ""
-    to: str = "mae"
-    num_channels: int | None = None
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Raises what argparse would print with a page of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
-def parse_options(arguments: list[str]) -> ConvertOptions:
-    """Read the command line.
-
-    Raises:
-        UserError: for an unknown flag or a bad value.
-    """
-    parser = OneLineParser(prog="hf-mae convert", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
-    parser.add_argument("source", help=".pth or .safetensors file, folder, or Hub id")
-    parser.add_argument("dest", help="folder to write; must not exist, or be empty")
-    parser.add_argument("--to", choices=list(WRITERS), default="mae", help="format to write (default: %(default)s)")
-    parser.add_argument("--image_size", type=int, nargs="+", help="move to another size: pixels, or height and width")
-    parser.add_argument("--num_channels", type=int, help="move to another number of channels")
-    parser.add_argument("--num_attention_heads", type=int, help="of a file's encoder, where no table knows its width")
-    parser.add_argument("--decoder_num_attention_heads", type=int, help="of a file's decoder")
-    parser.add_argument("--norm_pix_loss", type=_boolean, help="true | false: a file's decoder predicts such patches")
-    options = ConvertOptions(**vars(parser.parse_args(arguments)))
-    if options.image_size and len(options.image_size) > 2:
-        parser.error(f"--image_size {options.image_size} has more than a height and a width")
-    return options
-
-
-def _boolean(word: str) -> bool:
-    if word.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{word} is neither true nor false")
-    return word.lower() == "true"
-
-
-def convert(options: ConvertOptions) -> dict[str, Any]:
+def convert(recipe: ConvertRecipe) -> dict[str, Any]:
     """Convert a model, or write nothing.
 
     Returns:
@@ -80,37 +35,37 @@ def convert(options: ConvertOptions) -> dict[str, Any]:
     Raises:
         UserError: if the source can't be read or expressed, DEST isn't empty, or outputs differ.
     """
-    dest = Path(options.dest).absolute()
+    dest = Path(recipe.output_dir).absolute()
     if dest.is_file() or (dest.is_dir() and any(dest.iterdir())):
-        raise UserError(f"{options.dest} is there and not empty; name another folder")
-    source = open_source(options.source, options)
+        raise UserError(f"{recipe.output_dir} is there and not empty; name another folder")
+    source = open_source(recipe.model, recipe)
     config, ours = source.model.config, run_ours(source.model)
-    differences = {"read": largest_difference(source.run, ours, config, f"{options.source} and hf_mae")}
-    changes = _adapt(source, options)
-    model, more = part_for(source.model, options.to)
+    differences = {"read": largest_difference(source.run, ours, config, f"{recipe.model} and hf_mae")}
+    changes = _adapt(source, recipe)
+    model, more = part_for(source.model, recipe.to)
     temporary = dest.with_name(f".tmp-{dest.name}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        written = WRITERS[options.to](model, source.processor, temporary)
-        differences["written"] = largest_difference(run_ours(model), written, config, f"hf_mae and {options.to}")
-        record = _record(source, options, differences, changes + more)
+        written = WRITERS[recipe.to](model, source.processor, temporary)
+        differences["written"] = largest_difference(run_ours(model), written, config, f"hf_mae and {recipe.to}")
+        record = _record(source, recipe, differences, changes + more)
         (temporary / RECORD).write_text(json.dumps(record, indent=2) + "\n")
         temporary.replace(dest)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{options.dest} can't be written: {error}; name another folder, or make room") from error
+        raise UserError(f"{recipe.output_dir} can't be written: {error}; name another folder, or make room") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return record | {"use": describe_use(options.to, model, options.dest)}
+    return record | {"use": describe_use(recipe.to, model, recipe.output_dir)}
 
 
-def _adapt(source: Source, options: ConvertOptions) -> list[str]:
+def _adapt(source: Source, recipe: ConvertRecipe) -> list[str]:
     """Another image size or channel count, in place; what was done, in words."""
     config, changes = source.model.config, []
-    size = tuple(options.image_size * 2)[:2] if options.image_size else config.image_height_width
+    size = height_width(recipe.image_size) if recipe.image_size else config.image_height_width
     old, channels = config.image_height_width, config.num_channels
     try:
-        source.model.resize_input(list(size) if size[0] != size[1] else size[0], options.num_channels)
+        source.model.resize_input(list(size) if size[0] != size[1] else size[0], recipe.num_channels)
     except ValueError as error:
         raise UserError(str(error)) from error
     if size != old:
@@ -124,15 +79,13 @@ def _adapt(source: Source, options: ConvertOptions) -> list[str]:
     return changes
 
 
-def _record(
-    source: Source, options: ConvertOptions, differences: dict[str, float], changes: list[str]
-) -> dict[str, Any]:
+def _record(source: Source, recipe: ConvertRecipe, differences: dict[str, float], changes: list[str]) -> dict[str, Any]:
     from .. import __version__
 
     return {
-        "source": options.source,
+        "source": recipe.model,
         "from": source.format,
-        "to": options.to,
+        "to": recipe.to,
         "class": type(source.model).__name__,
         "revision": source.revision,
         "sha256": source.sha256,
@@ -158,6 +111,3 @@ def describe_conversion(record: dict[str, Any], dest: str) -> str:
         f"load it  {record['use']}",
     ]
     return "\n".join(lines)
-
-
-__all__ = ["ConvertOptions", "UserError", "convert", "describe_conversion", "parse_options", "read_pth"]

@@ -6,7 +6,6 @@ on several batches before the folder gets its name.
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +15,12 @@ from torch import nn
 from ..classifier_mae import MAEForImageClassification
 from ..errors import UserError
 from ..hub.check import compare
+from ..keys.publishing_keys import ExportRecipe, Numbers
 from ..modeling_mae import MAEForPreTraining
-from .convert import OneLineParser
-from .read import Numbers, open_source
+from .read import open_source
 
 BATCHES = (1, 2, 5)  # sizes that are compared
 Graph = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
-
-
-@dataclass
-class ExportOptions:
-    """The command line of `hf-mae export`; see `parse_options`."""
-
-    source: str
-    dest: str
-    to: str
 
 
 class Tensors(nn.Module):
@@ -47,20 +37,7 @@ class Tensors(nn.Module):
         return tuple(output[name] for name in self.names)
 
 
-def parse_options(arguments: list[str]) -> ExportOptions:
-    """Read the command line.
-
-    Raises:
-        UserError: for an unknown flag or a bad value.
-    """
-    parser = OneLineParser(prog="hf-mae export", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
-    parser.add_argument("source", help="model: folder or Hub id, or any other source of hf-mae convert")
-    parser.add_argument("dest", help="folder to write; must not exist, or be empty")
-    parser.add_argument("--to", choices=list(WRITERS), default="onnx", help="kind of graph (default: %(default)s)")
-    return ExportOptions(**vars(parser.parse_args(arguments)))
-
-
-def export(options: ExportOptions) -> dict[str, Any]:
+def export(recipe: ExportRecipe) -> dict[str, Any]:
     """Export a model, or write nothing.
 
     Returns:
@@ -70,34 +47,34 @@ def export(options: ExportOptions) -> dict[str, Any]:
     Raises:
         UserError: if the source can't be read, DEST isn't empty, or outputs differ by more than 1e-5 of their scale.
     """
-    dest = Path(options.dest).absolute()
+    dest = Path(recipe.output_dir).absolute()
     if dest.is_file() or (dest.is_dir() and any(dest.iterdir())):
-        raise UserError(f"{options.dest} is there and not empty; name another folder")
-    source = open_source(options.source, Numbers())
+        raise UserError(f"{recipe.output_dir} is there and not empty; name another folder")
+    source = open_source(recipe.model, Numbers())
     model = source.model.mae if isinstance(source.model, MAEForPreTraining) else source.model
     temporary = dest.with_name(f".tmp-{dest.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        file, write = WRITERS[options.to]
+        file, write = WRITERS[recipe.to]
         tensors = Tensors(model).eval()
         graph = write(tensors, _images(model, 2), temporary / file)
-        difference = max(_difference(tensors, graph, batch, options.to) for batch in BATCHES)
+        difference = max(_difference(tensors, graph, batch, recipe.to) for batch in BATCHES)
         model.config.save_pretrained(temporary)
         source.processor.save_pretrained(temporary)
         temporary.replace(dest)
     except OSError as error:
-        raise UserError(f"{options.dest} can't be written: {error}; name another folder, or make room") from error
+        raise UserError(f"{recipe.output_dir} can't be written: {error}; name another folder, or make room") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     outputs = dict(zip(tensors.names, tensors(_images(model, 1)), strict=True))
     return {
         "part": "classifier" if isinstance(model, MAEForImageClassification) else "encoder",
-        "file": f"{options.dest}/{file}",
+        "file": f"{recipe.output_dir}/{file}",
         "inputs": {"pixel_values": ["batch", *_images(model, 1).shape[1:]]},
         "outputs": {name: ["batch", *value.shape[1:]] for name, value in outputs.items()},
         "difference": difference,
-        "use": USES[options.to].format(file=f"{options.dest}/{file}"),
+        "use": USES[recipe.to].format(file=f"{recipe.output_dir}/{file}"),
     }
 
 

@@ -14,6 +14,8 @@ from ..classifier_mae import MAEForImageClassification
 from ..configuration_mae import SIZES, MAEConfig
 from ..errors import UserError
 from ..image_processing_mae import MAEImageProcessor
+from ..keys import height_width
+from ..keys.publishing_keys import Numbers
 from ..modeling_mae import MAEForPreTraining, MAEModel
 from . import reference
 from .compare import Outputs, Probe, Run, run_ours, run_timm, run_transformers
@@ -34,16 +36,6 @@ PRETRAINING = (
     "mask_ratio", "norm_pix_loss",
 )  # fmt: skip
 LABELS = ("id2label", "label2id", "problem_type")
-
-
-@dataclass
-class Numbers:
-    """What weights don't say about themselves; None: not given."""
-
-    image_size: list[int] | None = None
-    num_attention_heads: int | None = None
-    decoder_num_attention_heads: int | None = None
-    norm_pix_loss: bool | None = None
 
 
 @dataclass
@@ -255,7 +247,7 @@ def _class_of(weights: dict[str, torch.Tensor]) -> Any:
     return MAEForImageClassification if "head.weight" in weights else MAEModel
 
 
-def _config_from(weights: dict[str, torch.Tensor], image_size: list[int] | None) -> dict[str, Any]:
+def _config_from(weights: dict[str, torch.Tensor], image_size: int | list[int] | None) -> dict[str, Any]:
     """What shapes say: everything but the heads. A number of patches that is no square needs the image size."""
     D, C, P, Q = weights["patch_embed.proj.weight"].shape
     N = weights["pos_embed"].shape[1] - 1
@@ -263,7 +255,7 @@ def _config_from(weights: dict[str, torch.Tensor], image_size: list[int] | None)
     if side * side == N:
         size = [side * P, side * Q]
     elif image_size:
-        size = image_size if len(image_size) == 2 else image_size * 2
+        size = list(height_width(image_size))
     else:
         raise UserError(f"{N} patches make no square; say which height and width by --image_size H W")
     settings = {

@@ -92,7 +92,8 @@ def write_timm(model: Any, processor: MAEImageProcessor, folder: Path) -> Run:
             **timm_settings(processor, config),
             "num_classes": num_classes,
             "fixed_input_size": True,
-            "first_conv": "patch_embed.proj",
+            # Before 1.0.31, timm takes the filters of any `first_conv` for those of 3 channels, and replaces others.
+            "first_conv": "patch_embed.proj" if config.num_channels == 3 else None,
             "classifier": "head",
         },
     }
@@ -190,8 +191,10 @@ def _refuse_oblong(model: Any, name: str) -> None:
 
 
 def _refuse_cross_attention(model: Any, name: str) -> None:
-    if isinstance(model, MAEForPreTraining) and model.config.decoder_type == "cross":
-        raise UserError(f"{name} can't express decoder_type cross; use --to vit or --to timm for the encoder alone")
+    if isinstance(model, MAEForPreTraining) and model.config.decoder_attention == "cross":
+        raise UserError(
+            f"{name} can't express decoder_attention cross; use --to vit or --to timm for the encoder alone"
+        )
 
 
 def _refuse_other_activations(model: Any, name: str) -> None:

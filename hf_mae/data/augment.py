@@ -93,7 +93,8 @@ def training_view(
     height, width = height_width(image)
     view = _crop_and_resize(image, size, random_resized_crop_box(rng, height, width, size, scale, one_draw=one_draw))
     if flip and rng.random() < 0.5:
-        view = view.flip(-1)
+        # PyTorch 2.11 can't flip uint16 on a CPU, but the same bytes as int16.
+        view = view.view(torch.int16).flip(-1).view(torch.uint16) if view.dtype == torch.uint16 else view.flip(-1)
     return view.numpy()
 
 

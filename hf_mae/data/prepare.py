@@ -15,7 +15,7 @@ import io
 import json
 import os
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from ..errors import DataError
 from ..image_processing_base_mae import resize_bands
+from ..keys.data_keys import PrepareRecipe
 from .decode import BadImage, as_bad_image, load_image
 from .loader import each_batch, ignore_termination
 from .order import Rows
@@ -37,50 +38,8 @@ ROW_GROUP = 100  # rows; what is fetched at once where the data is streamed
 TYPE_ROWS = 100  # of which the type of a label column is found
 
 
-def _key(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass
-class PrepareRecipe:
-    """Keys of `hf-mae prepare SRC DST`."""
-
-    source: str = field(metadata={"help": "what --dataset takes: Hub id, folder or URL of images, parquet, tars"})
-    dest: str = field(metadata={"help": "folder to write"})
-    dataset_config: str | None = _key(None, "configuration name of a Hub data set")
-    dataset_revision: str | None = _key(None, "branch, tag or commit of a Hub data set")
-    split: str | None = _key(None, "this split alone; all of them when omitted")
-    image_column: str | None = _key(None, "column of the images; found by type when omitted")
-    label_column: str | None = _key(None, "column of the labels; found by type or name when omitted")
-    short_side: int = _key(256, "pixels of the shorter side; images that are not larger stay what they are")
-    quality: int = _key(90, "of JPEG, 1 to 95")
-    rows_per_shard: int = _key(5000, "images of a file")
-    num_workers: int = _key(2, "processes, a shard each; 0 works in this one")
-    max_bad_fraction: float = _key(0.01, "an error if more of the images than this can't be decoded")
-
-    def check(self) -> None:
-        """Raise a DataError for a value that can't be."""
-        limits = {"short_side": (1, 65_535), "quality": (1, 95), "rows_per_shard": (1, 10**9), "num_workers": (0, 1000)}
-        for key, (low, high) in {**limits, "max_bad_fraction": (0, 1)}.items():
-            if not low <= getattr(self, key) <= high:
-                raise DataError(f"{key} {getattr(self, key)} is out of range; give {low} to {high}")
-
-    def open(self, split: str) -> Rows:
-        """The rows of a split, in the order of the source."""
-        return Rows(
-            open_source(
-                self.source,
-                split=split,
-                config_name=self.dataset_config,
-                revision=self.dataset_revision,
-                image_column=self.image_column,
-                label_column=self.label_column,
-            )
-        )
-
-
 def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
-    """Write a data set to `recipe.dest`, or what is missing of it there.
+    """Write a data set to `recipe.output_dir`, or what is missing of it there.
 
     Returns:
         What is in manifest.json.
@@ -89,9 +48,9 @@ def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
         DataError: for what a user can mend, one line with the remedy.
     """
     recipe.check()
-    folder = Path(recipe.dest)
-    splits = list_splits(recipe.source, config_name=recipe.dataset_config, revision=recipe.dataset_revision)
-    everything = {split: recipe.open(split) for split in ([recipe.split] if recipe.split else splits)}
+    folder = Path(recipe.output_dir)
+    splits = list_splits(recipe.dataset, config_name=recipe.dataset_config, revision=recipe.dataset_revision)
+    everything = {split: open_rows(recipe, split) for split in ([recipe.split] if recipe.split else splits)}
     features = _find_features(list(everything.values()))
     manifest: dict[str, Any] = {"short_side": recipe.short_side, "quality": recipe.quality, "splits": {}}
     bad: list[BadSample] = []
@@ -114,6 +73,20 @@ def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
             f"{folder} can't be written: {one_line(error)}; free the disk, or name another folder"
         ) from error
     return manifest
+
+
+def open_rows(recipe: PrepareRecipe, split: str) -> Rows:
+    """The rows of a split, in the order of the source."""
+    return Rows(
+        open_source(
+            recipe.dataset,
+            split=split,
+            config_name=recipe.dataset_config,
+            revision=recipe.dataset_revision,
+            image_column=recipe.image_column,
+            label_column=recipe.label_column,
+        )
+    )
 
 
 @dataclass
@@ -168,7 +141,7 @@ def _mixed_labels(rows: Rows, error: Exception) -> DataError:
 def _check_bad(bad: list[BadSample], count: int, recipe: PrepareRecipe) -> None:
     if len(bad) > recipe.max_bad_fraction * count:
         raise DataError(
-            f"{len(bad)} of {count} images of {recipe.source} can't be decoded (the first is {bad[0].key}: "
+            f"{len(bad)} of {count} images of {recipe.dataset} can't be decoded (the first is {bad[0].key}: "
             f"{bad[0].reason}), more than max_bad_fraction {recipe.max_bad_fraction}; check the data, or raise it"
         )
 

@@ -1,31 +1,12 @@
 """Which rows a model learns from, and which it is judged by: the same for every command."""
 
-from typing import Any, Protocol
+from typing import Any
 
+from ..keys.data_keys import DataKeys, SplitKeys
 from .order import Rows
 from .sources import Source, list_splits, open_source
 
 HELD_OUT = 0.05
-
-
-class DataKeys(Protocol):
-    """The keys by which every recipe names its data; `open_splits` says what they mean."""
-
-    dataset: str
-    dataset_config: str | None
-    dataset_revision: str | None
-    split: str
-    image_column: str | None
-    label_column: str | None
-    max_samples: int | None
-
-
-class SplitKeys(DataKeys, Protocol):
-    """And that on which it evaluates."""
-
-    eval_dataset: str | None
-    eval_split: str | None
-    max_eval_samples: int | None
 
 
 def source_of(recipe: DataKeys, streaming: bool | None = None) -> Source:

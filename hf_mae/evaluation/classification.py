@@ -1,6 +1,5 @@
 """Scores of a fine-tuned model on a labelled split, by the evaluation crop of its image processor."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,17 +10,12 @@ from ..classifier_mae import MAEForImageClassification
 from ..data.labels import Labels
 from ..data.splits import splits_of
 from ..data.transform import evaluation_spec, make_normalizer
+from ..keys.evaluation_keys import ClassificationRecipe
 from ..pretrained import load_with_processor
 from ..run_folder import add_result
 from .metrics import make_compute_metrics
-from .recipes import ScoreRecipe
-from .results import make_result
+from .results import check_results_file, make_result
 from .table import extract_table, report_bad
-
-
-@dataclass
-class ClassificationRecipe(ScoreRecipe):
-    """Keys of `hf-mae evaluate classification`; `split` names what the model was fine-tuned on."""
 
 
 def evaluate_classification(recipe: ClassificationRecipe) -> dict[str, Any] | None:
@@ -35,6 +29,7 @@ def evaluate_classification(recipe: ClassificationRecipe) -> dict[str, Any] | No
             the remedy.
     """
     recipe.check()
+    check_results_file(recipe)
     accelerator = Accelerator()
     model, processor = load_with_processor(MAEForImageClassification, recipe.model)
     config: Any = model.config

@@ -1,7 +1,6 @@
 """What every `hf-mae evaluate PROTOCOL` of frozen features shares: its start, its feature tables and its result."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate import Accelerator
@@ -9,34 +8,11 @@ from accelerate import Accelerator
 from ..data.labels import find_classes
 from ..data.splits import splits_of
 from ..errors import UserError
+from ..keys.evaluation_keys import EvaluateRecipe, Pooling
 from ..run_folder import add_result
-from .encoder import FrozenEncoder, Pooling
-from .recipes import ScoreRecipe
-from .results import make_result, named_data
+from .encoder import FrozenEncoder
+from .results import check_results_file, make_result, named_data
 from .table import Features, extract_table, report_bad, with_class_numbers
-
-
-def recipe_key(default: Any, text: str) -> Any:
-    """A key of a recipe, with its help."""
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass
-class EvaluateRecipe(ScoreRecipe):
-    """Keys of every protocol on frozen features."""
-
-    pooling: Pooling | None = recipe_key(
-        None, "mean of the patch tokens, class token, or both; cls for the paper's protocol, else mean"
-    )
-    seeds: int = recipe_key(1, "repetitions, each with other random numbers")
-    fraction: float = recipe_key(1.0, "share of both splits that each repetition draws")
-
-    def check(self) -> None:
-        super().check()
-        if self.seeds < 1:
-            raise UserError(f"seeds {self.seeds} is too small; give 1 or more")
-        if not 0 < self.fraction <= 1:
-            raise UserError(f"fraction {self.fraction} lies outside (0, 1]; give e.g. 0.2")
 
 
 class Evaluation:
@@ -52,6 +28,7 @@ class Evaluation:
 
     def __init__(self, recipe: EvaluateRecipe, pooling: Pooling):
         recipe.check()
+        check_results_file(recipe)
         self.recipe, self.accelerator = recipe, Accelerator()
         self.encoder = FrozenEncoder(recipe.model, recipe.pooling or pooling, recipe.mixed_precision)
         self.encoder.to(self.accelerator.device)

@@ -3,9 +3,8 @@
 import csv
 import json
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,24 +14,9 @@ from accelerate import Accelerator
 from ..data.order import Rows
 from ..data.splits import source_of
 from ..errors import UserError
+from ..keys.evaluation_keys import EmbedRecipe
 from .encoder import FrozenEncoder
-from .recipes import FeatureRecipe
 from .table import encoded_batches, report_bad
-
-
-@dataclass
-class EmbedRecipe(FeatureRecipe):
-    """Keys of `hf-mae embed`."""
-
-    output: str = field(kw_only=True, metadata={"help": "file to write: NAME.parquet, or NAME.npy and NAME.csv"})
-    pooling: Literal["mean", "cls", "both", "patches"] = field(
-        default="mean", metadata={"help": "mean of the patch tokens, class token, both, or all patch tokens"}
-    )
-
-    def check(self) -> None:
-        super().check()
-        if Path(self.output).suffix not in WRITERS:
-            raise UserError(f"output {self.output} is no name of a {' or '.join(WRITERS)} file; give it such an ending")
 
 
 def embed(recipe: EmbedRecipe) -> dict[str, Any]:

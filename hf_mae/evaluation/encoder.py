@@ -1,15 +1,11 @@
 """Frozen encoder -> features, by a pooling rule that every protocol's result states."""
 
-from typing import Literal
-
 import torch
 from torch import nn
 
 from ..data.transform import ImageSpec, evaluation_spec, make_normalizer, pixel_dtype
 from ..modeling_mae import MAEModel
 from ..pretrained import load_with_processor
-
-Pooling = Literal["mean", "cls", "both"]
 
 
 def pool(tokens: torch.Tensor, pooling: str) -> torch.Tensor:

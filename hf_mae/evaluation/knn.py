@@ -6,31 +6,17 @@ The protocol of arXiv:1805.01978, as in DINO.
 # Shape letters in this file
 #   n rows of the bank   q queries of a chunk   D width   K classes
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from ..errors import UserError
-from .commands import EvaluateRecipe, Evaluation, recipe_key
+from ..keys.evaluation_keys import KnnRecipe
+from .commands import Evaluation
 from .table import Features
 
 # 1,024 x 65,536 similarities are 256 MiB.
 QUERIES, BANK = 1024, 65_536
-
-
-@dataclass
-class KnnRecipe(EvaluateRecipe):
-    """Keys of `hf-mae evaluate knn`."""
-
-    k: list[int] = field(default_factory=lambda: [10, 20, 100, 200], metadata={"help": "numbers of neighbours"})
-    temperature: float = recipe_key(0.07, "of the neighbours' weights exp(cosine / temperature)")
-
-    def check(self) -> None:
-        super().check()
-        if min(self.k) < 1 or self.temperature <= 0:
-            raise UserError(f"k {self.k} or temperature {self.temperature} is not positive; give e.g. 20 and 0.07")
 
 
 def evaluate_knn(recipe: KnnRecipe) -> dict[str, Any] | None:

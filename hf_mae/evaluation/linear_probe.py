@@ -6,7 +6,7 @@
 from collections.abc import Generator
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,11 @@ from ..data.labels import class_numbers, common_classes, read_labels
 from ..data.loader import TrainingStream, each_batch, make_loader
 from ..data.order import Rows, StreamPlan
 from ..errors import UserError
+from ..keys.evaluation_keys import LinearProbeRecipe
 from ..optim.batch import micro_batch
 from ..optim.lars import LARS
 from ..optim.schedule import lr_at
-from .commands import EvaluateRecipe, Evaluation, recipe_key
+from .commands import Evaluation
 from .encoder import FrozenEncoder
 from .fast_linear import MAX_ITER, PENALTIES, fast_linear_accuracy
 from .table import encoded_batches, report_bad, top_k_correct
@@ -85,35 +86,10 @@ class PaperProbe:
 PUBLISHED = PaperProbe()
 
 
-@dataclass
-class LinearProbeRecipe(EvaluateRecipe):
-    """Keys of `hf-mae evaluate linear-probe`; those from `total_batch_size` on are of `--protocol paper` alone."""
-
-    recipe: str | None = recipe_key(None, "name of a recipe linear_probe_..., or path of a YAML file")
-    protocol: Literal["fast", "paper"] = recipe_key(
-        "fast", "fast: logistic regression on features; paper: LARS on crops"
-    )
-    total_batch_size: int = recipe_key(PUBLISHED.total_batch_size, "images of a step, over all processes")
-    epochs: float = recipe_key(PUBLISHED.epochs, "passes over the training images")
-    warmup_epochs: float = recipe_key(PUBLISHED.warmup_epochs, "length of the linear warm-up")
-    blr: float = recipe_key(PUBLISHED.blr, "learning rate per 256 images: lr = blr * total_batch_size / 256")
-    min_lr: float = recipe_key(PUBLISHED.min_lr, "learning rate at the end of the cosine")
-    weight_decay: float = recipe_key(PUBLISHED.weight_decay, "of the head's weights")
-    seed: int = recipe_key(0, "of initial weights, order, crops and flips; of the next repetition 1 more")
-
-    def check(self) -> None:
-        super().check()
-        if self.protocol == "paper" and self.fraction != 1:
-            raise UserError("fraction draws from a table of features; with --protocol paper pass --max_samples")
-        for key, least in (("total_batch_size", 2), ("epochs", 1e-9), ("warmup_epochs", 0), ("blr", 0), ("seed", 0)):
-            if getattr(self, key) < least:
-                raise UserError(f"{key} {getattr(self, key)} is too small; give {least} or more")
-
-    @property
-    def probe(self) -> PaperProbe:
-        """The settings of the paper's protocol."""
-        known = [key.name for key in fields(PaperProbe) if hasattr(self, key.name)]
-        return PaperProbe(**{key: getattr(self, key) for key in known})
+def paper_probe(recipe: LinearProbeRecipe) -> PaperProbe:
+    """The settings of the paper's protocol, with the recipe's values."""
+    known = [field.name for field in fields(PaperProbe) if hasattr(recipe, field.name)]
+    return PaperProbe(**{name: getattr(recipe, name) for name in known})
 
 
 def evaluate_linear_probe(recipe: LinearProbeRecipe) -> dict[str, Any] | None:
@@ -140,7 +116,7 @@ def evaluate_linear_probe(recipe: LinearProbeRecipe) -> dict[str, Any] | None:
 
 
 def _evaluate_paper(recipe: LinearProbeRecipe) -> dict[str, Any] | None:
-    evaluation = Evaluation(recipe, "cls")
+    evaluation, probe = Evaluation(recipe, "cls"), paper_probe(recipe)
     accelerator, rows, eval_rows = evaluation.accelerator, evaluation.rows, evaluation.eval_rows
     size, _ = micro_batch(recipe.total_batch_size, recipe.per_device_batch_size, accelerator.num_processes, most=512)
     if size == 1:
@@ -153,14 +129,14 @@ def _evaluate_paper(recipe: LinearProbeRecipe) -> dict[str, Any] | None:
     evaluated, bad = 0, {}
     for seed in range(recipe.seed, recipe.seed + recipe.seeds):
         run = ProbeRun(
-            evaluation.encoder, rows, classes, recipe.probe, size, recipe.num_workers, seed, accelerator,
+            evaluation.encoder, rows, classes, probe, size, recipe.num_workers, seed, accelerator,
             recipe.max_bad_fraction,
         )  # fmt: skip
         run.train()
         figures, evaluated = run.accuracy(eval_rows)
         runs.append(figures)
         bad = run.bad
-    used, published = asdict(recipe.probe), asdict(PUBLISHED)
+    used, published = asdict(probe), asdict(PUBLISHED)
     used["pooling"], published["pooling"] = evaluation.encoder.pooling, "cls"
     protocol = {
         "name": "linear_probe_paper",
@@ -168,7 +144,7 @@ def _evaluate_paper(recipe: LinearProbeRecipe) -> dict[str, Any] | None:
         "source": "arXiv:2111.06377, Table 10, for ViT-Base",
         "differs_from_source": {key: value for key, value in used.items() if value != published[key]},
         **used,
-        "lr": recipe.probe.lr,
+        "lr": probe.lr,
         "per_device_batch_size": size,
         "processes": accelerator.num_processes,
         "seed": recipe.seed,

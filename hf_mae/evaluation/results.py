@@ -9,9 +9,17 @@ from typing import Any
 from transformers.utils.hub import cached_file
 
 from .. import __version__
-from ..data.splits import SplitKeys
+from ..keys.data_keys import SplitKeys
+from ..keys.evaluation_keys import ScoreRecipe
+from ..run_folder import read_results
 
 PACKAGES = ("torch", "transformers", "datasets", "scikit-learn", "numpy", "pillow")
+
+
+def check_results_file(recipe: ScoreRecipe) -> None:
+    """Raise a DataError, before hours are spent, for a file that no result can be added to."""
+    if path := recipe.results_file:
+        read_results(path)
 
 
 def named_data(recipe: SplitKeys, split: str, evaluated_on: str) -> dict[str, Any]:

@@ -18,9 +18,11 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from ..keys import names_where
+from ..keys.finetune_keys import FinetuneRecipe
+from ..keys.run_keys import PretrainRecipe
+
 LICENCES = {"apache-2.0": "Apache-2.0", "cc-by-nc-4.0": "CC BY-NC 4.0 (not for commercial use)"}
-# Keys of a recipe that say where and how a run was started, not what it computes.
-NOT_REPRODUCED = ("recipe", "output_dir", "resume", "dry_run", "log_with", "push_to_hub", "hub_private_repo")
 
 
 @dataclass
@@ -99,7 +101,8 @@ class Card:
 
     def recipe_yaml(self) -> str:
         """The keys of the run as a recipe file that `hf-mae` takes."""
-        keys = {key: value for key, value in self.recipe.items() if value is not None and key not in NOT_REPRODUCED}
+        hidden = names_where(FinetuneRecipe if self.command == "finetune" else PretrainRecipe, card=False)
+        keys = {key: value for key, value in self.recipe.items() if value is not None and key not in hidden}
         return yaml.safe_dump(keys, sort_keys=False)
 
     def metadata(self) -> ModelCardData:
@@ -161,7 +164,7 @@ class Card:
             f"{config['num_channels']}-channel images of {sizes}."
         ]
         if not self.classifies:
-            how = " with cross-attention alone" if config.get("decoder_type") == "cross" else ""
+            how = " with cross-attention alone" if config.get("decoder_attention") == "cross" else ""
             lines.append(
                 f"Its decoder{how} has {config['decoder_num_hidden_layers']} layers of width "
                 f"{config['decoder_hidden_size']}; {config['mask_ratio']:.0%} of the patches are hidden in pretraining."

@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,24 +37,6 @@ MODELS = {cls.__name__: cls for cls in (MAEForPreTraining, MAEForImageClassifica
 PICTURE = "reconstruction.png"
 # What an earlier push may have left, and a model of other parts has not.
 OURS = ["*.safetensors", "*.safetensors.index.json", "conversion.json", "recipe.yaml", PICTURE]
-
-
-@dataclass
-class PushRecipe:
-    """Keys of `hf-mae push`."""
-
-    folder: str = field(metadata={"help": "a model's folder, also as the first word; nothing in it is changed"})
-    repo_id: str = field(metadata={"help": "USER/NAME on the Hub; made if it is not there"})
-    private: bool = field(default=False, metadata={"help": "only you see it; an existing public one is refused"})
-    revision: str | None = field(default=None, metadata={"help": "branch; made if it is not there; main when omitted"})
-
-
-@dataclass
-class CardRecipe:
-    """Keys of `hf-mae card`."""
-
-    folder: str = field(metadata={"help": "a model's folder, also as the first word"})
-    output: str = field(metadata={"help": "NAME.md to write, also as the second word; its picture is NAME.png beside"})
 
 
 def write_card(folder: str, output: str) -> str | None:

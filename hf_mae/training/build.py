@@ -19,9 +19,9 @@ from ..data.stats import channel_stats, probe_rows
 from ..data.transform import RESCALE_FACTORS, ImageSpec, crop_settings, evaluation_resize
 from ..errors import CheckpointError, UserError
 from ..image_processing_mae import MAEImageProcessor
+from ..keys.run_keys import PretrainRecipe, RunRecipe
 from ..modeling_mae import MAEForPreTraining
 from ..optim.schedule import stages
-from .recipe import PretrainRecipe, RunRecipe
 from .state import RunState
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def open_data(recipe: PretrainRecipe) -> PretrainData:
     """
     rows, eval_rows, evaluated_on = splits_of(recipe, streaming=recipe.streaming)
     num_channels, dtype = probe_rows(rows)
-    configured = recipe.model_config.get("num_channels")
+    configured = recipe.num_channels
     if configured is not None and configured != num_channels and {configured, num_channels} != {1, 3}:
         raise DataError(
             f"images of {recipe.dataset} have {num_channels} channels, num_channels is {configured}; pass "
@@ -84,7 +84,7 @@ def build_model(recipe: PretrainRecipe, stored: Path | None, num_channels: int) 
         elif config:
             model = MAEForPreTraining._from_config(config, **options)
         else:
-            changes = {"num_channels": num_channels, **recipe.model_config}
+            changes = {"num_channels": num_channels, **recipe.given_model_keys()}
             # Weights as safetensors alone: no pickle is read.
             model = MAEForPreTraining.from_pretrained(recipe.model, use_safetensors=True, **changes, **options)
     except (ImportError, KeyError, OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -216,6 +216,6 @@ def start_state(
 def model_config_of(recipe: PretrainRecipe, num_channels: int) -> MAEConfig:
     """The configuration of a model from scratch: table of sizes < data's channels < the recipe's keys."""
     try:
-        return MAEConfig(**{**SIZES[recipe.model_size], "num_channels": num_channels, **recipe.model_config})
+        return MAEConfig(**{**SIZES[recipe.model_size], "num_channels": num_channels, **recipe.given_model_keys()})
     except Exception as error:
         raise UserError(" ".join(str(error).split())) from error

@@ -10,7 +10,7 @@ import yaml
 from .. import __version__
 from ..data.transform import ImageSpec
 from ..files import write_text
-from .recipe import RunRecipe
+from ..keys.run_keys import RunRecipe
 
 
 @dataclass(kw_only=True)

@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from ..errors import UserError
-from .recipe import PretrainRecipe, RunRecipe
+from ..keys.run_keys import PretrainRecipe, RunRecipe
 
 STRATEGIES = {
     DistributedType.NO: "one process",

@@ -25,12 +25,12 @@ from ..data.transform import evaluation_spec
 from ..evaluation.metrics import make_compute_metrics
 from ..evaluation.results import make_result, named_data
 from ..files import replace_files
+from ..keys.finetune_keys import FinetuneRecipe
 from ..optim.groups import layer_decay_groups
 from ..run_folder import add_result, list_checkpoints, read_results
 from .callbacks import EMACallback, EpochCallback, LogCallback
 from .describe import RunFacts, describe_run, write_run_config
 from .devices import choose_precision, describe_hardware, tune_for_device
-from .finetune_recipe import FinetuneRecipe
 from .finetune_setup import (
     build_classifier,
     build_processor,
@@ -57,7 +57,7 @@ def finetune(recipe: FinetuneRecipe) -> dict[str, Any] | None:
     Raises:
         UserError: for what a user can mend; one line with the remedy.
     """
-    recipe = recipe.finish("finetune")
+    recipe = recipe.finish()
     results = Path(str(recipe.output_dir)) / "results.json"
     check_folder(recipe, results.parent)
     if recipe.resume == "auto" and results.exists():
@@ -77,7 +77,7 @@ def trainer_parts(recipe: FinetuneRecipe) -> dict[str, Any]:
     Raises:
         UserError: as `finetune`.
     """
-    return FinetuneRun(recipe.finish("finetune")).trainer_parts()
+    return FinetuneRun(recipe.finish()).trainer_parts()
 
 
 class FinetuneRun:

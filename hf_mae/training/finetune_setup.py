@@ -14,11 +14,12 @@ from ..configuration_mae import MAEConfig
 from ..data.labels import Labels
 from ..data.mix import RandAugment
 from ..data.order import Rows
-from ..data.sources import DataError
 from ..data.stats import probe_rows
 from ..data.transform import ImageSpec, crop_settings
-from ..errors import CheckpointError, UserError
+from ..errors import CheckpointError, DataError, UserError
 from ..image_processing_mae import MAEImageProcessor
+from ..keys import names_where
+from ..keys.finetune_keys import FinetuneRecipe
 from ..optim.groups import train_last_blocks
 from ..run_folder import list_checkpoints
 from .build import describe_failure
@@ -31,8 +32,7 @@ from .devices import (
     environment_flag,
     make_deterministic,
 )
-from .finetune_recipe import FinetuneRecipe
-from .resume import FREE_KEYS, check_same_recipe
+from .resume import check_same_recipe
 
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
 # What a classifier has and a pretrained model hasn't.
@@ -62,7 +62,9 @@ def check_run(recipe: FinetuneRecipe, output_dir: Path) -> None:
     """Raise a CheckpointError if a folder holds a run of another recipe."""
     before = output_dir / "run_config.yaml"
     if before.exists():
-        check_same_recipe(yaml.safe_load(before.read_text())["recipe"], recipe, output_dir, FREE_KEYS)
+        check_same_recipe(
+            yaml.safe_load(before.read_text())["recipe"], recipe, output_dir, names_where(recipe, free=True)
+        )
 
 
 def training_arguments(recipe: FinetuneRecipe, stored: Path | None) -> TrainingArguments:
@@ -140,7 +142,7 @@ def build_classifier(recipe: FinetuneRecipe, labels: Labels) -> MAEForImageClass
         "dtype": torch.float32,
     }
     if recipe.image_size is not None:
-        options["image_size"] = recipe.size
+        options["image_size"] = recipe.image_size
     verbosity = transformers_logging.get_verbosity()
     # Its report of the head's missing weights would be alarming, and says what everyone knows.
     transformers_logging.set_verbosity_error()

@@ -16,9 +16,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..files import write_text
+from ..keys.run_keys import RunRecipe
 from ..run_folder import picture_step, read_events
 from ..visualize.grid import with_title
-from .recipe import RunRecipe
 
 logger = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ from ..data.transform import make_normalizer
 from ..errors import CheckpointError
 from ..evaluation.online import OnlineEvaluator
 from ..hub.push import BackgroundPush
+from ..keys.run_keys import PretrainRecipe
 from ..optim.groups import adamw
 from ..optim.schedule import lr_at, stages, value_at
 from .batches import MicroBatches
@@ -29,7 +30,6 @@ from .devices import describe_hardware, make_accelerator, strategy_name, tune_fo
 from .guard import StepGuard, StopSignals
 from .held_out import HeldOut
 from .log import BadSamples, RunLog, Stopwatch, start_trackers
-from .recipe import PretrainRecipe
 from .resume import find_stored
 from .saving import OPTIMIZER, Saver
 
@@ -48,7 +48,7 @@ def pretrain(recipe: PretrainRecipe) -> dict[str, Any]:
     Raises:
         UserError: for what a user can mend; one line with the remedy.
     """
-    run = PretrainRun(recipe.finish("pretrain"))
+    run = PretrainRun(recipe.finish())
     run.describe()
     if recipe.dry_run:
         return {"steps": run.state.total_steps, "model": None, "picture": None}

@@ -5,20 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..keys import names_where
+from ..keys.run_keys import PretrainRecipe, RunRecipe
 from ..run_folder import list_checkpoints, read_events
 from .checkpoint import find_checkpoint
-from .recipe import PretrainRecipe, RunRecipe
 from .state import RunState
-
-# Keys that may change when a run is resumed: how it is computed and shown, not what it computes.
-FREE_KEYS = {
-    "output_dir", "resume", "recipe", "num_workers", "per_device_batch_size", "mixed_precision", "compile",
-    "gradient_checkpointing", "attn_implementation", "deterministic", "log_steps", "log_with", "save_steps",
-    "keep_checkpoints", "eval_steps", "max_eval_samples", "max_bad_fraction", "dry_run", "allow_data_change",
-    "quality_steps", "quality_samples", "push_to_hub", "hub_private_repo",
-}  # fmt: skip
-# These may change too, as long as the fingerprint of the data matches.
-PLACE_KEYS = {"dataset", "dataset_config", "dataset_revision", "eval_dataset", "eval_split"}
 
 
 def check_folder(recipe: RunRecipe, output_dir: Path) -> None:
@@ -70,5 +61,7 @@ def find_stored(recipe: PretrainRecipe, output_dir: Path) -> tuple[Path | None, 
     if checkpoint is None:
         return None, None
     state = RunState.read(checkpoint)
-    check_same_recipe(state.recipe, recipe, checkpoint, FREE_KEYS | PLACE_KEYS)
+    # The fingerprint of the data tells later whether another place holds the same data.
+    free = names_where(recipe, free=True) | names_where(recipe, place=True)
+    check_same_recipe(state.recipe, recipe, checkpoint, free)
     return checkpoint, state

@@ -1,9 +1,9 @@
 """`hf-mae reconstruct`: pictures of a model's reconstructions of any images, by its own evaluation crop."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,48 +14,12 @@ from ..data.order import Rows
 from ..data.sources import DataError, open_source
 from ..data.transform import evaluation_spec, evaluation_view, make_normalizer
 from ..errors import UserError
+from ..keys import height_width
+from ..keys.publishing_keys import ReconstructRecipe
 from ..modeling_mae import MAEForPreTraining
 from ..pretrained import load_with_processor
 from .grid import reconstruction_grid
-from .reconstruction import Statistics, masked_scores, reconstruct
-
-
-@dataclass
-class ReconstructRecipe:
-    """Keys of `hf-mae reconstruct`."""
-
-    model: str = field(metadata={"help": "folder or Hub id of a pretrained model"})
-    images: list[str] = field(metadata={"help": "image files, folders of them, or data sets as for hf-mae pretrain"})
-    out: str = field(default="reconstruction.png", metadata={"help": "picture to write"})
-    mask_ratios: list[float] = field(
-        default_factory=lambda: [0.75], metadata={"help": "fractions of patches to hide, one after the other"}
-    )
-    seed: int = field(default=0, metadata={"help": "of the masks"})
-    statistics: Statistics = field(
-        default="visible",
-        metadata={"help": "mean and contrast of hidden patches from the visible ones, the true ones, or none (raw)"},
-    )
-    max_images: int = field(default=8, metadata={"help": "of each folder or data set, evenly spaced"})
-    split: str = field(default="train", metadata={"help": "of a data set"})
-    image_size: list[int] | None = field(
-        default=None, metadata={"help": "height and width of the crop; the model's when omitted"}
-    )
-    bands: list[int] | None = field(
-        default=None, metadata={"help": "channels to show as red, green, blue, or one, from 0; the first when omitted"}
-    )
-    cell: int = field(default=128, metadata={"help": "pixels of an image's longer side in the picture"})
-
-    def check(self) -> None:
-        """Raise a UserError for a value that can't be."""
-        if Path(self.out).suffix.lower() not in (".png", ".webp", ".jpg", ".jpeg"):
-            raise UserError(f"out {self.out} is no name of a picture; give it the ending .png, .webp or .jpg")
-        if self.statistics not in get_args(Statistics):
-            raise UserError(f"statistics {self.statistics} is none of {', '.join(get_args(Statistics))}")
-        if self.image_size is not None and len(self.image_size) not in (1, 2):
-            raise UserError(f"image_size {self.image_size} has {len(self.image_size)} numbers; give height and width")
-        for key, least in (("max_images", 1), ("cell", 16), ("seed", 0)):
-            if getattr(self, key) < least:
-                raise UserError(f"{key} {getattr(self, key)} is too small; give {least} or more")
+from .reconstruction import masked_scores, reconstruct
 
 
 class Reconstructor:
@@ -112,7 +76,8 @@ def reconstruct_files(recipe: ReconstructRecipe) -> dict[str, Any]:
         UserError: for what a user can mend; one line with the remedy.
     """
     recipe.check()
-    reconstructor = Reconstructor(recipe.model, recipe.image_size)
+    size = None if recipe.image_size is None else height_width(recipe.image_size)
+    reconstructor = Reconstructor(recipe.model, size)
     values, bad = [], []
     for key, data in find_images(recipe.images, recipe.split, recipe.max_images):
         try:
@@ -132,15 +97,15 @@ def reconstruct_files(recipe: ReconstructRecipe) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(str(error)) from error
     try:
-        Path(recipe.out).parent.mkdir(parents=True, exist_ok=True)
-        picture.save(recipe.out)
+        Path(recipe.output).parent.mkdir(parents=True, exist_ok=True)
+        picture.save(recipe.output)
     except OSError as error:
-        raise UserError(f"{recipe.out} can't be written: {error}") from error
+        raise UserError(f"{recipe.output} can't be written: {error}") from error
     scores = []
     for result in results:
         psnr, ssim = masked_scores(result, mean, std)
         scores.append({"mask_ratio": result.mask_ratio, "psnr": psnr.mean().item(), "ssim": ssim.mean().item()})
-    return {"path": recipe.out, "images": len(pixel_values), "bad": bad, "scores": scores}
+    return {"path": recipe.output, "images": len(pixel_values), "bad": bad, "scores": scores}
 
 
 def find_images(names: Sequence[str], split: str, most: int) -> Iterator[tuple[str, Any]]:

@@ -3,16 +3,15 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..keys.publishing_keys import Statistics
 from ..masking_mae import patchify, unpatchify
 from ..modeling_mae import MAEForPreTraining
-
-Statistics = Literal["visible", "true", "raw"]
 
 
 @dataclass

@@ -12,7 +12,7 @@ from hf_mae.configuration_mae import SIZES
 IMAGE, PATCH = 224, {"huge": 14}
 KINDS: dict[str, dict[str, Any]] = {
     "standard": {},
-    "cross decoder, 25 %": {"decoder_type": "cross", "prediction_ratio": 0.25},
+    "cross decoder, 25 %": {"decoder_attention": "cross", "prediction_ratio": 0.25},
     # What removing patches saves: as many tokens as if mask tokens went through the encoder (Table 1c), or one less.
     "mask tokens in the encoder": {"mask_ratio": 0.004},
 }

@@ -31,7 +31,7 @@ from hf_mae.conversion.layouts import to_layout
 from hf_mae.training.devices import tune_for_device
 
 IMAGE, MASK_RATIO = 224, 0.75
-CROSS = {"decoder_type": "cross", "prediction_ratio": 0.25}
+CROSS = {"decoder_attention": "cross", "prediction_ratio": 0.25}
 # Dense peak in bf16, from the vendors' data sheets.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
 # On one thread, CPU time is measured: others on the machine don't take it.

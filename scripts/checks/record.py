@@ -57,7 +57,7 @@ CROSS_RUN = [
     "pretrain", "--recipe", "quickstart", "--dataset", "images", "--output_dir", "runs/cross", "--total_steps", 6,
     "--total_batch_size", 32, "--per_device_batch_size", 16, "--masks_per_image", 2, "--warmup_steps", 2,
     "--image_size", 16, "--patch_size", 4, "--image_size_schedule", "0:8", "0.5:16",
-    "--mask_ratio_schedule", "0:0.5", "0.5:0.75", "--decoder_type", "cross", "--decoder_fusion", "true",
+    "--mask_ratio_schedule", "0:0.5", "0.5:0.75", "--decoder_attention", "cross", "--decoder_fusion", "true",
     "--prediction_ratio", 0.25, "--norm_pix_loss", "true", "--flip", "true", "--drop_path_rate", 0.1,
     "--clip_grad", 1.0, "--log_steps", 1, "--eval_steps", 3, "--quality_steps", 0, "--num_workers", 0,
 ]  # fmt: skip
@@ -161,7 +161,7 @@ class Recording:
         _, pixel_values, noise = tiny_inputs()
         masked = {"noise": noise, "output_hidden_states": True}
         eager = {"attn_implementation": "eager"}  # the only one that gives attentions
-        cross = {"decoder_type": "cross", "decoder_fusion": True, "prediction_ratio": 0.5}
+        cross = {"decoder_attention": "cross", "decoder_fusion": True, "prediction_ratio": 0.5}
         wide = {"pixel_values": torch.cat([pixel_values, pixel_values], dim=3), "interpolate_pos_encoding": True}
         labels = torch.tensor([1, 3])
         return {

@@ -577,7 +577,7 @@ def test_code_in_a_file_is_not_run_from_wherever_it_comes(tmp_path, capsys):
 
 @pytest.mark.parametrize("target", ["mae", "vit"])
 def test_a_cross_attention_decoder_stays_and_its_encoder_goes_elsewhere(tmp_path, target):
-    model = tiny(MAEForPreTraining, decoder_type="cross", decoder_fusion=True, prediction_ratio=0.25)
+    model = tiny(MAEForPreTraining, decoder_attention="cross", decoder_fusion=True, prediction_ratio=0.25)
     save_ours(model, tmp_path / "cross")
     assert convert(tmp_path / "cross", tmp_path / "dest", to=target) == 0
     if target == "mae":
@@ -593,7 +593,7 @@ def test_what_can_not_be_expressed_is_refused_in_one_line(tmp_path, capsys):
     save_ours(tiny(MAEForImageClassification, num_labels=5), tmp_path / "mean")
     save_ours(tiny(MAEForPreTraining, mask_cell=2), tmp_path / "cells")
     save_ours(tiny(MAEForPreTraining, hidden_act="relu"), tmp_path / "relu")
-    save_ours(tiny(MAEForPreTraining, decoder_type="cross"), tmp_path / "cross")
+    save_ours(tiny(MAEForPreTraining, decoder_attention="cross"), tmp_path / "cross")
     linear_probe = original_weights("encoder") | {"head.1.weight": torch.ones(5, 48), "head.1.bias": torch.ones(5)}
     torch.save({"model": linear_probe}, tmp_path / "probe.pth")
     torch.save({"resnet": torch.ones(3)}, tmp_path / "other.pth")
@@ -603,8 +603,8 @@ def test_what_can_not_be_expressed_is_refused_in_one_line(tmp_path, capsys):
         ("mean", "vit", "can't express pooling mean"),
         ("mean", "vit_mae", "has no classifier"),
         ("cells", "vit_mae", "mask_cell 2"),
-        ("cross", "vit_mae", "decoder_type cross; use --to vit or --to timm"),
-        ("cross", "original", "decoder_type cross; use --to vit or --to timm"),
+        ("cross", "vit_mae", "decoder_attention cross; use --to vit or --to timm"),
+        ("cross", "original", "decoder_attention cross; use --to vit or --to timm"),
         ("relu", "timm", "hidden_act relu"),
         ("relu", "original", "hidden_act relu"),
         ("probe.pth", "mae", "has head.1.bias"),

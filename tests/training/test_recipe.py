@@ -78,7 +78,7 @@ def test_every_key_of_the_configuration_reaches_the_model_configuration():
     default = MAEConfig()
     other = {
         "hidden_act": "relu", "mask_strategy": "block", "pooling": "cls", "position_resize": "sincos",
-        "decoder_type": "cross", "pyramid_scales": [2, 1],
+        "decoder_attention": "cross", "pyramid_scales": [2, 1],
         "image_size": "64x32", "num_attention_heads": 6, "decoder_num_attention_heads": 8, "mask_cell": 2,
     }  # fmt: skip
     for key in CONFIG_KEYS:
@@ -90,7 +90,7 @@ def test_every_key_of_the_configuration_reaches_the_model_configuration():
         else:
             value = value * 2 if isinstance(value, int) and value else value / 2 if value else 0.25
             value = 1 if key == "eval_mask_seed" else value
-        cross = ["--decoder_type", "cross"] if key in ("decoder_fusion", "prediction_ratio") else []
+        cross = ["--decoder_attention", "cross"] if key in ("decoder_fusion", "prediction_ratio") else []
         config = model_config_of(load_pretrain_recipe([f"--{key}", str(value), *cross]), num_channels=3)
         expected = [64, 32] if key == "image_size" else value
         assert getattr(config, key) == expected != getattr(default, key), key
@@ -324,7 +324,7 @@ def test_the_fast_recipes_differ_by_the_decoder_and_by_the_learning_rate_that_go
     usual, fast = read_recipe(name), read_recipe(f"{name}_fast")
     differing = {key: fast[key] for key in fast if fast[key] != usual.get(key)}
     blr, depth = differing.pop("blr"), differing.pop("decoder_num_hidden_layers", None)
-    assert differing == {"decoder_type": "cross", "decoder_fusion": True, "prediction_ratio": 0.25}
+    assert differing == {"decoder_attention": "cross", "decoder_fusion": True, "prediction_ratio": 0.25}
     assert blr == pytest.approx(usual["blr"] * 0.25 / 0.75, rel=0.02)
     assert depth == (None if name == "cifar10_vit_tiny" else 12)
     assert usual.keys() <= fast.keys()

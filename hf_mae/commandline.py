@@ -1,0 +1,222 @@
+"""The keys of a command: a dataclass's defaults, then a YAML recipe, then what the user typed.
+
+The fields of the dataclass, made by `key`, are the command's flags. jsonargparse merges and prints them; this file says
+how a value of each type is typed, and makes one line of every mistake.
+"""
+
+import difflib
+import re
+import shutil
+from argparse import SUPPRESS, ArgumentError, RawDescriptionHelpFormatter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from .errors import UserError
+from .keys import BOOLEANS, BadValue, Key, keys_of
+
+T = TypeVar("T")
+
+# Order of the groups in the help; others follow in the order of their first key.
+GROUPS = ["data", "model", "masking", "optimization", "evaluation", "output", "checkpoints", "logging", "hardware"]
+# What the names of recipes start with that are not for pretraining.
+PREFIXES = ("finetune_", "linear_probe_")
+
+
+def parse(
+    kind: type[T],
+    words: Sequence[str],
+    prog: str,
+    *,
+    recipes: Mapping[str, Traversable] | None = None,
+    description: str = "",
+    examples: Sequence[str] = (),
+) -> T:
+    """Read a command line into a dataclass; `--help` prints the keys and exits with status 0.
+
+    Args:
+        kind: the dataclass. If it has a key `recipe`, that names the recipe to start from, as does `--config`.
+        words: what was typed after the command, e.g. `["--recipe", "quickstart", "--seed", "1"]`.
+        prog: the command, e.g. "hf-mae pretrain".
+        recipes: files of the recipes that can be given by name.
+        description: what the command does, for the help.
+        examples: whole command lines, for the help.
+
+    Raises:
+        UserError: for an unknown, repeated or missing key, or a value that a key can't have.
+    """
+    keys = keys_of(kind)
+    parser = _build_parser(keys, prog, description, examples)
+    _check_flags(words, [*(flag for one in keys.values() for flag in one.flags), "--help", "-h"])
+    flags = _name_positionals(keys, words, prog)
+    try:
+        given = parser.parse_args(flags)
+        if (name := given.get("recipe")) is not None:
+            given = parser.parse_args(flags, namespace=_parse_recipe(parser, keys, name, recipes or {}))
+        values = {name: keys[name].join(value) for name, value in vars(given).items()}
+    except BadValue as error:
+        raise UserError(f"--{error}") from error
+    for name, one in keys.items():
+        if one.default is MISSING and name not in values:
+            raise UserError(f"--{name} is missing: {one.metadata['help']}; see {prog} --help")
+    return kind(**values)
+
+
+def shipped_recipes(prefix: str = "") -> dict[str, Traversable]:
+    """The package's recipes of one command: those whose names start with `prefix`, or those of pretraining."""
+    files = (resources.files("hf_mae") / "recipes").iterdir()
+    names = {file.name.removesuffix(".yaml"): file for file in files if file.name.endswith(".yaml")}
+    return {
+        name: names[name]
+        for name in sorted(names)
+        if (name.startswith(prefix) if prefix else not name.startswith(PREFIXES))
+    }
+
+
+def read_recipe(name: str, recipes: Mapping[str, Traversable]) -> dict[str, Any]:
+    """The keys of a recipe as they are written: words, lists or tables of words, or None.
+
+    Args:
+        name: one of `recipes`, or the path of a YAML file.
+        recipes: files by name.
+
+    Raises:
+        UserError: if there is none, naming the nearest, or the file is not a table of keys.
+    """
+    file = recipes.get(name) or Path(name)
+    try:
+        if not (file.name.endswith((".yaml", ".yml")) and file.is_file()):
+            known = f"there are {', '.join(recipes)}, or a .yaml file" if recipes else "give a .yaml file that exists"
+            raise UserError(f"unknown recipe '{name}'{_nearest(name, recipes)}; {known}")
+        values = yaml.load(file.read_text(encoding="utf-8"), _Words)
+    except OSError as error:
+        raise UserError(f"recipe {name} can't be read: {error.strerror}; check its name and permissions") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {name} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"recipe {name} is not a table of keys; write lines such as 'epochs: 800'")
+    return values
+
+
+class _Words(yaml.BaseLoader):
+    """Leaves every scalar the word that is written, so that `no` and `1e-6` mean what they mean when typed."""
+
+
+_NULL = "tag:yaml.org,2002:null"
+_Words.add_implicit_resolver(_NULL, re.compile("^(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_Words.add_constructor(_NULL, lambda loader, node: None)
+
+
+class _Parser(ArgumentParser):
+    """Raises one line where jsonargparse would print a page of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if isinstance(ex, ArgumentError):
+            message = f"{ex.argument_name}: {ex.message}"
+        raise UserError(f"{' '.join(message.split())}; see {self.prog} --help") from ex
+
+
+class _HelpFormatter(RawDescriptionHelpFormatter):
+    def __init__(self, prog: str, **more: Any):
+        width = min(100, max(60, shutil.get_terminal_size().columns))
+        super().__init__(prog, **(more | {"width": width, "max_help_position": 36}))
+
+
+def _build_parser(keys: dict[str, Key], prog: str, description: str, examples: Sequence[str]) -> ArgumentParser:
+    first = [one.metavar + (" ..." if one.several else "") for one in keys.values() if one.metadata["positional"]]
+    parser = _Parser(
+        prog=prog,
+        usage=" ".join([prog, *first, "[--key value ...]"]),
+        description=description,
+        epilog="\n  ".join(["examples:", *examples]) if examples else None,
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    names = dict.fromkeys(one.metadata["group"] for one in keys.values())
+    order = sorted(filter(None, names), key=lambda name: GROUPS.index(name) if name in GROUPS else len(GROUPS))
+    groups = {name: parser.add_argument_group(name) for name in order} | {"": parser}
+    for one in keys.values():
+        nargs: dict[str, Any] = (
+            {"nargs": "?", "const": True} if one.base is bool else {"nargs": "+"} if one.several else {}
+        )
+        groups[one.metadata["group"]].add_argument(
+            *one.flags, type=one.read, default=SUPPRESS, metavar=one.metavar, help=one.describe(), **nargs
+        )
+    return parser
+
+
+def _parse_recipe(
+    parser: ArgumentParser, keys: dict[str, Key], name: str, recipes: Mapping[str, Traversable]
+) -> Namespace:
+    values = read_recipe(name, recipes)
+    for unknown in (one for one in values if one not in keys):
+        raise UserError(f"unknown key '{unknown}' in recipe {name}{_nearest(str(unknown), keys)}")
+    try:
+        given = parser.parse_object({one: keys[one].to_words(value) for one, value in values.items()})
+        for one, value in vars(given).items():
+            keys[one].join(value)
+    except BadValue as error:
+        raise UserError(f"recipe {name}: {error}") from error
+    return given
+
+
+def _name_positionals(keys: dict[str, Key], words: Sequence[str], prog: str) -> list[str]:
+    """Words that belong to no flag, as flags: `prepare SRC DST` as `prepare --dataset SRC --output_dir DST`."""
+    first = [one for one in keys.values() if one.metadata["positional"]]
+    flags, free = _part_words(keys, words, bool(first))
+    for one in first:
+        if not free:
+            break
+        taken = free if one.several else free[:1]
+        free = free[len(taken) :]
+        if any(word.partition("=")[0] in one.flags for word in flags):
+            raise UserError(f"{one.name} is given twice, as '{taken[0]}' and as --{one.name}; leave one of them out")
+        flags += [f"--{one.name}", *taken]
+    if free:
+        raise UserError(f"'{free[0]}' has no key; write --key {free[0]}, with one of the keys of {prog} --help")
+    return flags
+
+
+def _part_words(keys: dict[str, Key], words: Sequence[str], first: bool) -> tuple[list[str], list[str]]:
+    """Flags with their values, and the words that are left for the keys without a flag, if there are such (`first`).
+
+    A flag takes a word, one of several words takes all up to the next flag, and one of true or false takes a word only
+    if it is such a word.
+    """
+    by_flag = {flag: one for one in keys.values() for flag in one.flags}
+    flags, free, room = [], [], 0
+    taking: Key | None = None
+    for word in words:
+        if _is_flag(word):
+            name, equals, _ = word.partition("=")
+            taking = by_flag.get(name)
+            room = 0 if taking is None or equals else len(words) if taking.several else 1
+            flags.append(word)
+        elif room and not (first and taking and taking.base is bool and word.lower() not in (*BOOLEANS, "none")):
+            flags.append(word)
+            room -= 1
+        else:
+            free.append(word)
+    return flags, free
+
+
+def _is_flag(word: str) -> bool:
+    return word.startswith("--") or (word[:1] == "-" and word[1:2].isalpha())
+
+
+def _check_flags(words: Sequence[str], flags: Sequence[str]) -> None:
+    for word in words:
+        flag = word.partition("=")[0]
+        if flag not in flags and _is_flag(flag):
+            raise UserError(f"unknown argument '{word}'{_nearest(flag, flags)}")
+
+
+def _nearest(word: str, words: Iterable[str]) -> str:
+    match = difflib.get_close_matches(word, list(words), n=1)
+    return f"; did you mean '{match[0]}'?" if match else ""

@@ -1,0 +1,156 @@
+"""The keys of `hf-mae evaluate knn | linear-probe | classification` and of `hf-mae embed`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..errors import UserError
+from . import Recipe, inherit, key
+from .data_keys import DataKeys, SplitKeys
+
+Pooling = Literal["mean", "cls", "both"]
+
+
+@dataclass
+class ModelInput(Recipe):
+    """The model that a command reads."""
+
+    model: str = key(help_text="folder or Hub id of a pretrained model", group="model", metavar="DIR|ID")
+
+
+@dataclass
+class FeatureRecipe(ModelInput, DataKeys):
+    """Keys of every command that runs images through a frozen model."""
+
+    max_bad_fraction: float = key(0.01, "fail when a larger fraction of the images can't be decoded", group="data")
+    per_device_batch_size: int | None = key(None, "images per device at once", group="hardware", shown="256")
+    mixed_precision: Literal["no", "bf16"] = key("no", "precision of the model's forward pass", group="hardware")
+    num_workers: int = key(2, "loader processes for each process", group="hardware")
+
+    def check(self) -> None:
+        self.check_least(max_samples=1, per_device_batch_size=1, num_workers=0)
+
+    @property
+    def batch_size(self) -> int:
+        """Images at once, where no result depends on it."""
+        return self.per_device_batch_size or 256
+
+
+@dataclass
+class ScoreRecipe(FeatureRecipe, SplitKeys):
+    """Keys of every command whose result is an entry of results.json."""
+
+    split: str = inherit(DataKeys, "split", "train", "split to learn from")
+    max_samples: int | None = inherit(DataKeys, "max_samples", None, "maximum number of images to learn from")
+    results: str | None = key(
+        None,
+        "JSON file that the result is added to; none prints it only",
+        group="output",
+        metavar="FILE|none",
+        shown="results.json of a local model",
+    )
+
+    def check(self) -> None:
+        super().check()
+        self.check_least(max_eval_samples=1)
+
+    @property
+    def results_file(self) -> Path | None:
+        """File that the result is added to: by default beside the weights, if these are local."""
+        if self.results:
+            return None if self.results == "none" else Path(self.results)
+        return Path(self.model) / "results.json" if Path(self.model).is_dir() else None
+
+
+@dataclass
+class ClassificationRecipe(ScoreRecipe):
+    """Keys of `hf-mae evaluate classification`; `split` names what the model was fine-tuned on."""
+
+    model: str = inherit(ModelInput, "model", help_text="folder or Hub id of a fine-tuned model")
+    split: str = inherit(DataKeys, "split", "train", "split that the model was fine-tuned on")
+    max_samples: int | None = inherit(
+        DataKeys, "max_samples", None, "maximum number of images that it was fine-tuned on"
+    )
+
+
+@dataclass
+class EvaluateRecipe(ScoreRecipe):
+    """Keys of both evaluations of frozen features."""
+
+    pooling: Pooling | None = key(
+        None,
+        "feature vector of an image: mean of the patch tokens, class token, or both",
+        group="evaluation",
+        shown="mean",
+    )
+    seeds: int = key(1, "number of repetitions, each with other random numbers", group="evaluation")
+    fraction: float = key(1.0, "fraction of both splits that each repetition draws", group="evaluation")
+
+    def check(self) -> None:
+        super().check()
+        self.check_least(seeds=1)
+        if not 0 < self.fraction <= 1:
+            raise UserError(f"fraction {self.fraction} lies outside (0, 1]; give e.g. 0.2")
+
+
+@dataclass
+class KnnRecipe(EvaluateRecipe):
+    """Keys of `hf-mae evaluate knn`."""
+
+    k: list[int] = key([10, 20, 100, 200], "numbers of neighbours", group="evaluation")
+    temperature: float = key(0.07, "temperature of the weights exp(cosine / temperature)", group="evaluation")
+
+    def check(self) -> None:
+        super().check()
+        if min(self.k) < 1 or self.temperature <= 0:
+            raise UserError(f"k {self.k} or temperature {self.temperature} is not positive; give e.g. 20 and 0.07")
+
+
+@dataclass
+class LinearProbeRecipe(EvaluateRecipe):
+    """Keys of `hf-mae evaluate linear-probe`; those of the group optimization are for `--protocol paper` alone.
+
+    Their defaults are arXiv:2111.06377, Table 10, for ViT-Base.
+    """
+
+    recipe: str | None = key(
+        None, "recipe to start from: a name linear_probe_... of the package, or a YAML file", metavar="NAME|FILE"
+    )
+    protocol: Literal["fast", "paper"] = key(
+        "fast", "logistic regression on features, or LARS on random crops as in the paper", group="evaluation"
+    )
+    pooling: Pooling | None = inherit(EvaluateRecipe, "pooling", None, shown="mean; cls for the paper's protocol")
+    total_batch_size: int = key(16_384, "images per step, over all processes", group="optimization")
+    epochs: float = key(90, "passes over the training images", group="optimization")
+    warmup_epochs: float = key(10, "linear warm-up in epochs", group="optimization")
+    blr: float = key(0.1, "base learning rate per 256 images: lr = blr * total_batch_size / 256", group="optimization")
+    min_lr: float = key(0.0, "learning rate at the end of the cosine schedule", group="optimization")
+    weight_decay: float = key(0.0, "weight decay of the linear layer", group="optimization")
+    seed: int = key(0, "random seed of weights, order, crops and flips; each repetition adds 1", group="optimization")
+
+    def check(self) -> None:
+        super().check()
+        if self.protocol == "paper" and self.fraction != 1:
+            raise UserError("fraction draws from a table of features; with --protocol paper pass --max_samples")
+        self.check_least(total_batch_size=2, epochs=1e-9, warmup_epochs=0, blr=0, seed=0)
+
+
+FEATURE_FILES = (".parquet", ".npy")
+
+
+@dataclass
+class EmbedRecipe(FeatureRecipe):
+    """Keys of `hf-mae embed`."""
+
+    output: str = key(
+        help_text="file to write: NAME.parquet, or NAME.npy with NAME.csv beside it", group="output", metavar="FILE"
+    )
+    pooling: Literal["mean", "cls", "both", "patches"] = key(
+        "mean", "features: mean of the patch tokens, class token, both, or all patch tokens", group="output"
+    )
+
+    def check(self) -> None:
+        super().check()
+        if Path(self.output).suffix not in FEATURE_FILES:
+            names = " or ".join(FEATURE_FILES)
+            raise UserError(f"output {self.output} is no name of a {names} file; give it such an ending")
