@@ -15,9 +15,10 @@ from PIL import Image
 from .data.decode import BadImage
 from .data.loader import EvaluationSet, each_batch, make_loader
 from .data.order import Rows
-from .data.sources import DataError, open_source
-from .errors import UserError
+from .data.sources import open_source
+from .errors import DataError, UserError
 from .evaluation.knn import nearest
+from .files import check_free, new_folder, write_text
 from .keys.publishing_keys import DemoRecipe, Statistics
 from .visualize.command import Reconstructor
 from .visualize.grid import FOOTERS, GRAY, to_pictures
@@ -297,19 +298,19 @@ def export_space(recipe: DemoRecipe) -> str:
     """Write the files of a Space: the page, this package, and the model if it is a folder.
 
     Raises:
-        DataError: if there is no such model, or the folder holds something else.
+        UserError: if there is no such model, the folder holds something else, or it can't be written.
     """
-    folder, model = Path(str(recipe.output_dir)), Path(recipe.model)
-    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
-        raise DataError(f"{folder} is there and not empty; name another folder by --output_dir")
+    target, model = Path(str(recipe.output_dir)), Path(recipe.model)
+    check_free(target, "name another folder by --output_dir")
     Reconstructor(recipe.model)  # raises if it can't be loaded
-    shutil.copytree(Path(__file__).parent, folder / "hf_mae", ignore=shutil.ignore_patterns("__pycache__"))
-    if model.is_dir():
-        (folder / "model").mkdir()
-        for name in MODEL_FILES:
-            shutil.copy(model / name, folder / "model")
     name = model.resolve().name if model.is_dir() else recipe.model
-    (folder / "app.py").write_text(APP.format(model="model" if model.is_dir() else recipe.model))
-    (folder / "README.md").write_text(README.format(gradio=gr.__version__, name=name))
-    (folder / "requirements.txt").write_text("\n".join(REQUIREMENTS) + "\n")
-    return str(folder)
+    with new_folder(target) as folder:
+        shutil.copytree(Path(__file__).parent, folder / "hf_mae", ignore=shutil.ignore_patterns("__pycache__"))
+        if model.is_dir():
+            (folder / "model").mkdir()
+            for file in MODEL_FILES:
+                shutil.copy(model / file, folder / "model")
+        write_text(folder / "app.py", APP.format(model="model" if model.is_dir() else recipe.model))
+        write_text(folder / "README.md", README.format(gradio=gr.__version__, name=name))
+        write_text(folder / "requirements.txt", "\n".join(REQUIREMENTS) + "\n")
+    return str(target)

@@ -1,6 +1,14 @@
 """Errors that a user can mend, and the few kinds of them that callers tell apart."""
 
 
+def one_line(error: BaseException) -> str:
+    """The message of an error on one line of at most 300 characters."""
+    # Signed URLs carry their credentials behind the question mark.
+    words = [word.split("?", 1)[0] + "?[...]" if "://" in word and "?" in word else word for word in str(error).split()]
+    text = " ".join(words).rstrip(".") or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
 class UserError(ValueError):
     """What a user can mend: one line that says what happened, both values, and the remedy."""
 

@@ -5,15 +5,60 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
+from safetensors import SafetensorError
+
+from .errors import UserError
+
+LOCK_SECONDS = 60
 
 
 def is_disk_full(error: Exception) -> bool:
     """Whether the disk, a quota or a limit on files is at its end. Safetensors says so in its text alone."""
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return getattr(error, "errno", None) in full or any(f"os error {number}" in str(error) for number in full)
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Write a file that is the old or the new one at every instant: yields the temporary file to write instead."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file, the old or the new one at every instant."""
+    with replaced(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(value: Any, path: Path) -> None:
+    """Write indented JSON, the old or the new file at every instant."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        OSError: if it can't be read.
+        ValueError: if it isn't JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply") from error
 
 
 def replace_files(folder: Path, write: Callable[[Path], None]) -> None:
@@ -34,16 +79,53 @@ def replace_files(folder: Path, write: Callable[[Path], None]) -> None:
     fsync(folder)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small file, the old or the new one at every instant."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(text)
-    temporary.replace(path)
+def check_free(folder: Path, remedy: str = "name another folder") -> None:
+    """Check that a folder can be written by `new_folder`: it doesn't exist, or is empty.
+
+    Raises:
+        UserError: if it is anything else.
+    """
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise UserError(f"{folder} is there and not empty; {remedy}")
 
 
-def write_json(value: Any, path: Path) -> None:
-    """Write indented JSON."""
-    path.write_text(json.dumps(value, indent=1) + "\n")
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Write a folder that is complete or absent at every instant: yields the temporary folder to fill instead.
+
+    Raises:
+        UserError: if it can't be written.
+    """
+    final = folder.absolute()
+    temporary = final.with_name(f".tmp-{final.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in sorted(path for path in temporary.rglob("*") if path.is_file()):
+            settle(file)
+        temporary.replace(final)
+        fsync(final.parent)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder} can't be written: {error}; name another folder, or make room") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep a file for one process at a time, so that nothing is lost between its reading and its writing.
+
+    Raises:
+        OSError: if the lock can't be had within `LOCK_SECONDS`.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    with FileLock(lock, timeout=LOCK_SECONDS):
+        try:
+            yield
+        finally:
+            # While it is held: whoever waits for it notices, and makes a new one.
+            lock.unlink(missing_ok=True)
 
 
 def sha256(path: Path) -> str:

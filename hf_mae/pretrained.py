@@ -1,14 +1,36 @@
-"""A pretrained model with its image processor."""
+"""A pretrained model with its image processor, or one line that says why it can't be loaded."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 
-from .data.sources import DataError
+from .errors import UserError, one_line
 from .image_processing_mae import MAEImageProcessor
 from .modeling_mae import MAEPreTrainedModel
 
 Model = TypeVar("Model", bound=MAEPreTrainedModel)
+
+
+@contextmanager
+def loading(failure: str, remedy: str | None = None) -> Iterator[None]:
+    """Report whatever a missing, broken or hostile model makes its readers raise as one line.
+
+    Args:
+        failure: how the line begins, e.g. "--model outputs/mine can't be loaded".
+        remedy: how it ends, unless the error in the middle says what to do.
+
+    Raises:
+        UserError: the line; those that are raised inside pass as they are.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # there is hardly a kind that transformers doesn't raise for a broken file
+        why = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"{failure} ({why}); {remedy}" if remedy else f"{failure}: {why}") from error
 
 
 def load_with_processor(kind: type[Model], path: str, **overrides: Any) -> tuple[Model, MAEImageProcessor]:
@@ -20,20 +42,18 @@ def load_with_processor(kind: type[Model], path: str, **overrides: Any) -> tuple
         overrides: of its configuration.
 
     Raises:
-        DataError: if there is no model, or not all weights of this class.
+        UserError: if there is no model, or not all weights of this class.
     """
-    try:
+    with loading(f"--model {path} can't be loaded"):
         # Whatever precision it was saved in: figures of one model are to be the same everywhere.
         loaded: Any = kind.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **overrides
         )
         processor = MAEImageProcessor.from_pretrained(path)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"--model {path} can't be loaded: {' '.join(str(error).split())[:300]}") from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         if missing[0].startswith("classifier."):
-            raise DataError(f"--model {path} has no classifier; make one by hf-mae finetune --model {path}")
+            raise UserError(f"--model {path} has no classifier; make one by hf-mae finetune --model {path}")
         what = "it has an encoder only" if missing[0].startswith("decoder.") else "it is not a model of hf_mae"
-        raise DataError(f"--model {path} has no weights for {missing[0]}; {what}")
+        raise UserError(f"--model {path} has no weights for {missing[0]}; {what}")
     return model.eval(), processor

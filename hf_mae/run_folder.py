@@ -1,44 +1,178 @@
-"""Every file of a run's folder: its name, and how it is read back."""
+"""Every file of a run's folder: its name, how it is written, and how it is read back.
+
+    OUT/  config.json model.safetensors preprocessor_config.json    the model, at the end
+          run_config.yaml          the recipe, and what followed from it
+          metrics.jsonl            one JSON object an event
+          bad_samples.jsonl        images that can't be decoded
+          results.json             what was measured of the weights
+          conversion.json          where converted weights come from
+          reconstructions/         step-STEP.png, all.webp
+          checkpoint-STEP/
+
+A crash, a full disk or another program may leave anything in there. Readers skip what they can't use with one warning a
+file; only `read_results`, for those who want to add to the file, is strict.
+"""
 
 import json
 import logging
+import os
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .data.sources import DataError
+import yaml
+
+from .errors import DataError
+from .files import locked, read_json, replaced, write_json, write_text
 
 logger = logging.getLogger(__name__)
 
-
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Folders named `checkpoint-STEP` of a run, oldest first, complete or not."""
-    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=checkpoint_step)
+PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
-def checkpoint_step(path: Path) -> int:
-    return int(path.name.split("-")[1])
+class RunFolder:
+    """The folder of a run, or of a model from elsewhere, of which most files may be missing.
+
+    Args:
+        path: the folder; it need not exist.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config_file = self.path / "run_config.yaml"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.bad_file = self.path / "bad_samples.jsonl"
+        self.results_file = self.path / "results.json"
+        self.conversion_file = self.path / "conversion.json"
+        self.weights_file = self.path / "model.safetensors"
+        self.picture_folder = self.path / "reconstructions"
+        self.animation_file = self.picture_folder / "all.webp"
+
+    # ------------------------------------------------------------------------------------------ run_config.yaml
+
+    def write_config(self, recipe: dict[str, Any], derived: dict[str, Any]) -> None:
+        """Write the keys of a run, and what followed from them, the data and the machine; makes the folder."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.config_file, yaml.safe_dump({"recipe": recipe, "derived": derived}, sort_keys=False))
+
+    def config(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The keys of the run, and what followed from them; empty where nothing is recorded."""
+        config = _read_table(self.config_file, lambda path: yaml.safe_load(path.read_bytes()))
+        return _table(config.get("recipe", {}), self.config_file), _table(config.get("derived", {}), self.config_file)
+
+    # ------------------------------------------------------------------------------------------ metrics.jsonl
+
+    def append_event(self, event: dict[str, Any]) -> None:
+        """Append one event, which has a `step`; on a line of its own, even if the last one was cut off."""
+        with self.metrics_file.open("ab+") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+            whole = file.read() in (b"", b"\n")
+            file.write((b"" if whole else b"\n") + json.dumps(event).encode() + b"\n")
+
+    def events(self) -> list[dict[str, Any]]:
+        """All events, as they were logged."""
+        return _read_lines(self.metrics_file, lambda event: type(event.get("step")) is int)
+
+    def cut_events(self, last_step: int) -> list[dict[str, Any]]:
+        """Remove the events after a step, and all lines that are no events; what stays."""
+        events = [event for event in self.events() if event["step"] <= last_step]
+        if self.metrics_file.exists():
+            _write_lines(self.metrics_file, events)
+        return events
+
+    # ------------------------------------------------------------------------------------------ bad_samples.jsonl
+
+    def write_bad_samples(self, samples: Sequence[dict[str, str]]) -> None:
+        """Write the `key` and the `reason` of each image, in place of what the file holds."""
+        _write_lines(self.bad_file, samples)
+
+    def bad_samples(self) -> list[dict[str, str]]:
+        """The `key` and the `reason` of each image that is named."""
+        return _read_lines(
+            self.bad_file, lambda sample: all(isinstance(sample.get(key), str) for key in ("key", "reason"))
+        )
+
+    # ------------------------------------------------------------------------------------------ reconstructions/
+
+    def picture_file(self, step: int) -> Path:
+        return self.picture_folder / f"step-{step}.png"
+
+    def save_picture(self, step: int, picture: Any) -> None:
+        """Save a PIL image as the picture of a step."""
+        self.picture_folder.mkdir(exist_ok=True)
+        with replaced(self.picture_file(step)) as temporary:
+            picture.save(temporary)
+
+    def pictures(self) -> list[tuple[int, Path]]:
+        """(step, file) of each picture that is whole, by step."""
+        found = {path: _picture_step(path) for path in sorted(self.picture_folder.glob("step-*"))}
+        whole = [(step, path) for path, step in found.items() if step is not None and _is_whole_png(path)]
+        if skipped := len(found) - len(whole):
+            first = min(found.keys() - {path for _, path in whole})
+            logger.warning("%s: %d files skipped, as no pictures of ours, e.g. %s", self.path, skipped, first.name)
+        return sorted(whole)
+
+    def remove_pictures(self, after_step: int) -> None:
+        """Remove the pictures of later steps, whole or not."""
+        for path in self.picture_folder.glob("step-*"):
+            step = _picture_step(path)
+            if step is not None and step > after_step and path.is_file():
+                path.unlink()
+
+    # ------------------------------------------------------------------------------------------ the rest
+
+    def results(self) -> list[dict[str, Any]]:
+        """The entries of results.json that a card or a report can use."""
+        found = _read_or(None, self.results_file, read_json)
+        entries = found if isinstance(found, list) else []
+        usable = [entry for entry in entries if _is_whole_result(entry)]
+        if found is not None and not (isinstance(found, list) and len(usable) == len(found)):
+            logger.warning("%s: what is not a result of hf-mae in there is skipped", self.results_file)
+        return usable
+
+    def conversion(self) -> dict[str, Any]:
+        """Where converted weights come from; empty for weights that were trained."""
+        return _read_table(self.conversion_file, read_json)
+
+    def checkpoints(self, last_step: int | None = None) -> list[Path]:
+        """Folders named `checkpoint-STEP`, up to a step if one is given, oldest first, complete or not."""
+        found = [(_checkpoint_step(path), path) for path in self.path.glob("checkpoint-*") if path.is_dir()]
+        steps = [(step, path) for step, path in found if step is not None and (last_step is None or step <= last_step)]
+        return [path for _, path in sorted(steps)]
 
 
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """The events of a metrics.jsonl; a last line that was cut off is left out."""
-    events = []
-    for line in path.read_text().splitlines():
-        try:
-            events.append(json.loads(line))
-        except ValueError:
-            logger.warning("%s: a line that was cut off is left out: %.40s", path, line)
-    return events
+def run_of(folder: Path) -> tuple[RunFolder, int | None]:
+    """The run that a folder belongs to: that of a `checkpoint-STEP`, with the step; the folder itself for any other."""
+    step = _checkpoint_step(folder.resolve())
+    return RunFolder(folder if step is None else folder.resolve().parent), step
 
 
-def picture_step(path: Path) -> int:
-    """The step of a step-STEP.png."""
-    return int(path.stem.removeprefix("step-"))
+def _checkpoint_step(path: Path) -> int | None:
+    found = re.fullmatch(r"checkpoint-(\d+)", path.name)
+    return int(found[1]) if found else None
+
+
+def _picture_step(path: Path) -> int | None:
+    found = re.fullmatch(r"step-(\d+)\.png", path.name)
+    return int(found[1]) if found else None
+
+
+def _is_whole_png(path: Path) -> bool:
+    content = path.read_bytes() if path.is_file() else b""
+    return content.startswith(PNG_START) and content.endswith(PNG_END)
+
+
+def curve(events: Sequence[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+    """(step, value) of each event that has a number under a key."""
+    return [(event["step"], event[key]) for event in events if isinstance(event.get(key), int | float)]
+
+
+# ------------------------------------------------------------------------------------------ results.json
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """The entries of a results.json; none if there is no such file.
+    """The entries of a results.json that is to be added to; none if there is no such file.
 
     Raises:
         DataError: if the file is something else.
@@ -46,11 +180,11 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        results = json.loads(path.read_text())
+        results = read_json(path)
     except (ValueError, OSError):
         results = None
     if not isinstance(results, list) or not all(isinstance(entry, dict) and "figures" in entry for entry in results):
-        raise DataError(f"{path} is no list of results of hf-mae; name another file by --results")
+        raise DataError(f"{path} is no list of results of hf-mae; move it away, or name another file by --results")
     return results
 
 
@@ -61,11 +195,73 @@ def add_result(result: dict[str, Any], path: Path) -> None:
         DataError: if the file is something else, or can't be written.
     """
     same = ("protocol", "data", "checkpoint")
-    others = [entry for entry in read_results(path) if any(entry.get(key) != result[key] for key in same)]
-    temporary = path.with_name(f".tmp-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps([*others, result], indent=1) + "\n")
-        temporary.replace(path)
+        with locked(path):
+            others = [entry for entry in read_results(path) if any(entry.get(key) != result[key] for key in same)]
+            write_json([*others, result], path)
     except OSError as error:
         raise DataError(f"{path} can't be written ({error}); name another file by --results") from error
+
+
+def _is_whole_result(entry: Any) -> bool:
+    """Whether an entry has all that a card and a report say of it."""
+    needed: dict[str, dict[str, type]] = {
+        "protocol": {"name": str},
+        "data": {"dataset": str, "evaluated_on": str, "eval_images": int, "classes": int},
+        "checkpoint": {},
+        "figures": {},
+    }
+    return (
+        isinstance(entry, dict)
+        and all(isinstance(entry.get(part), dict) for part in needed)
+        and all(isinstance(entry[part].get(key), kind) for part, keys in needed.items() for key, kind in keys.items())
+        and all(isinstance(value, int | float) for value in entry["figures"].values())
+    )
+
+
+# ------------------------------------------------------------------------------------------ tolerant reading
+
+
+def _read_or(default: Any, path: Path, read: Callable[[Path], Any]) -> Any:
+    """What a file holds; the default, with a warning unless the file is absent, if it can't be read."""
+    try:
+        return read(path)
+    except FileNotFoundError:
+        return default
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        logger.warning("%s can't be read and is skipped: %s", path, " ".join(str(error).split())[:200])
+        return default
+
+
+def _read_table(path: Path, read: Callable[[Path], Any]) -> dict[str, Any]:
+    return _table(_read_or({}, path, read), path)
+
+
+def _table(found: Any, path: Path) -> dict[str, Any]:
+    if isinstance(found, dict):
+        return found
+    logger.warning("%s: what should be a table of keys isn't one and is skipped: %.40s", path, found)
+    return {}
+
+
+def _read_lines(path: Path, belongs: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """The objects of a JSON lines file; lines that were cut off or hold something else are skipped."""
+    kept, skipped = [], []
+    for line in filter(bytes.strip, _read_or(b"", path, Path.read_bytes).splitlines()):
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            value = None
+        if isinstance(value, dict) and belongs(value):
+            kept.append(value)
+        else:
+            skipped.append(line)
+    if skipped:
+        first = skipped[0].decode(errors="replace")
+        logger.warning("%s: %d lines skipped that were cut off or aren't ours, e.g. %.40s", path, len(skipped), first)
+    return kept
+
+
+def _write_lines(path: Path, values: Sequence[dict[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(value) + "\n" for value in values))

@@ -11,11 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
-from hf_mae.cli import main
+from hf_mae.cli import main, read_keys
+from hf_mae.commandline import shipped_recipes
+from hf_mae.keys.finetune_keys import FinetuneRecipe
+from hf_mae.keys.run_keys import PretrainRecipe
 
 REPOSITORY = Path(__file__).parents[1]
 # Digits of 8 x 8 pixels in 16 patches; two layers and one. Every step is logged.
@@ -73,6 +77,26 @@ def start(*words) -> int:
         return main([str(word) for word in words])
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)  # it keeps, among others, the precision
+
+
+def load_pretrain_recipe(words: list[str]) -> PretrainRecipe:
+    """What `hf-mae pretrain WORDS` would run."""
+    return read_keys("pretrain", words)
+
+
+def load_finetune_recipe(words: list[str]) -> FinetuneRecipe:
+    """What `hf-mae finetune WORDS` would run."""
+    return read_keys("finetune", words)
+
+
+def recipe_names(prefix: str = "") -> list[str]:
+    """The names of the package's recipes of one command."""
+    return list(shipped_recipes(prefix))
+
+
+def shipped_recipe(name: str) -> dict:
+    """The values in the file of one of the package's recipes."""
+    return yaml.safe_load((REPOSITORY / "hf_mae" / "recipes" / f"{name}.yaml").read_text())
 
 
 def mistake(capture, *words) -> str:

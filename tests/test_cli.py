@@ -2,21 +2,23 @@
 
 import json
 import re
+import resource
 import shutil
 import subprocess
 import sys
+from dataclasses import fields, replace
 
 import huggingface_hub
 import numpy as np
 import pytest
 from PIL import Image
-from runs import REPOSITORY, TINY_RUN, arguments, environment, events, run, start, tree, weights_hash
+from runs import REPOSITORY, TINY_RUN, arguments, environment, events, recipe_names, run, start, tree, weights_hash
 from tiny import TINY
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 import hf_mae
-from hf_mae import cli
-from hf_mae.training.recipe import CONFIG_KEYS, RECIPE_KEYS, recipe_names
+from hf_mae.cli import COMMANDS
+from hf_mae.keys.run_keys import PretrainRecipe
 
 datasets = pytest.importorskip("datasets")
 
@@ -90,6 +92,69 @@ def test_help_and_typing_errors_answer_before_anything_heavy_is_imported(tmp_pat
     assert result.stderr == "hf-mae: error: unknown command 'pretrian'; did you mean 'pretrain'?\n"
 
 
+# Words of a command line that must be answered at once -> exit code.
+AT_ONCE = [
+    *((("--help",), 0), (("evaluate", "--help"), 0), (("evaluate",), 2), (("evaluate", "knnn"), 2)),
+    *(((*name.split(), "--help"), 0) for name in COMMANDS),
+    *(((*name.split(), "--no_such_key", "1"), 2) for name in COMMANDS),
+    *((("pretrain", "--seed", "one"), 2), (("pretrain", "--blr", "-1"), 2), (("pretrain", "--recipe", "quikstart"), 2)),
+    *((("finetune",), 2), (("prepare", "SRC"), 2), (("convert", "SRC", "DST", "--to", "gguf"), 2)),
+]
+
+
+def test_help_and_mistakes_of_every_command_answer_without_torch(tmp_path):
+    script = tmp_path / "hf-mae"
+    script.write_text(
+        "import sys\n"
+        "from hf_mae.cli import main\n"
+        f"for words, expected in {AT_ONCE}:\n"
+        "    try:\n"
+        "        code = main(list(words))\n"
+        "    except SystemExit as ended:\n"
+        "        code = ended.code\n"
+        "    if code != expected:\n"
+        "        print('CODE', code, words)\n"
+        "print('HEAVY', sorted({'torch', 'transformers', 'numpy', 'datasets'} & sys.modules.keys()))\n"
+    )
+    result = subprocess.run([sys.executable, script], env=environment(), capture_output=True, text=True, check=True)
+    assert "CODE" not in result.stdout
+    assert result.stdout.splitlines()[-1] == "HEAVY []"
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["pretrain", "--help"], ["evaluate", "knn", "--help"], ["pretrian"], ["pretrain", "--sed", 1]]
+)
+@pytest.mark.parametrize("program", ["script", "module"])
+def test_help_and_mistakes_take_little_time(words, program, tmp_path):
+    script = tmp_path / "hf-mae"
+    script.write_text("import sys\nfrom hf_mae.cli import main\nsys.exit(main())\n")
+    command = [sys.executable, *([script] if program == "script" else ["-m", "hf_mae.cli"]), *map(str, words)]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command, env=environment(), capture_output=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == (0 if "--help" in words else 2)
+    # CPU time, which doesn't depend on what else the machine does; importing torch alone takes longer.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5
+
+
+@pytest.mark.parametrize("words", [["evaluate", "--help"], ["evaluate", "-h"]])
+def test_help_of_evaluate_lists_its_protocols(words, capsys):
+    assert start(*words) == 0
+    printed = capsys.readouterr().out
+    for protocol in ("knn", "linear-probe", "classification"):
+        assert re.search(rf"^  {protocol} +\w", printed, re.MULTILINE)
+
+
+def test_a_program_that_is_called_with_the_name_of_the_command_line_registers_the_classes(tmp_path):
+    (tmp_path / "program.py").write_text(
+        "import hf_mae\nfrom transformers import AutoConfig\nprint(AutoConfig.for_model('mae').model_type)\n"
+    )
+    command = [sys.executable, "program.py", "hf_mae.cli"]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
+    assert result.stdout == "mae\n"
+
+
 def test_version_is_the_packages(capsys):
     assert start("--version") == 0
     assert capsys.readouterr().out == f"{hf_mae.__version__}\n"
@@ -100,10 +165,9 @@ def test_help_of_pretrain_lists_every_key_of_recipes_and_models(capsys):
         start("pretrain", "--help")
     assert ended.value.code == 0
     printed = capsys.readouterr().out
-    assert "--model_config" not in printed
-    for key in RECIPE_KEYS + CONFIG_KEYS:
-        assert re.search(rf"--{key}\b", printed), key
-    assert {"hidden_size", "mask_ratio", "eval_mask_seed"} <= set(CONFIG_KEYS)
+    for key in fields(PretrainRecipe):
+        assert re.search(rf"--{key.name}\b", printed), key.name
+    assert {"hidden_size", "mask_ratio", "eval_mask_seed"} <= {key.name for key in fields(PretrainRecipe)}
 
 
 def test_stats_of_digits_are_those_of_scikit_learns_images(capsys):
@@ -157,13 +221,16 @@ TYPED = {
     "an unknown flag": (["pretrain", "--total_stpes", "3"], ["'--total_stpes'", "did you mean '--total_steps'?"]),
     "an unknown flag with =": (["pretrain", "--mask_rate=0.5"], ["'--mask_rate=0.5'", "'--mask_ratio'"]),
     "a flag cut short": (["pretrain", "--total_s", "3"], ["'--total_s'", "did you mean"]),
-    "a word too many": (["pretrain", "digits"], ["unknown argument 'digits'"]),
+    "a word too many": (["pretrain", "digits"], ["'digits' has no key", "--key digits"]),
     "an unknown flag of stats": (["stats", "--dataste", "digits"], ["did you mean '--dataset'?"]),
     "no number": (["pretrain", "--total_steps", "many"], ["--total_steps", "'many'"]),
     "no value": (["pretrain", "--total_steps"], ["--total_steps", "expected one argument"]),
     "none of the choices": (["pretrain", "--model_size", "giant"], ["'giant'", "huge"]),
     "neither true nor false": (["pretrain", "--flip", "perhaps"], ["--flip", "perhaps"]),
     "evaluate without a protocol": (["evaluate"], ["knn", "linear-probe"]),
+    "an unknown protocol": (["evaluate", "linear_probe"], ["'linear_probe'", "did you mean 'linear-probe'?"]),
+    "a missing folder": (["convert", "model.pth"], ["--output_dir is missing", "folder to write"]),
+    "a missing model": (["finetune"], ["--model is missing", "folder or Hub id"]),
 }
 
 
@@ -408,11 +475,12 @@ def test_a_model_of_transformers_is_answered_with_the_command_that_converts_it(m
     ],
 )
 def test_an_interruption_says_what_to_do_for_that_command(command, remedy, monkeypatch, capsys):
-    def interrupted(arguments):
+    def interrupted(recipe):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, f"_{command}", interrupted)
-    assert start(command) == 130
+    monkeypatch.setitem(COMMANDS, command, replace(COMMANDS[command], run=interrupted))
+    required = {"finetune": ["--model", "m"], "push": ["m", "--repo_id", "user/m"], "convert": ["m", "out"]}
+    assert start(command, *required.get(command, [])) == 130
     assert capsys.readouterr().err == f"hf-mae: error: interrupted; {remedy}\n"
 
 

@@ -9,14 +9,16 @@ from typing import Any, Literal, get_type_hints
 
 import pytest
 import yaml
+from runs import recipe_names
 
 from hf_mae import MAEConfig
+from hf_mae.cli import COMMANDS
 from hf_mae.commandline import GROUPS, parse, read_recipe
 from hf_mae.errors import UserError
-from hf_mae.keys import ImageSize, key
-from hf_mae.training.keys import PretrainKeys
-from hf_mae.training.model_keys import ModelKeys
-from hf_mae.training.recipe import PretrainRecipe, recipe_names
+from hf_mae.keys import ImageSize, key, keys_of, names_where
+from hf_mae.keys.finetune_keys import FinetuneRecipe
+from hf_mae.keys.model_keys import ModelKeys
+from hf_mae.keys.run_keys import PretrainRecipe
 
 
 @dataclass
@@ -46,6 +48,8 @@ class Prepare:
     source: str = key(help_text="data set to read", positional=True, metavar="SRC")
     dest: str = key(help_text="folder to write", positional=True, metavar="DST")
     quality: int = key(90, "JPEG quality, 1 to 95")
+    image_size: ImageSize | None = key(None, "size of the images in pixels")
+    check: bool = key(False, "read every image back")
 
 
 @dataclass
@@ -176,15 +180,41 @@ def test_a_word_may_have_spaces_equals_signs_and_percent_signs():
     assert read("--log_with=a b=c %d").log_with == "a b=c %d"
 
 
-# ------------------------------------------------------------------------------------------ first words
+# ------------------------------------------------------------------------------------------ words without a flag
 
 
-def test_first_words_give_positional_keys_in_their_order():
+def test_words_without_a_flag_give_positional_keys_in_their_order():
     expected = Prepare(source="a", dest="b", quality=80)
     for words in ("a b --quality 80", "a --dest b --quality 80", "--dest=b --source=a --quality 80"):
         assert read(*words.split(), kind=Prepare) == expected
-    for words in ("a b --output c", "--runs a b --output c", "--output c --runs a b"):
+    for words in (
+        "--quality 80 a b",
+        "a --quality 80 b",
+        "--quality=80 --check no a b",
+        "--check false a b --quality 80",
+    ):
+        assert read(*words.split(), kind=Prepare) == expected
+    for words in (
+        "a b --output c",
+        "--output c a b",
+        "a --output c b",
+        "--runs a b --output c",
+        "--output c --runs a b",
+    ):
         assert read(*words.split(), kind=Report) == Report(runs=["a", "b"], output="c")
+
+
+def test_a_bare_boolean_flag_leaves_the_words_after_it_to_the_keys_without_a_flag():
+    for words in ("--check a b", "a b --check", "a --check b", "--check true a b"):
+        assert read(*words.split(), kind=Prepare) == Prepare(source="a", dest="b", check=True)
+
+
+def test_a_flag_of_several_words_takes_all_words_up_to_the_next_flag():
+    sized = Prepare(source="a", dest="b", image_size=[20, 30])
+    for words in ("a b --image_size 20 30", "--image_size=20x30 a b", "--image_size 20 30 --quality 90 a b"):
+        assert read(*words.split(), kind=Prepare) == sized
+    message = "--image_size 'a' is not an image size such as 224 or 208x320, or none"
+    assert mistake("--image_size", "20", "30", "a", "b", kind=Prepare) == message
 
 
 def test_a_positional_key_given_twice_or_a_word_too_many_is_an_error():
@@ -216,7 +246,7 @@ def test_a_positional_key_given_twice_or_a_word_too_many_is_an_error():
         ("--image_size 1 2 3", "--image_size '1 2 3' is not an image size such as 224 or 208x320, or none"),
         ("--seed", "--seed: expected one argument; see hf-mae try --help"),
         ("--crop_scale", "--crop_scale: expected at least one argument; see hf-mae try --help"),
-        ("--seed 1 2", "unrecognized arguments: 2; see hf-mae try --help"),
+        ("--seed 1 2", "'2' has no key; write --key 2, with one of the keys of hf-mae try --help"),
         ("--sed 1", "unknown argument '--sed'; did you mean '--seed'?"),
         ("--crop-scale 1", "unknown argument '--crop-scale'; did you mean '--crop_scale'?"),
         ("--crop=1", "unknown argument '--crop=1'; did you mean '--crop_scale'?"),
@@ -275,7 +305,7 @@ def test_a_missing_key_is_named_with_what_it_is():
 # ------------------------------------------------------------------------------------------ help
 
 
-def help_of(capsys, kind: type = PretrainKeys, **more: Any) -> str:
+def help_of(capsys, kind: type = PretrainRecipe, **more: Any) -> str:
     with pytest.raises(SystemExit) as caught:
         parse(kind, ["--help"], "hf-mae try", **more)
     assert caught.value.code == 0
@@ -312,8 +342,8 @@ def test_the_help_of_pretrain_lists_each_key_once_in_its_group_within_100_column
     monkeypatch.setenv("COLUMNS", columns)
     text = help_of(capsys)
     flags = re.findall(r"^  (--\w+)", text, re.MULTILINE)
-    assert sorted(flags) == sorted(f"--{one.name}" for one in fields(PretrainKeys))
-    assert re.findall(r"^(\w+):$", text, re.MULTILINE) == ["options", *GROUPS]
+    assert sorted(flags) == sorted(f"--{one.name}" for one in fields(PretrainRecipe))
+    assert re.findall(r"^(\w+):$", text, re.MULTILINE) == ["options", *(name for name in GROUPS if name != "output")]
     assert max(map(len, text.splitlines())) <= min(100, int(columns))
     assert "None" not in text
 
@@ -323,14 +353,53 @@ def test_help_is_printed_without_torch_or_transformers():
 import sys
 sys.argv = ["hf-mae", "pretrain", "--help"]
 from hf_mae.commandline import parse
-from hf_mae.training.keys import PretrainKeys
+from hf_mae.keys.run_keys import PretrainRecipe
 try:
-    parse(PretrainKeys, ["--help"], "hf-mae pretrain")
+    parse(PretrainRecipe, ["--help"], "hf-mae pretrain")
 finally:
     print("HEAVY", sorted({"torch", "transformers", "numpy"} & sys.modules.keys()))
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "HEAVY []"
+
+
+# ------------------------------------------------------------------------------------------ the keys of all commands
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_lists_each_key_once_with_a_help_text_and_says_which_are_required(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    keys = keys_of(COMMANDS[name].keys)
+    text = help_of(capsys, COMMANDS[name].keys)
+    assert sorted(re.findall(r"^  (--\w+)", text, re.MULTILINE)) == sorted(f"--{one}" for one in keys)
+    assert text.count("(required)") + text.count("; required)") == sum(one.default is MISSING for one in keys.values())
+    assert "None" not in text
+    for one in keys.values():
+        assert len(one.metadata["help"].split()) >= 3, one.name
+
+
+def test_the_keys_that_a_resumed_run_may_change_are_these():
+    # They say how a run is computed and shown, not what it computes.
+    assert names_where(PretrainRecipe, free=True) == {
+        "output_dir", "resume", "recipe", "num_workers", "per_device_batch_size", "mixed_precision", "compile",
+        "gradient_checkpointing", "attn_implementation", "deterministic", "log_steps", "log_with", "save_steps",
+        "keep_checkpoints", "eval_steps", "max_eval_samples", "max_bad_fraction", "dry_run", "allow_data_change",
+        "quality_steps", "quality_samples", "push_to_hub", "hub_private_repo",
+    }  # fmt: skip
+    assert (
+        names_where(FinetuneRecipe, free=True)
+        == names_where(PretrainRecipe, free=True) & keys_of(FinetuneRecipe).keys()
+    )
+    for kind in (PretrainRecipe, FinetuneRecipe):
+        assert names_where(kind, place=True) == {
+            "dataset", "dataset_config", "dataset_revision", "eval_dataset", "eval_split",
+        }  # fmt: skip
+
+
+def test_a_card_leaves_out_how_a_run_was_started():
+    started = {"recipe", "output_dir", "resume", "dry_run", "log_with"}
+    assert names_where(FinetuneRecipe, card=False) == started
+    assert names_where(PretrainRecipe, card=False) == started | {"push_to_hub", "hub_private_repo"}
 
 
 # ------------------------------------------------------------------------------------------ the keys of pretraining
@@ -376,7 +445,7 @@ def test_given_keys_of_the_model_make_its_configuration():
         "--hidden_act",
         "relu",
     ]
-    given = parse(PretrainKeys, words, "hf-mae pretrain").given_model_keys()
+    given = parse(PretrainRecipe, words, "hf-mae pretrain").given_model_keys()
     assert given == {
         "image_size": [64, 32], "pyramid_scales": [2.0, 1.0], "mask_ratio": 0.5, "norm_pix_loss": True,
         "hidden_act": "relu",
@@ -384,19 +453,10 @@ def test_given_keys_of_the_model_make_its_configuration():
     assert {name: getattr(MAEConfig(**given), name) for name in given} == given
 
 
-def test_the_keys_of_pretraining_have_the_defaults_of_its_recipe():
-    def default(one: Any) -> Any:
-        return one.default if one.default_factory is MISSING else one.default_factory()
-
-    recipe = {one.name: default(one) for one in fields(PretrainRecipe) if one.name != "model_config"}
-    model = dict.fromkeys(config_keys())
-    assert {one.name: default(one) for one in fields(PretrainKeys)} == recipe | model
-
-
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_shipped_recipe_of_pretraining_is_read_with_the_values_of_its_file(name):
     recipes = {name: resources.files("hf_mae") / "recipes" / f"{name}.yaml"}
-    keys = parse(PretrainKeys, ["--recipe", name], "hf-mae pretrain", recipes=recipes)
+    keys = parse(PretrainRecipe, ["--recipe", name], "hf-mae pretrain", recipes=recipes)
     written = yaml.safe_load(recipes[name].read_text())
     assert {one: getattr(keys, one) for one in written} == written
     assert read_recipe(name, recipes).keys() == written.keys()

@@ -154,7 +154,7 @@ def test_what_is_no_image_or_too_large_is_said(demo, files, name, message):
 
 @pytest.mark.slow
 def test_the_exported_space_starts_by_itself(saved, files, tmp_path, capsys):
-    assert start("demo", "--model", saved, "--export", tmp_path / "space") == 0
+    assert start("demo", "--model", saved, "--output_dir", tmp_path / "space") == 0
     assert f"space    {tmp_path / 'space'}" in capsys.readouterr().out
     names = {path.name for path in (tmp_path / "space").iterdir()}
     assert names == {"app.py", "README.md", "requirements.txt", "hf_mae", "model"}
@@ -174,7 +174,7 @@ def test_the_exported_space_starts_by_itself(saved, files, tmp_path, capsys):
     [
         ({"model": "nowhere"}, "--model nowhere can't be loaded"),
         ({"gallery": "nowhere.parquet"}, "nowhere.parquet"),
-        ({"export": "full"}, "full is there and not empty; name another folder by --export"),
+        ({"output_dir": "full"}, "full is there and not empty; name another folder by --output_dir"),
     ],
     ids=str,
 )

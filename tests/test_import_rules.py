@@ -35,9 +35,9 @@ def test_the_package_keeps_the_import_rules(copy):
 @pytest.mark.parametrize(
     ("file", "line", "broken"),
     [
-        ("data/order.py", "from ..training.pretrain import pretrain", "hf_mae.data is not allowed to import hf_mae.training"),
-        ("errors.py", "def use():\n    from .files import write_text", "hf_mae.errors is not allowed to import hf_mae.files"),
-        ("layers_mae.py", "from .errors import UserError", "hf_mae.layers_mae is not allowed to import hf_mae.errors"),
+        ("data/order.py", "from ..training.pretrain import pretrain", "data is not allowed to import hf_mae.training"),
+        ("errors.py", "def use():\n    from .files import write_text", "errors is not allowed to import hf_mae.files"),
+        ("layers_mae.py", "from .errors import UserError", "layers_mae is not allowed to import hf_mae.errors"),
         ("keys/data_keys.py", "import torch", "hf_mae.keys is not allowed to import torch"),
         ("hub/push.py", "from ..cli import main", "hf_mae.cli"),
     ],

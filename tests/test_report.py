@@ -52,7 +52,7 @@ class Page(HTMLParser):
 
 
 def test_the_report_of_a_run_shows_its_figures_curves_pictures_recipe_and_machine(finished, tmp_path, capsys):
-    assert start("report", finished, "--out", tmp_path / "r.html") == 0
+    assert start("report", finished, "--output", tmp_path / "r.html") == 0
     assert capsys.readouterr().out == f"report   {tmp_path / 'r.html'}\n"
     found = Page((tmp_path / "r.html").read_text())
     losses = evaluations(finished)
@@ -160,7 +160,7 @@ def test_what_is_no_run_is_told_in_one_line(words, message, capsys):
 
 def test_a_report_that_cannot_be_written_is_told_in_one_line(finished, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert start("report", finished, "--out", tmp_path / "file" / "r.html") == 2
+    assert start("report", finished, "--output", tmp_path / "file" / "r.html") == 2
     assert "can't be written" in capsys.readouterr().err
 
 

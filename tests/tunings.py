@@ -3,10 +3,9 @@
 import json
 from pathlib import Path
 
-from runs import flags, start
+from runs import flags, load_finetune_recipe, start
 
 from hf_mae.training.finetune import trainer_parts
-from hf_mae.training.finetune_recipe import load_finetune_recipe
 
 # A second of fine-tuning on the digits.
 TINY_TUNING = {

@@ -1,4 +1,4 @@
-"""The same images through two implementations: what a conversion has to pass before anything is written."""
+"""The same images through two implementations, which have to agree: before a conversion is written, after a push."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,8 +11,7 @@ from ..configuration_mae import MAEConfig
 from ..errors import UserError
 from ..modeling_mae import MAEForPreTraining
 
-# Of the outputs' own scale, where that is above 1.
-TOLERANCE = 1e-5
+TOLERANCE = 1e-5  # of the outputs' own scale, where that is above 1
 
 
 class Probe(NamedTuple):
@@ -83,22 +82,39 @@ def run_timm(model: Any) -> Run:
     return run
 
 
-@torch.no_grad()
-def largest_difference(expected: Run, got: Run, config: MAEConfig, pair: str) -> float:
-    """The largest difference between two implementations' outputs, as a share of the outputs' scale if above 1.
+def compare(expected: Outputs, got: Outputs) -> float:
+    """The largest difference between two sets of outputs, as a share of the output's scale where that is above 1.
 
     Raises:
-        UserError: if it is above `TOLERANCE`, or not a number.
+        ValueError: naming the first output that is missing, of another shape, or off by more than `TOLERANCE`.
     """
-    probe, largest = make_probe(config), 0.0
-    first, second = expected(probe), got(probe)
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        difference = float((second[name] - value).abs().max() / value.abs().max().clamp(min=1))
-        if not difference <= TOLERANCE:
-            raise UserError(
-                f"{pair} differ by {difference:.2g} in {name} (at most {TOLERANCE:g} is allowed), nothing was written; "
-                "the source isn't the plain ViT that its names say, or a number of heads is wrong"
-            )
-        largest = max(largest, difference)
+    if expected.keys() != got.keys():
+        raise ValueError(f"{sorted(got)} instead of {sorted(expected)}")
+    largest = 0.0
+    for name, value in expected.items():
+        if value.shape != got[name].shape:
+            raise ValueError(f"{name}: shape {tuple(got[name].shape)} instead of {tuple(value.shape)}")
+        difference, scale = (got[name] - value).abs().max().item(), max(1.0, value.abs().max().item())
+        # Written so that NaN is a difference.
+        if not difference <= TOLERANCE * scale:
+            raise ValueError(f"{name}: a difference of {difference:.3g} on a scale of {scale:.3g}")
+        largest = max(largest, difference / scale)
     return largest
+
+
+@torch.no_grad()
+def compare_runs(expected: Run, got: Run, config: MAEConfig, pair: str) -> float:
+    """`compare` two implementations on the same images.
+
+    Raises:
+        UserError: if they differ.
+    """
+    probe = make_probe(config)
+    first, second = expected(probe), got(probe)
+    try:
+        return compare(first, second)
+    except ValueError as error:
+        raise UserError(
+            f"{pair} differ by more than {TOLERANCE:g} of the scale in {error}, nothing was written; the source isn't "
+            "the plain ViT that its names say, or a number of heads is wrong"
+        ) from error

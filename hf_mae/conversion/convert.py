@@ -4,20 +4,19 @@ Read the source, check ours against the source's own implementation, adapt it on
 read it back by the target's own implementation, check again, and only then give it its name.
 """
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import __version__ as transformers_version
 
 from ..errors import UserError
+from ..files import check_free, new_folder, write_json
 from ..keys import height_width
 from ..keys.publishing_keys import ConvertRecipe
-from .compare import largest_difference, run_ours
+from ..run_folder import RunFolder
+from .compare import compare_runs, run_ours
 from .processors import SETTINGS, adapt_channels, evaluation_processor
-from .read import NON_COMMERCIAL, RECORD, Source, open_source
+from .read import NON_COMMERCIAL, Source, open_source
 from .write import WRITERS, describe_use, part_for
 
 NOTE = (
@@ -35,27 +34,17 @@ def convert(recipe: ConvertRecipe) -> dict[str, Any]:
     Raises:
         UserError: if the source can't be read or expressed, DEST isn't empty, or outputs differ.
     """
-    dest = Path(recipe.output_dir).absolute()
-    if dest.is_file() or (dest.is_dir() and any(dest.iterdir())):
-        raise UserError(f"{recipe.output_dir} is there and not empty; name another folder")
+    check_free(Path(recipe.output_dir))
     source = open_source(recipe.model, recipe)
     config, ours = source.model.config, run_ours(source.model)
-    differences = {"read": largest_difference(source.run, ours, config, f"{recipe.model} and hf_mae")}
+    differences = {"read": compare_runs(source.run, ours, config, f"{recipe.model} and hf_mae")}
     changes = _adapt(source, recipe)
     model, more = part_for(source.model, recipe.to)
-    temporary = dest.with_name(f".tmp-{dest.name}")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        written = WRITERS[recipe.to](model, source.processor, temporary)
-        differences["written"] = largest_difference(run_ours(model), written, config, f"hf_mae and {recipe.to}")
+    with new_folder(Path(recipe.output_dir)) as folder:
+        written = WRITERS[recipe.to](model, source.processor, folder)
+        differences["written"] = compare_runs(run_ours(model), written, config, f"hf_mae and {recipe.to}")
         record = _record(source, recipe, differences, changes + more)
-        (temporary / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-        temporary.replace(dest)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{recipe.output_dir} can't be written: {error}; name another folder, or make room") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        write_json(record, RunFolder(folder).conversion_file)
     return record | {"use": describe_use(recipe.to, model, recipe.output_dir)}
 
 

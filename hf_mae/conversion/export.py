@@ -4,7 +4,6 @@ The batch may have any size, images have the model's. The graph is read back fro
 on several batches before the folder gets its name.
 """
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ from torch import nn
 
 from ..classifier_mae import MAEForImageClassification
 from ..errors import UserError
-from ..hub.check import compare
+from ..files import check_free, new_folder
 from ..keys.publishing_keys import ExportRecipe, Numbers
 from ..modeling_mae import MAEForPreTraining
+from .compare import compare
 from .read import open_source
 
 BATCHES = (1, 2, 5)  # sizes that are compared
@@ -47,26 +47,15 @@ def export(recipe: ExportRecipe) -> dict[str, Any]:
     Raises:
         UserError: if the source can't be read, DEST isn't empty, or outputs differ by more than 1e-5 of their scale.
     """
-    dest = Path(recipe.output_dir).absolute()
-    if dest.is_file() or (dest.is_dir() and any(dest.iterdir())):
-        raise UserError(f"{recipe.output_dir} is there and not empty; name another folder")
+    check_free(Path(recipe.output_dir))
     source = open_source(recipe.model, Numbers())
     model = source.model.mae if isinstance(source.model, MAEForPreTraining) else source.model
-    temporary = dest.with_name(f".tmp-{dest.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        file, write = WRITERS[recipe.to]
-        tensors = Tensors(model).eval()
-        graph = write(tensors, _images(model, 2), temporary / file)
+    (file, write), tensors = WRITERS[recipe.to], Tensors(model).eval()
+    with new_folder(Path(recipe.output_dir)) as folder:
+        graph = write(tensors, _images(model, 2), folder / file)
         difference = max(_difference(tensors, graph, batch, recipe.to) for batch in BATCHES)
-        model.config.save_pretrained(temporary)
-        source.processor.save_pretrained(temporary)
-        temporary.replace(dest)
-    except OSError as error:
-        raise UserError(f"{recipe.output_dir} can't be written: {error}; name another folder, or make room") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        model.config.save_pretrained(folder)
+        source.processor.save_pretrained(folder)
     outputs = dict(zip(tensors.names, tensors(_images(model, 1)), strict=True))
     return {
         "part": "classifier" if isinstance(model, MAEForImageClassification) else "encoder",

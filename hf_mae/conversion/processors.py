@@ -1,6 +1,5 @@
 """Image processors of transformers' ViT models and timm's settings, to ours and back."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..configuration_mae import MAEConfig
+from ..files import read_json
 from ..image_processing_mae import MAEImageProcessor
 
 FILE = "preprocessor_config.json"
@@ -54,7 +54,7 @@ def read_processor(folder: Path, config: MAEConfig) -> MAEImageProcessor:
     transformers' ViTMAE squeezes images to 224 x 224 where the original's evaluation resizes and crops them.
     """
     file = folder / FILE
-    stored = json.loads(file.read_text()) if file.exists() else {}
+    stored = read_json(file) if file.exists() else {}
     if str(stored.get("image_processor_type", "")).startswith("MAE"):
         return MAEImageProcessor.from_pretrained(folder)
     settings = {key: stored[key] for key in SETTINGS if key in stored and key != "resample"}

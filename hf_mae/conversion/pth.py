@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 
 # What the original's own checkpoints hold besides tensors and plain values: the options that they were trained with.
 _ALLOWED: list[Any] = [argparse.Namespace]
@@ -34,8 +34,7 @@ def read_pth(path: str | Path) -> Any:
             "with its tensors alone"
         ) from error
     except (RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
-        message = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is no whole .pth file ({message}); fetch it again") from error
+        raise UserError(f"{path} is no whole .pth file ({one_line(error)}); fetch it again") from error
 
 
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

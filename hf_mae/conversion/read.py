@@ -1,7 +1,5 @@
 """Models of other packages -> ours in memory, each with its own implementation to be checked against."""
 
-import hashlib
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,18 +10,20 @@ import torch
 
 from ..classifier_mae import MAEForImageClassification
 from ..configuration_mae import SIZES, MAEConfig
-from ..errors import UserError
+from ..errors import UserError, one_line
+from ..files import read_json, sha256
 from ..image_processing_mae import MAEImageProcessor
 from ..keys import height_width
 from ..keys.publishing_keys import Numbers
 from ..modeling_mae import MAEForPreTraining, MAEModel
+from ..pretrained import loading
+from ..run_folder import RunFolder
 from . import reference
 from .compare import Outputs, Probe, Run, run_ours, run_timm, run_transformers
 from .layouts import load_layout
 from .processors import evaluation_processor, read_processor, read_timm_processor
 from .pth import read_weights
 
-RECORD = "conversion.json"
 NON_COMMERCIAL = "cc-by-nc-4.0"
 # The repositories of the original's authors, copies of them, and their places in a cache.
 _FACEBOOKS = re.compile(r"(^|/|--)vit-mae-(base|large|huge)(/|$)")
@@ -68,7 +68,7 @@ def open_source(source: str, numbers: Numbers) -> Source:
         folder, found = path.parent, _read_original(path, numbers)
         files = [path]
     found.revision = folder.name if not Path(source).exists() else None  # snapshots/COMMIT, in the Hub's cache
-    found.sha256 = {file.name: _sha256(file) for file in files}
+    found.sha256 = {file.name: sha256(file) for file in files}
     # Nothing that we wrote is a .pth, whatever lies beside it.
     record = _record(folder) if path.is_dir() or path.suffix == ".safetensors" else None
     if record is not None:
@@ -81,7 +81,7 @@ def _read_folder(folder: Path, source: str, numbers: Numbers) -> Source:
         if getattr(numbers, key) is not None:
             raise UserError(f"{source} records its own {key}; leave --{key} out")
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = read_json(folder / "config.json")
     except (OSError, ValueError) as error:
         raise UserError(f"{source} has no config.json that can be read; name a model") from error
     kind = "timm" if "architecture" in config else config.get("model_type")
@@ -115,22 +115,22 @@ def _local(source: str) -> Path:
             if list(folder.glob(weights)):
                 break
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        message = " ".join(str(error).split())[:200]
-        raise UserError(f"{source} is neither here nor on the Hub ({message}); check the name") from error
+        raise UserError(f"{source} is neither here nor on the Hub ({one_line(error)}); check the name") from error
     return folder
 
 
 def _record(folder: Path) -> dict[str, Any] | None:
-    file = folder / RECORD
+    """What an earlier conversion recorded. Not read tolerantly: the licence of the weights must not get lost."""
+    file = RunFolder(folder).conversion_file
+    if not file.exists():
+        return None
     try:
-        return json.loads(file.read_text()) if file.exists() else None
+        record = read_json(file)
     except ValueError as error:
         raise UserError(f"{file} is broken ({error}); if you know the licence of the weights, remove it") from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    if not isinstance(record, dict):
+        raise UserError(f"{file} is not a table of keys; if you know the licence of the weights, remove it")
+    return record
 
 
 # ---------------------------------------------------------------------------------------------- ours, transformers'
@@ -138,11 +138,8 @@ def _sha256(path: Path) -> str:
 
 def _load(model_class: Any, folder: Path, **options: Any) -> Any:
     """`from_pretrained` in float32, nothing missing and nothing left over."""
-    try:
+    with loading(f"{model_class.__name__} can't load {folder}"):
         model, report = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
-    except Exception as error:  # whatever a broken or hostile file makes transformers raise
-        message = " ".join(str(error).split())[:300]
-        raise UserError(f"{model_class.__name__} can't load {folder}: {message}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         # A ViT's pooler is no part of what the encoder learnt.
         keys = sorted(str(key) for key in report[what] if not str(key).startswith("pooler."))
@@ -205,7 +202,7 @@ def _read_original(path: Path, numbers: Numbers) -> Source:
     if model_class is MAEForPreTraining:
         settings["norm_pix_loss"] = _norm_pix_loss(path, numbers, said)
     model = make_model(model_class, settings, weights, "original")
-    beside = (path.parent / RECORD).exists() and path.suffix == ".safetensors"
+    beside = RunFolder(path.parent).conversion_file.exists() and path.suffix == ".safetensors"
     processor = read_processor(path.parent, model.config) if beside else evaluation_processor(model.config)
     return Source("original", model, processor, run_original(weights, model.config), NON_COMMERCIAL, {})
 
@@ -236,7 +233,7 @@ def make_model(model_class: Any, settings: dict[str, Any], weights: dict[str, to
     try:
         model = model_class(MAEConfig(**settings)).eval()
     except ValueError as error:
-        raise UserError(" ".join(str(error).split())) from error
+        raise UserError(one_line(error)) from error
     load_layout(model, weights, layout)
     return model
 
@@ -327,8 +324,7 @@ def _read_timm(folder: Path, config: dict[str, Any]) -> Source:
         height_width = list(peer.patch_embed.img_size)
         settings = _config_from(weights, height_width) | {"num_attention_heads": heads, "layer_norm_eps": eps}
     except (RuntimeError, TypeError, AttributeError, KeyError) as error:
-        message = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder} is no ViT with a class token by timm's names: {message}") from error
+        raise UserError(f"{folder} is no ViT with a class token by timm's names: {one_line(error)}") from error
     if "head.weight" not in weights:
         settings["pooling"] = "cls" if peer.global_pool == "token" else "mean"
     settings["image_size"] = height_width

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..classifier_mae import MAEForImageClassification
 from ..errors import UserError
+from ..files import write_json
 from ..image_processing_mae import MAEImageProcessor
 from ..modeling_mae import MAEForPreTraining, MAEModel
 from .compare import Run, run_ours, run_timm, run_transformers
@@ -97,7 +98,7 @@ def write_timm(model: Any, processor: MAEImageProcessor, folder: Path) -> Run:
             "classifier": "head",
         },
     }
-    (folder / "config.json").write_text(json.dumps(settings, indent=2))
+    write_json(settings, folder / "config.json")
     _save(to_layout(model.state_dict(), "original"), folder)
     return run_timm(timm.create_model(f"local-dir:{folder}", pretrained=True).eval())
 
@@ -179,7 +180,21 @@ def _write_transformers(
 
 def _save(weights: dict[str, torch.Tensor], folder: Path, said: dict[str, str] | None = None) -> None:
     contiguous = {key: value.detach().contiguous() for key, value in weights.items()}
-    save_file(contiguous, folder / "model.safetensors", {"format": "pt", **(said or {})})
+    file = folder / "model.safetensors"
+    save_file(contiguous, file, {"format": "pt", **(said or {})})
+    _sort_metadata(file)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the metadata of a safetensors file in place: the library writes it in another order each time."""
+    with path.open("rb+") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def _refuse_oblong(model: Any, name: str) -> None:

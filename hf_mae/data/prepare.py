@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..errors import DataError
+from ..files import sha256
 from ..image_processing_base_mae import resize_bands
 from ..keys.data_keys import PrepareRecipe
 from .decode import BadImage, as_bad_image, load_image
@@ -324,9 +325,7 @@ def _write_all(shards: _Shards, num_workers: int) -> list[dict[str, Any]]:
 def _facts(path: Path) -> dict[str, Any]:
     import pyarrow.parquet as pq
 
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"rows": pq.read_metadata(path).num_rows, "bytes": path.stat().st_size, "sha256": digest}
+    return {"rows": pq.read_metadata(path).num_rows, "bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _write(path: Path, content: bytes | memoryview) -> None:

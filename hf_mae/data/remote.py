@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, TypeVar, cast
 
-from ..errors import DataError, SourceUnavailable
+from ..errors import DataError, SourceUnavailable, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +33,6 @@ _Result = TypeVar("_Result")
 def is_remote(url: str) -> bool:
     """Whether this is an fsspec URL; False for a local path."""
     return "://" in url
-
-
-def one_line(error: BaseException) -> str:
-    """The message on one line of at most 300 characters."""
-    # Signed URLs carry their credentials behind the question mark.
-    words = [word.split("?", 1)[0] + "?[...]" if "://" in word and "?" in word else word for word in str(error).split()]
-    text = " ".join(words).rstrip(".") or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
 
 
 def is_transient(error: BaseException) -> bool:

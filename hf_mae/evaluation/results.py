@@ -1,14 +1,15 @@
 """results.json: what was measured, by which protocol, on which data, of which weights; model cards read it."""
 
-import hashlib
 import json
 import statistics
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from transformers.utils.hub import cached_file
 
 from .. import __version__
+from ..files import sha256
 from ..keys.data_keys import SplitKeys
 from ..keys.evaluation_keys import ScoreRecipe
 from ..run_folder import read_results
@@ -58,14 +59,10 @@ def make_result(
         `versions`. As it comes back from JSON.
     """
     weights = cached_file(model, "model.safetensors", _raise_exceptions_for_missing_entries=False)
-    sha256 = None
-    if weights:
-        with open(weights, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     result = {
         "protocol": protocol,
         "data": data,
-        "checkpoint": {"path": model, "sha256": sha256},
+        "checkpoint": {"path": model, "sha256": sha256(Path(weights)) if weights else None},
         "figures": {key: statistics.mean(run[key] for run in runs) for key in runs[0]},
     }
     if len(runs) > 1:

@@ -5,14 +5,13 @@
 The token is the one that huggingface_hub finds (HF_TOKEN, or `hf auth login`); nothing here reads or writes it.
 """
 
-import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,17 @@ from huggingface_hub.errors import (
     HTTPError,  # pyright: ignore[reportPrivateImportUsage]
     RepositoryNotFoundError,
 )
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 
 from ..backbone_mae import MAEBackbone
 from ..classifier_mae import MAEForImageClassification
-from ..errors import UserError
+from ..conversion.compare import Outputs, compare
+from ..errors import UserError, one_line
+from ..files import read_json, write_json, write_text
 from ..image_processing_mae import MAEImageProcessor
 from ..modeling_mae import MAEForPreTraining, MAEModel
+from ..pretrained import loading
+from ..run_folder import RunFolder
 from . import check
 from .card import Card
 
@@ -52,7 +55,7 @@ def write_card(folder: str, output: str) -> str | None:
     Raises:
         UserError: if the folder is no model of this package, or the card can't be written.
     """
-    with _whole_folder(Path(folder)):
+    with _whole_folder(folder):
         card = Card.read(folder)
     file = Path(output)
     card.name = file.stem
@@ -61,7 +64,7 @@ def write_card(folder: str, output: str) -> str | None:
         if card.picture:
             shutil.copyfile(card.picture, file.with_suffix(".png"))
             card.picture = f"{file.stem}.png"
-        file.write_text(card.text())
+        write_text(file, card.text())
     except OSError as error:
         raise UserError(f"{output} can't be written: {error}; name another file") from error
     return str(file.with_suffix(".png")) if card.picture else None
@@ -90,7 +93,6 @@ def push(folder: str, repo_id: str, private: bool = False, revision: str | None 
         staged, cache = Path(temporary) / "files", Path(temporary) / "cache"
         card = stage(Path(folder), staged, repo_id)
         expected = check.measure(folder, trust_remote_code=False)
-        save_file(expected, Path(temporary) / "expected.safetensors")
         with _one_line(repo_id):
             api = HfApi()
             _open_repository(api, repo_id, private, revision)
@@ -101,7 +103,7 @@ def push(folder: str, repo_id: str, private: bool = False, revision: str | None 
                 commit_message=f"{card.name}, with the code that loads it",
                 delete_patterns=OURS,
             ).oid
-        difference = _pull_back(repo_id, commit, Path(temporary) / "expected.safetensors", staged, cache)
+        difference = _pull_back(repo_id, commit, expected, staged, cache)
         card.revision = commit
         with _one_line(repo_id):
             api.upload_file(
@@ -172,7 +174,7 @@ def stage(folder: Path, target: Path, repo_id: str | None = None) -> Card:
         UserError: if the folder isn't a whole model of this package.
     """
     with _whole_folder(folder):
-        architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
+        architecture = read_json(folder / "config.json")["architectures"][0]
         model, loaded = MODELS[architecture].from_pretrained(folder, use_safetensors=True, output_loading_info=True)
         processor = MAEImageProcessor.from_pretrained(folder)
         card = Card.read(folder, repo_id)
@@ -181,24 +183,18 @@ def stage(folder: Path, target: Path, repo_id: str | None = None) -> Card:
     model.save_pretrained(target, with_code=True)
     processor.save_pretrained(target, with_code=True)
     if card.conversion:
-        (target / "conversion.json").write_text(json.dumps(card.conversion, indent=1) + "\n")
+        write_json(card.conversion, RunFolder(target).conversion_file)
     if card.picture:
         shutil.copy(card.picture, target / PICTURE)
         card.picture = PICTURE
     if card.recipe:
-        (target / "recipe.yaml").write_text(card.recipe_yaml())
-    (target / "README.md").write_text(card.text())
+        write_text(target / "recipe.yaml", card.recipe_yaml())
+    write_text(target / "README.md", card.text())
     return card
 
 
-@contextmanager
-def _whole_folder(folder: Path) -> Iterator[None]:
-    """Turn whatever a folder that is no model's makes its readers raise into a line that says what to do."""
-    try:
-        yield
-    except Exception as error:
-        what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise UserError(f"{folder} is no whole model folder ({what}); name one that hf-mae has written") from error
+def _whole_folder(folder: str | Path) -> AbstractContextManager[None]:
+    return loading(f"{folder} is no whole model folder", "name one that hf-mae has written")
 
 
 def _open_repository(api: HfApi, repo_id: str, private: bool, revision: str | None) -> None:
@@ -215,19 +211,23 @@ def _open_repository(api: HfApi, repo_id: str, private: bool, revision: str | No
         api.create_branch(repo_id, branch=revision, exist_ok=True)
 
 
-def _pull_back(repo_id: str, commit: str, expected: Path, code: Path, cache: Path) -> float:
+def _pull_back(repo_id: str, commit: str, expected: Outputs, code: Path, cache: Path) -> float:
     """The largest difference between the publisher's outputs and those of what the Hub gives a stranger."""
+    cache.mkdir(exist_ok=True)
     empty = {name: str(cache / name) for name in ("HF_HUB_CACHE", "HF_MODULES_CACHE", "HF_XET_CACHE")}
+    measured = cache / "measured.safetensors"
     # -P: without the folder of the script, whose siblings would stand in for modules of the same name.
-    command = [sys.executable, "-P", check.__file__, repo_id, commit, str(expected), str(code)]
+    command = [sys.executable, "-P", check.__file__, repo_id, commit, str(code), str(measured)]
     done = subprocess.run(command, env={**os.environ, **empty}, capture_output=True, text=True, check=False)
-    if done.returncode:
-        why = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
+    try:
+        if done.returncode:
+            raise ValueError((done.stderr.strip().splitlines() or ["no message"])[-1])
+        return compare(expected, load_file(measured))
+    except ValueError as error:
         raise UserError(
-            f"{repo_id} was uploaded as {commit[:12]}, but does not come back as it was ({why}); push it again, or "
-            "delete it"
-        )
-    return json.loads(done.stdout.splitlines()[-1])["difference"]
+            f"{repo_id} was uploaded as {commit[:12]}, but does not come back as it was ({one_line(error)}); push it "
+            "again, or delete it"
+        ) from error
 
 
 @contextmanager
@@ -250,7 +250,7 @@ def _one_line(repo_id: str) -> Iterator[None]:
         missing = status == 401 and isinstance(error, RepositoryNotFoundError)
         raise UserError(f"{repo_id}: the Hub answered {404 if missing else status}: {remedy}") from error
     except (HTTPError, OSError) as error:
-        what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        what = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"{repo_id}: the Hub can't be reached ({what}); push again") from error
     except ValueError as error:  # of the card's metadata
-        raise UserError(f"{repo_id}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{repo_id}: {one_line(error)}") from error

@@ -210,8 +210,8 @@ def height_width(size: int | list[int]) -> tuple[int, int]:
 
 
 def names_where(kind: Any, **marks: bool) -> set[str]:
-    """Names of the keys that have these marks of `key`, e.g. `free=True`."""
-    return {name for name, one in keys_of(kind).items() if marks.items() <= one.metadata.items()}
+    """Names of the keys of a dataclass, or of an object of it, that have these marks of `key`, e.g. `free=True`."""
+    return {one.name for one in fields(kind) if marks.items() <= one.metadata.items()}
 
 
 def keys_of(kind: Any) -> dict[str, Key]:

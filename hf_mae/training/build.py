@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from .. import __version__
 from ..configuration_mae import SIZES, MAEConfig
@@ -22,6 +21,7 @@ from ..image_processing_mae import MAEImageProcessor
 from ..keys.run_keys import PretrainRecipe, RunRecipe
 from ..modeling_mae import MAEForPreTraining
 from ..optim.schedule import stages
+from ..pretrained import loading
 from .state import RunState
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,8 @@ def build_model(recipe: PretrainRecipe, stored: Path | None, num_channels: int) 
     """
     options = {"attn_implementation": recipe.attn_implementation, "dtype": torch.float32}
     config = None if stored or recipe.model else model_config_of(recipe, num_channels)
-    try:
+    name = stored or (recipe.model and f"--model {recipe.model}")
+    with loading(describe_failure(f"{name} can't be loaded" if name else "the model can't be made", recipe)):
         if stored:
             model = MAEForPreTraining.from_pretrained(stored, use_safetensors=True, **options)
         elif config:
@@ -87,10 +88,6 @@ def build_model(recipe: PretrainRecipe, stored: Path | None, num_channels: int) 
             changes = {"num_channels": num_channels, **recipe.given_model_keys()}
             # Weights as safetensors alone: no pickle is read.
             model = MAEForPreTraining.from_pretrained(recipe.model, use_safetensors=True, **changes, **options)
-    except (ImportError, KeyError, OSError, ValueError, RuntimeError, SafetensorError) as error:
-        name = stored or (recipe.model and f"--model {recipe.model}")
-        what = f"{name} can't be loaded" if name else "the model can't be made"
-        raise UserError(describe_failure(what, recipe, error)) from error
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if recipe.compile:
@@ -98,12 +95,12 @@ def build_model(recipe: PretrainRecipe, stored: Path | None, num_channels: int) 
     return model.train()
 
 
-def describe_failure(what: str, recipe: RunRecipe, error: Exception) -> str:
-    """Why there is no model, in one line; an attention that may not be there is named too."""
+def describe_failure(what: str, recipe: RunRecipe) -> str:
+    """How the line begins that says why there is no model; an attention that may not be installed is named too."""
     attention = recipe.attn_implementation
-    if attention not in ("eager", "sdpa"):
-        what += f" with attn_implementation {attention} (eager and sdpa always work)"
-    return f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if attention in ("eager", "sdpa"):
+        return what
+    return f"{what} with attn_implementation {attention} (eager and sdpa always work)"
 
 
 def build_processor(

@@ -7,7 +7,6 @@
 Safetensors and JSON only: reading a checkpoint can run nothing.
 """
 
-import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .. import files
 from ..errors import CheckpointError, DiskFullError
-from ..run_folder import checkpoint_step, list_checkpoints
+from ..run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +68,7 @@ def write_checkpoint(
         shutil.rmtree(final)
     temporary.rename(final)
     files.fsync(output_dir)
-    older = [path for path in list_checkpoints(output_dir) if checkpoint_step(path) <= step]
-    for old in older[:-keep]:
+    for old in RunFolder(output_dir).checkpoints(last_step=step)[:-keep]:
         shutil.rmtree(old)
     return final
 
@@ -81,7 +79,7 @@ def _seal(folder: Path) -> None:
     for file in sorted(path for path in folder.iterdir() if path.is_file()):
         manifest[file.name] = {"bytes": file.stat().st_size, "sha256": files.sha256(file)}
         files.settle(file)
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    files.write_json(manifest, folder / MANIFEST)
     files.settle(folder / MANIFEST)
     files.fsync(folder)
 
@@ -102,7 +100,7 @@ def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
     if resume != "auto":
         verify_checkpoint(Path(resume))
         return Path(resume)
-    found = list_checkpoints(output_dir)
+    found = RunFolder(output_dir).checkpoints()
     for path in reversed(found):
         try:
             verify_checkpoint(path)
@@ -127,7 +125,7 @@ def verify_checkpoint(path: Path) -> None:
     if not (path / MANIFEST).is_file():
         raise CheckpointError(f"{path} is not a complete checkpoint (no {MANIFEST} in it); name another one")
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = files.read_json(path / MANIFEST)
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path / MANIFEST} can't be read ({error})") from error
     for name, expected in manifest.items():

@@ -1,15 +1,12 @@
 """What a recipe came to on this machine and this data: `derived` in run_config.yaml, and three lines for people."""
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from .. import __version__
 from ..data.transform import ImageSpec
-from ..files import write_text
 from ..keys.run_keys import RunRecipe
 
 
@@ -53,6 +50,10 @@ class RunFacts:
     parameters: int
     trained_parameters: int | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        """The facts that there are, for run_config.yaml."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
 
 def describe_run(
     command: str,
@@ -90,11 +91,3 @@ def describe_run(
         f"lr {recipe.lr:.3g}; {scored}\n"
         f"{start}, into {recipe.output_dir}"
     )
-
-
-def write_run_config(output_dir: Path, recipe: RunRecipe, facts: RunFacts) -> None:
-    """Write the resolved recipe and what was derived from it into the run's folder, which is made."""
-    derived: dict[str, Any] = {key: value for key, value in asdict(facts).items() if value is not None}
-    output_dir.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump({"recipe": recipe.to_dict(), "derived": derived}, sort_keys=False)
-    write_text(output_dir / "run_config.yaml", text)

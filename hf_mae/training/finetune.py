@@ -5,7 +5,6 @@
 is what `hf-mae finetune` runs, with our log instead of Trainer's, and a model folder at the end.
 """
 
-import json
 import shutil
 from contextlib import closing
 from dataclasses import replace
@@ -27,9 +26,9 @@ from ..evaluation.results import make_result, named_data
 from ..files import replace_files
 from ..keys.finetune_keys import FinetuneRecipe
 from ..optim.groups import layer_decay_groups
-from ..run_folder import add_result, list_checkpoints, read_results
+from ..run_folder import RunFolder, add_result, read_results
 from .callbacks import EMACallback, EpochCallback, LogCallback
-from .describe import RunFacts, describe_run, write_run_config
+from .describe import RunFacts, describe_run
 from .devices import choose_precision, describe_hardware, tune_for_device
 from .finetune_setup import (
     build_classifier,
@@ -58,11 +57,14 @@ def finetune(recipe: FinetuneRecipe) -> dict[str, Any] | None:
         UserError: for what a user can mend; one line with the remedy.
     """
     recipe = recipe.finish()
-    results = Path(str(recipe.output_dir)) / "results.json"
-    check_folder(recipe, results.parent)
-    if recipe.resume == "auto" and results.exists():
-        check_run(recipe, results.parent)
-        return next(entry for entry in read_results(results) if entry["protocol"]["name"] == PROTOCOL)
+    output_dir = Path(str(recipe.output_dir))
+    check_folder(recipe, output_dir)
+    folder = RunFolder(output_dir)
+    read_results(folder.results_file)  # before hours of training: the run adds its result to this file
+    finished = [entry for entry in folder.results() if entry["protocol"]["name"] == PROTOCOL]
+    if recipe.resume == "auto" and finished:
+        check_run(recipe, output_dir)
+        return finished[0]
     run = FinetuneRun(recipe)
     run.describe()
     return None if recipe.dry_run else run.train()
@@ -89,6 +91,7 @@ class FinetuneRun:
 
     def __init__(self, recipe: FinetuneRecipe):
         self.recipe, self.output_dir = recipe, Path(str(recipe.output_dir))
+        self.folder = RunFolder(self.output_dir)
         self.stored = find_trainer_checkpoint(recipe, self.output_dir)
         self.args = training_arguments(recipe, self.stored)
         # One process after the other, so that what a data set library caches is written once.
@@ -111,7 +114,7 @@ class FinetuneRun:
             recipe.seed,
             build_rand_augment(recipe, self.spec, self.processor),
             recipe.random_erasing,
-            self.output_dir / "bad_samples.jsonl",
+            self.folder.bad_file,
             recipe.total_batch_size,
         )
         self.eval_images = LabelledImages(self.eval_rows, self._targets(self.eval_rows), self.spec, self.processor)
@@ -173,7 +176,7 @@ class FinetuneRun:
         if self.bad:
             print(f"{len(self.bad)} images can't be decoded and are not scored, the first: {self.bad[0][0]}")
         if not recipe.dry_run:
-            write_run_config(self.output_dir, recipe, facts)
+            self.folder.write_config(recipe.to_dict(), facts.to_dict())
 
     def train(self) -> dict[str, Any] | None:
         """All steps that are left, then the final model; the entry of results.json, on the main process."""
@@ -216,16 +219,15 @@ class FinetuneRun:
             "classes": len(self.labels.names),
         }
         result = make_result(protocol, data, str(output_dir), [log.figures])
-        add_result(result, output_dir / "results.json")
-        for checkpoint in list_checkpoints(output_dir):
+        add_result(result, self.folder.results_file)
+        for checkpoint in self.folder.checkpoints():
             shutil.rmtree(checkpoint)
         return result
 
     def _bad_samples(self) -> int:
         """How many images could not be decoded, each named once in bad_samples.jsonl."""
-        file = self.output_dir / "bad_samples.jsonl"
-        lines = file.read_text().splitlines() if file.exists() else []
-        lines = list(dict.fromkeys([*lines, *(json.dumps({"key": key, "reason": why}) for key, why in self.bad)]))
-        if lines:
-            file.write_text("\n".join(lines) + "\n")
-        return len(lines)
+        named = [(sample["key"], sample["reason"]) for sample in self.folder.bad_samples()]
+        named = list(dict.fromkeys([*named, *self.bad]))
+        if named:
+            self.folder.write_bad_samples([{"key": key, "reason": reason} for key, reason in named])
+        return len(named)

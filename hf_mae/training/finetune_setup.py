@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
@@ -21,7 +20,8 @@ from ..image_processing_mae import MAEImageProcessor
 from ..keys import names_where
 from ..keys.finetune_keys import FinetuneRecipe
 from ..optim.groups import train_last_blocks
-from ..run_folder import list_checkpoints
+from ..pretrained import loading
+from ..run_folder import RunFolder
 from .build import describe_failure
 from .callbacks import EMA_FILE
 from .devices import (
@@ -49,7 +49,7 @@ def find_trainer_checkpoint(recipe: FinetuneRecipe, output_dir: Path) -> Path | 
         return None
     # Trainer writes its state last, and we the average after that.
     needed = ["trainer_state.json"] + ([EMA_FILE] if recipe.ema_decay else [])
-    for path in reversed(list_checkpoints(output_dir)) if recipe.resume == "auto" else [Path(recipe.resume)]:
+    for path in reversed(RunFolder(output_dir).checkpoints()) if recipe.resume == "auto" else [Path(recipe.resume)]:
         if all((path / name).is_file() for name in needed):
             check_run(recipe, path.parent)
             return path
@@ -60,11 +60,8 @@ def find_trainer_checkpoint(recipe: FinetuneRecipe, output_dir: Path) -> Path | 
 
 def check_run(recipe: FinetuneRecipe, output_dir: Path) -> None:
     """Raise a CheckpointError if a folder holds a run of another recipe."""
-    before = output_dir / "run_config.yaml"
-    if before.exists():
-        check_same_recipe(
-            yaml.safe_load(before.read_text())["recipe"], recipe, output_dir, names_where(recipe, free=True)
-        )
+    if before := RunFolder(output_dir).config()[0]:
+        check_same_recipe(before, recipe, output_dir, names_where(recipe, free=True))
 
 
 def training_arguments(recipe: FinetuneRecipe, stored: Path | None) -> TrainingArguments:
@@ -147,20 +144,17 @@ def build_classifier(recipe: FinetuneRecipe, labels: Labels) -> MAEForImageClass
     # Its report of the head's missing weights would be alarming, and says what everyone knows.
     transformers_logging.set_verbosity_error()
     try:
-        known = MAEConfig.from_pretrained(str(recipe.model))
-        fine_tuned = "MAEForImageClassification" in (known.architectures or [])
-        if fine_tuned and not recipe.reset_head and list(known.id2label.values()) != list(labels.names):
-            raise UserError(
-                f"{recipe.model} knows the classes {_some(known.id2label.values())}, {recipe.dataset} has "
-                f"{_some(labels.names)}; pass --reset_head true for a new head"
+        with loading(describe_failure(f"--model {recipe.model} can't be loaded", recipe)):
+            known = MAEConfig.from_pretrained(str(recipe.model))
+            fine_tuned = "MAEForImageClassification" in (known.architectures or [])
+            if fine_tuned and not recipe.reset_head and list(known.id2label.values()) != list(labels.names):
+                raise UserError(
+                    f"{recipe.model} knows the classes {_some(known.id2label.values())}, {recipe.dataset} has "
+                    f"{_some(labels.names)}; pass --reset_head true for a new head"
+                )
+            model, info = MAEForImageClassification.from_pretrained(
+                recipe.model, output_loading_info=True, ignore_mismatched_sizes=recipe.reset_head, **options
             )
-        model, info = MAEForImageClassification.from_pretrained(
-            recipe.model, output_loading_info=True, ignore_mismatched_sizes=recipe.reset_head, **options
-        )
-    except UserError:
-        raise
-    except (ImportError, KeyError, OSError, ValueError, RuntimeError) as error:
-        raise UserError(describe_failure(f"--model {recipe.model} can't be loaded", recipe, error)) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     missing = sorted(name for name in info["missing_keys"] if not name.startswith(HEAD))

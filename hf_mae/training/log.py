@@ -1,7 +1,5 @@
 """What a run tells: a progress bar, metrics.jsonl, trackers, bad_samples.jsonl."""
 
-import json
-import logging
 import math
 import time
 from collections import Counter
@@ -15,12 +13,10 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..files import write_text
+from ..files import replaced
 from ..keys.run_keys import RunRecipe
-from ..run_folder import picture_step, read_events
+from ..run_folder import RunFolder
 from ..visualize.grid import with_title
-
-logger = logging.getLogger(__name__)
 
 MOST_NAMED = 100
 
@@ -36,21 +32,15 @@ class RunLog:
     """
 
     def __init__(self, accelerator: Accelerator, output_dir: Path, first_step: int, total_steps: int):
-        self.accelerator = accelerator
-        self.metrics_file, self.bad_file = output_dir / "metrics.jsonl", output_dir / "bad_samples.jsonl"
-        self.pictures = output_dir / "reconstructions"
+        self.accelerator, self.folder = accelerator, RunFolder(output_dir)
         self.evaluations: list[dict[str, Any]] = []
         self.quality: dict[str, Any] = {}
         if accelerator.is_main_process:
-            for path in self.pictures.glob("step-*.png"):
-                if picture_step(path) > first_step or first_step == 0:
-                    path.unlink()
-        if accelerator.is_main_process and self.metrics_file.exists():
             # A run that starts anew evaluates before its first step anew.
-            events = [event for event in read_events(self.metrics_file) if event["step"] <= first_step > 0]
-            for event in events:
+            last_step = first_step or -1
+            self.folder.remove_pictures(last_step)
+            for event in self.folder.cut_events(last_step):
                 self._remember(event)
-            write_text(self.metrics_file, "".join(json.dumps(event) + "\n" for event in events))
         self.bar = tqdm(
             total=total_steps, initial=first_step, disable=not accelerator.is_main_process, dynamic_ncols=True
         )
@@ -63,10 +53,9 @@ class RunLog:
         event = {"step": step, **{key: None if _is_nan(value) else value for key, value in values.items()}}
         self._remember(event)
         try:
-            with self.metrics_file.open("a") as file:
-                file.write(json.dumps(event) + "\n")
+            self.folder.append_event(event)
         except OSError as error:  # the disk may be full for a while; the run is worth more than this line
-            self.say(f"WARNING: a line of {self.metrics_file} is lost: {error.strerror}")
+            self.say(f"WARNING: a line of {self.folder.metrics_file} is lost: {error.strerror}")
         self.accelerator.log({key: value for key, value in values.items() if isinstance(value, int | float)}, step=step)
 
     def _remember(self, event: dict[str, Any]) -> None:
@@ -80,12 +69,10 @@ class RunLog:
         """Write reconstructions/step-STEP.png, and show it to the trackers that take pictures."""
         if not self.accelerator.is_main_process:
             return
-        path = self.pictures / f"step-{step}.png"
         try:
-            path.parent.mkdir(exist_ok=True)
-            picture.save(path)
+            self.folder.save_picture(step, picture)
         except OSError as error:
-            self.say(f"WARNING: {path} is lost: {error.strerror}")
+            self.say(f"WARNING: {self.folder.picture_file(step)} is lost: {error.strerror}")
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
@@ -96,14 +83,18 @@ class RunLog:
 
         None on all but the main process.
         """
-        paths = sorted(self.pictures.glob("step-*.png"), key=picture_step)
-        if not self.accelerator.is_main_process or not paths:
+        pictures = self.folder.pictures() if self.accelerator.is_main_process else []
+        if not pictures:
             return None
-        frames = [with_title(Image.open(path), f"after step {picture_step(path):,}") for path in paths]
         # The first and the last are looked at for longer.
-        times = [1500, *[500] * (len(frames) - 2), 3000][: len(frames)]
-        frames[0].save(self.pictures / "all.webp", save_all=True, append_images=frames[1:], duration=times, loop=0)
-        return str(paths[-1])
+        times = [1500, *[500] * (len(pictures) - 2), 3000][: len(pictures)]
+        try:
+            frames = [with_title(Image.open(path), f"after step {step:,}") for step, path in pictures]
+            with replaced(self.folder.animation_file) as temporary:
+                frames[0].save(temporary, save_all=True, append_images=frames[1:], duration=times, loop=0)
+        except (OSError, SyntaxError) as error:  # a full disk, or what Pillow raises for a broken picture
+            self.say(f"WARNING: {self.folder.animation_file} is lost: {error}")
+        return str(pictures[-1][1])
 
     def progress(self, step: int, **shown: Any) -> None:
         """Move the bar, which shows the time left, and write `shown` behind it."""
@@ -137,12 +128,12 @@ class BadSamples:
     """Counts the samples that can't be decoded, by reason, and names the first hundred in bad_samples.jsonl.
 
     Args:
-        path: the file; it is rewritten as it was at the checkpoint that a run goes on from.
+        folder: of the run; its file is rewritten as it was at the checkpoint that the run goes on from.
         state: as `state()` gave it.
     """
 
-    def __init__(self, path: Path, state: dict[str, Any] | None = None):
-        self.path = path
+    def __init__(self, folder: RunFolder, state: dict[str, Any] | None = None):
+        self.folder = folder
         self.counts = Counter((state or {}).get("counts", {}))
         self.named: list[dict[str, str]] = list((state or {}).get("named", []))
         self._write()
@@ -163,8 +154,8 @@ class BadSamples:
         return {"counts": dict(self.counts), "named": self.named}
 
     def _write(self) -> None:
-        if self.named or self.path.exists():
-            write_text(self.path, "".join(json.dumps(sample) + "\n" for sample in self.named))
+        if self.named or self.folder.bad_file.exists():
+            self.folder.write_bad_samples(self.named)
 
 
 class Stopwatch:

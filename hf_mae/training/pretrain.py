@@ -22,10 +22,11 @@ from ..hub.push import BackgroundPush
 from ..keys.run_keys import PretrainRecipe
 from ..optim.groups import adamw
 from ..optim.schedule import lr_at, stages, value_at
+from ..run_folder import RunFolder
 from .batches import MicroBatches
 from .build import build_model, build_processor, make_spec, make_training_specs, open_data, start_state
 from .checkpoint import load_optimizer_tensors, load_tensors
-from .describe import RunFacts, describe_run, write_run_config
+from .describe import RunFacts, describe_run
 from .devices import describe_hardware, make_accelerator, strategy_name, tune_for_device
 from .guard import StepGuard, StopSignals
 from .held_out import HeldOut
@@ -68,6 +69,7 @@ class PretrainRun:
 
     def __init__(self, recipe: PretrainRecipe):
         self.recipe, self.output_dir = recipe, Path(str(recipe.output_dir))
+        self.folder = RunFolder(self.output_dir)
         self.accelerator = make_accelerator(recipe)
         self.stored, state = find_stored(recipe, self.output_dir)
         # One process after the other, so that what a data set library caches is written once.
@@ -161,7 +163,7 @@ class PretrainRun:
             text = describe_run("pretrain", recipe, facts, self.spec, accelerator.device, patches, scored, start)
             print(text, flush=True)
             if not recipe.dry_run:
-                write_run_config(self.output_dir, recipe, facts)
+                self.folder.write_config(recipe.to_dict(), facts.to_dict())
         accelerator.wait_for_everyone()
         if not recipe.dry_run:
             start_trackers(accelerator, recipe)
@@ -174,7 +176,7 @@ class PretrainRun:
         first_step = state.step
         self.log = RunLog(accelerator, self.output_dir, first_step, state.total_steps)
         if accelerator.is_main_process:
-            self.bad = BadSamples(self.output_dir / "bad_samples.jsonl", state.bad)
+            self.bad = BadSamples(self.folder, state.bad)
             if recipe.push_to_hub:
                 self.publisher = BackgroundPush(recipe.push_to_hub, recipe.hub_private_repo, self.log.say)
         with closing(self.log), closing(self.batches), self.stop_signals:
@@ -372,13 +374,15 @@ class PretrainRun:
             seen = max(self.bad.total + self.state.images_seen, min(1000, len(self.data.rows)))
             failed = self.bad.total / seen
             if new:
-                self.log.say(f"{self.bad.total} images skipped so far: {dict(self.bad.counts)}; see {self.bad.path}")
+                self.log.say(
+                    f"{self.bad.total} images skipped so far: {dict(self.bad.counts)}; see {self.folder.bad_file}"
+                )
         # Only the main process counts: the sum is its number, and all ranks stop by it.
         failed = self._reduce(torch.tensor(failed, device=self.accelerator.device), "sum").item()
         if failed > self.recipe.max_bad_fraction:
             raise DataError(
                 f"{failed:.1%} of the images can't be decoded, more than max_bad_fraction "
-                f"{self.recipe.max_bad_fraction:.1%}; see {self.output_dir / 'bad_samples.jsonl'}"
+                f"{self.recipe.max_bad_fraction:.1%}; see {self.folder.bad_file}"
             )
 
     def _reduce(self, value: torch.Tensor, how: str) -> torch.Tensor:

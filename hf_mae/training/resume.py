@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import CheckpointError
 from ..keys import names_where
 from ..keys.run_keys import PretrainRecipe, RunRecipe
-from ..run_folder import list_checkpoints, read_events
+from ..run_folder import RunFolder
 from .checkpoint import find_checkpoint
 from .state import RunState
 
@@ -21,9 +21,9 @@ def check_folder(recipe: RunRecipe, output_dir: Path) -> None:
     if output_dir.exists() and not output_dir.is_dir():
         raise CheckpointError(f"{output_dir} is no folder; choose another --output_dir")
     if recipe.resume == "none":
-        metrics = output_dir / "metrics.jsonl"
-        took_steps = metrics.exists() and any(event["step"] > 0 for event in read_events(metrics))
-        if (took_steps or list_checkpoints(output_dir)) and not recipe.dry_run:
+        folder = RunFolder(output_dir)
+        took_steps = any(event["step"] > 0 for event in folder.events())
+        if (took_steps or folder.checkpoints()) and not recipe.dry_run:
             raise CheckpointError(
                 f"{output_dir} holds another run; go on with it by --resume auto, or choose another --output_dir"
             )

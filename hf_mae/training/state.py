@@ -1,6 +1,5 @@
 """Where a run stands: what its checkpoints say besides tensors, in trainer.json and data.json."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from .. import __version__
 from ..data.order import StreamPlan
 from ..errors import CheckpointError
-from ..files import write_json
+from ..files import read_json, write_json
 
 TRAINER, DATA = "trainer.json", "data.json"
 
@@ -51,7 +50,7 @@ class RunState:
             CheckpointError: if the folder is a model's rather than a checkpoint, or its files are not JSON.
         """
         try:
-            trainer, data = (json.loads((checkpoint / name).read_text()) for name in (TRAINER, DATA))
+            trainer, data = (read_json(checkpoint / name) for name in (TRAINER, DATA))
         except FileNotFoundError as error:
             raise CheckpointError(f"{error.filename} is missing; name a folder checkpoint-STEP of a run") from error
         except ValueError as error:

@@ -16,9 +16,10 @@ from torchvision import transforms
 from hf_mae.data import decode
 from hf_mae.data.loader import TrainingStream, make_loader
 from hf_mae.data.order import Rows, StreamPlan
-from hf_mae.data.prepare import PrepareRecipe, prepare
+from hf_mae.data.prepare import prepare
 from hf_mae.data.sources import open_source
 from hf_mae.data.transform import ImageSpec
+from hf_mae.keys.data_keys import PrepareRecipe
 
 VIEW = ImageSpec(size=(224, 224), num_channels=3, dtype="uint8", num_patches=196)
 BATCH = 64
@@ -82,7 +83,7 @@ def loader(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Ours and run_mae's on a folder of JPEGs, ours on what `hf-mae prepare` makes of it."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        recipe = PrepareRecipe(options.dataset, folder, num_workers=options.workers)
+        recipe = PrepareRecipe(dataset=options.dataset, output_dir=str(folder), num_workers=options.workers)
         started = time.perf_counter()
         count = sum(split["rows"] for split in prepare(recipe)["splits"].values())
         print(f"prepared {count} images in {time.perf_counter() - started:.1f} s, {options.workers} workers")

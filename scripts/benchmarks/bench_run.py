@@ -88,11 +88,12 @@ def _rate(seconds: list[float], cell: dict[str, Any]) -> dict[str, Any]:
 
 def end_to_end(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Images a second of whole runs, each in a process of its own."""
-    from hf_mae.data.prepare import PrepareRecipe, prepare
+    from hf_mae.data.prepare import prepare
+    from hf_mae.keys.data_keys import PrepareRecipe
 
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        prepare(PrepareRecipe(options.dataset, folder, num_workers=options.workers))
+        prepare(PrepareRecipe(dataset=options.dataset, output_dir=str(folder), num_workers=options.workers))
         for precision in options.precisions:
             cell = {
                 "size": options.run_size, "precision": precision, "batch": options.batch,

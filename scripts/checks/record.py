@@ -69,7 +69,7 @@ PUSH = ["push", "runs/digits", "--repo_id", "user/digits"]
 KNN = ["evaluate", "knn", "--model", "runs/digits", "--dataset", "digits", "--results", "knn.json"]
 EMBED = ["embed", "--model", "runs/digits", "--dataset", "digits", "--max_samples", 200, "--output", "features.npy"]
 RECONSTRUCT = [
-    "reconstruct", "--model", "runs/digits", "--images", "digits", "--mask_ratios", 0.5, 0.75, "--out", "picture.png",
+    "reconstruct", "digits", "--model", "runs/digits", "--mask_ratios", 0.5, 0.75, "--output", "picture.png",
 ]  # fmt: skip
 SCORES = r"([\d.]+) dB, SSIM ([\d.]+)"  # in what `reconstruct` prints
 # The original's files don't say how many heads the model has.

@@ -257,10 +257,11 @@ def plot(rows: list[dict[str, Any]], output_dir: Path) -> None:
 
 def write_settings(options: argparse.Namespace) -> None:
     """The encoder and the image processor of the recipe, which all methods use."""
+    from hf_mae.commandline import parse, shipped_recipes
+    from hf_mae.keys.run_keys import PretrainRecipe
     from hf_mae.training.build import model_config_of
-    from hf_mae.training.recipe import load_pretrain_recipe
 
-    recipe = load_pretrain_recipe(["--recipe", options.recipe])
+    recipe = parse(PretrainRecipe, ["--recipe", options.recipe], "compare_contrastive", recipes=shipped_recipes())
     config = model_config_of(recipe, 3)
     size = config.image_height_width[0]
     processor = {"num_channels": 3, "size": {"shortest_edge": round(size / recipe.eval_crop_pct)},

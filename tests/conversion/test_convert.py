@@ -612,7 +612,7 @@ def test_what_can_not_be_expressed_is_refused_in_one_line(tmp_path, capsys):
         ("bert", "mae", "type bert"),
         ("absent.pth", "mae", "is not there"),
         ("no/such/place", "mae", "is not there"),
-        ("mean", "gguf", "invalid choice"),
+        ("mean", "gguf", "--to 'gguf' is not one of mae, vit_mae, vit, timm, original"),
     ):
         heads = {"num_attention_heads": 4} if source == "probe.pth" else {}
         assert convert(tmp_path / source, tmp_path / "dest", to=target, **heads) == 2

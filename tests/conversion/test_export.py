@@ -144,7 +144,9 @@ def test_mistakes_are_one_line_with_the_remedy(tmp_path, monkeypatch, capfd):
     assert "is there and not empty; name another folder" in fails(capfd, tmp_path / "model", tmp_path / "full")
     assert "holds a MAEBackbone; there are MAEForPreTraining" in fails(capfd, tmp_path / "backbone", tmp_path / "out")
     assert "is not there; check the name" in fails(capfd, tmp_path / "nowhere", tmp_path / "out")
-    assert "invalid choice: 'onxx'" in fails(capfd, tmp_path / "model", tmp_path / "out", "--to", "onxx")
+    assert "--to 'onxx' is not one of onnx, torch_export" in fails(
+        capfd, tmp_path / "model", tmp_path / "out", "--to", "onxx"
+    )
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "hidden_size": 64}))
     assert "can't load" in fails(capfd, tmp_path / "model", tmp_path / "out")

@@ -20,9 +20,11 @@ import datasets
 
 from hf_mae.data.decode import BadImage, decode_image, probe_image
 from hf_mae.data.order import Rows
-from hf_mae.data.prepare import PrepareRecipe, prepare, reencode
-from hf_mae.data.sources import DataError, open_source
+from hf_mae.data.prepare import prepare, reencode
+from hf_mae.data.sources import open_source
+from hf_mae.errors import DataError
 from hf_mae.image_processing_base_mae import resize_bands
+from hf_mae.keys.data_keys import PrepareRecipe
 
 BICUBIC = Image.Resampling.BICUBIC
 
@@ -56,7 +58,7 @@ def folder(tmp_path) -> Path:
 
 def options(source, dest, **keys) -> PrepareRecipe:
     keys = {"short_side": 16, "rows_per_shard": 7, "num_workers": 0, "max_bad_fraction": 0.1, **keys}
-    return PrepareRecipe(str(source), str(dest), **keys)
+    return PrepareRecipe(dataset=str(source), output_dir=str(dest), **keys)
 
 
 def contents(folder: Path) -> dict[str, str]:

@@ -17,7 +17,8 @@ from runs import REPOSITORY, arguments, environment, run, start, weights_hash
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from hf_mae import MAEModel
-from hf_mae.conversion.convert import UserError, read_pth
+from hf_mae.conversion.pth import read_pth
+from hf_mae.errors import UserError
 from hf_mae.training.checkpoint import _seal, verify_checkpoint
 
 TOKEN = "hf_canaryCANARYcanaryCANARYcanaryCANAR"

@@ -12,19 +12,20 @@ import torch
 from accelerate import Accelerator
 from measure_in_processes import bright_rows, measure
 from memory_source import MemorySource
-from runs import REPOSITORY, environment, mistake, start
+from runs import REPOSITORY, environment, mistake, recipe_names, start
 from tiny import save_model
 from torch import nn
 
+from hf_mae.cli import read_keys
 from hf_mae.data.augment import sample_rng, training_view
 from hf_mae.data.decode import decode_image
 from hf_mae.data.order import Rows
 from hf_mae.errors import UserError
 from hf_mae.evaluation.encoder import FrozenEncoder
-from hf_mae.evaluation.linear_probe import LinearProbeRecipe, PaperProbe, ProbeRun
+from hf_mae.evaluation.linear_probe import PaperProbe, ProbeRun, paper_probe
+from hf_mae.keys.evaluation_keys import LinearProbeRecipe
 from hf_mae.optim.lars import LARS
 from hf_mae.run_folder import read_results
-from hf_mae.training.recipe import parse_dataclass, recipe_names
 
 # Typed from the published recipe (linear probing, ViT-Base; 50 epochs are enough for Large and Huge).
 TABLE = {
@@ -47,9 +48,8 @@ TABLE = {
 @pytest.mark.parametrize(("size", "epochs"), [("base", 90), ("large", 50), ("huge", 50)])
 def test_a_recipe_has_the_published_numbers(size, epochs):
     words = ["--recipe", f"linear_probe_vit_{size}_in1k", "--model", "m"]
-    recipe = parse_dataclass(LinearProbeRecipe, words, "hf-mae evaluate linear-probe", "linear_probe_")
-    recipe.check()
-    found = {key: getattr(recipe.probe, key) for key in TABLE}
+    recipe = read_keys("evaluate linear-probe", words)
+    found = {key: getattr(paper_probe(recipe), key) for key in TABLE}
     assert found == {**TABLE, "epochs": epochs}
     assert (recipe.protocol, recipe.pooling) == ("paper", "cls")
     assert (recipe.dataset, recipe.split, recipe.eval_split) == ("ILSVRC/imagenet-1k", "train", "validation")
@@ -58,7 +58,7 @@ def test_a_recipe_has_the_published_numbers(size, epochs):
 
 def test_the_defaults_have_the_published_numbers():
     recipe = LinearProbeRecipe(model="m", dataset="d")
-    assert {key: getattr(recipe.probe, key) for key in TABLE} == TABLE
+    assert {key: getattr(paper_probe(recipe), key) for key in TABLE} == TABLE
     assert {key: getattr(PaperProbe(), key) for key in TABLE} == TABLE
 
 
@@ -67,7 +67,7 @@ def test_recipes_of_probes_are_not_offered_for_pretraining():
     assert len(recipe_names("linear_probe_")) == 3
     words = ["--recipe", "linear_probe_vit_bse_in1k", "--model", "m"]
     with pytest.raises(UserError, match="did you mean 'linear_probe_vit_base_in1k'"):
-        parse_dataclass(LinearProbeRecipe, words, "hf-mae evaluate linear-probe", "linear_probe_")
+        read_keys("evaluate linear-probe", words)
 
 
 def test_the_head_and_its_optimizer_are_the_published_ones():
@@ -222,7 +222,7 @@ def test_the_result_states_the_protocol_and_what_is_not_as_published(folder, tmp
 
 
 def test_nothing_differs_with_the_published_settings():
-    assert asdict(LinearProbeRecipe(model="m", dataset="d").probe) == asdict(PaperProbe())
+    assert asdict(paper_probe(LinearProbeRecipe(model="m", dataset="d"))) == asdict(PaperProbe())
 
 
 MISTAKES = {

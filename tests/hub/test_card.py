@@ -12,13 +12,11 @@ import yaml
 from hub_server import HubServer
 from huggingface_hub import ModelCard, repocard
 from PIL import Image
-from runs import REPOSITORY, start, tree, weights_hash
+from runs import REPOSITORY, load_finetune_recipe, load_pretrain_recipe, start, tree, weights_hash
 from tiny import tiny
 
 from hf_mae import MAEForImageClassification, MAEForPreTraining, MAEImageProcessor
 from hf_mae.hub.card import Card, licence_of
-from hf_mae.training.finetune_recipe import load_finetune_recipe
-from hf_mae.training.recipe import load_pretrain_recipe
 
 RECIPE = {
     "recipe": "quickstart", "dataset": "/home/me/pictures", "dataset_revision": None, "split": "train", "model": None,

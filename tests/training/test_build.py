@@ -1,10 +1,10 @@
 """What a pretraining run is made of."""
 
 import numpy as np
+from runs import load_pretrain_recipe
 
 from hf_mae.data.splits import open_splits
 from hf_mae.training.build import open_data
-from hf_mae.training.recipe import load_pretrain_recipe
 
 
 def test_the_split_that_is_held_out_is_the_one_of_pretraining():

@@ -14,7 +14,7 @@ from hf_mae import MAEForPreTraining, MAEImageProcessor
 from hf_mae.errors import CheckpointError, DiskFullError
 from hf_mae.files import write_json
 from hf_mae.optim.groups import adamw
-from hf_mae.run_folder import list_checkpoints
+from hf_mae.run_folder import RunFolder
 from hf_mae.training.checkpoint import (
     find_checkpoint,
     full_state_dict,
@@ -161,7 +161,7 @@ def test_a_write_that_fails_leaves_no_checkpoint_and_the_old_one_intact(tmp_path
     for number in (1, 2):  # even of the same step
         with pytest.raises(OSError, match="no space left"):
             write_checkpoint(tmp_path, number, fail_half_way, keep=2)
-        assert list_checkpoints(tmp_path) == [old]
+        assert RunFolder(tmp_path).checkpoints() == [old]
         verify_checkpoint(old)
         assert find_checkpoint(tmp_path, "auto") == old
         assert sorted(tmp_path.iterdir()) == [old]  # nothing is left that would take up room
@@ -282,7 +282,7 @@ def test_the_newest_complete_one_is_found_and_broken_ones_are_skipped_with_a_war
     folders = [write_checkpoint(tmp_path, number, write_small, keep=9) for number in (5, 90, 100)]
     (tmp_path / "checkpoint-best").mkdir()
     (tmp_path / "checkpoint-200").mkdir()  # without COMPLETE: not ours, or half removed
-    assert list_checkpoints(tmp_path) == [*folders, tmp_path / "checkpoint-200"]  # by number, not by name
+    assert RunFolder(tmp_path).checkpoints() == [*folders, tmp_path / "checkpoint-200"]  # by number, not by name
     with caplog.at_level(logging.WARNING):
         assert find_checkpoint(tmp_path, "auto") == folders[2]
     assert "checkpoint-200 is not a complete checkpoint" in caplog.text
@@ -319,7 +319,11 @@ def test_the_newest_stay_and_the_others_go_only_when_the_new_one_is_in_place(tmp
     monkeypatch.setattr(shutil, "rmtree", watched)
     write_checkpoint(tmp_path, 1000, write_small, keep=3)
     assert removed == ["checkpoint-8", "checkpoint-9"]
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-99", "checkpoint-1000"]
+    assert [path.name for path in RunFolder(tmp_path).checkpoints()] == [
+        "checkpoint-10",
+        "checkpoint-99",
+        "checkpoint-1000",
+    ]
 
 
 def test_a_new_checkpoint_never_goes_because_of_broken_ones_of_later_steps(tmp_path):
@@ -330,5 +334,5 @@ def test_a_new_checkpoint_never_goes_because_of_broken_ones_of_later_steps(tmp_p
             (folder / "model.safetensors").write_bytes(b"broken")
     assert find_checkpoint(tmp_path, "auto") == tmp_path / "checkpoint-50"
     new = write_checkpoint(tmp_path, 55, write_small, keep=2)
-    assert [path.name for path in list_checkpoints(tmp_path)] == [f"checkpoint-{n}" for n in (50, 55, 60, 70)]
+    assert [path.name for path in RunFolder(tmp_path).checkpoints()] == [f"checkpoint-{n}" for n in (50, 55, 60, 70)]
     assert find_checkpoint(tmp_path, "auto") == new

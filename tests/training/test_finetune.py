@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from runs import events, mistake, run, start, weights_hash
+from runs import events, load_finetune_recipe, mistake, run, start, weights_hash
 from safetensors.torch import load_file
 from tiny import tiny_config
 from transformers import AutoModelForImageClassification, Trainer, pipeline
@@ -18,8 +18,8 @@ from tunings import arguments, parts_of, results, tune
 
 from hf_mae import MAEImageProcessor
 from hf_mae.errors import UserError
-from hf_mae.training.finetune import FinetuneRecipe, trainer_parts
-from hf_mae.training.finetune_recipe import load_finetune_recipe
+from hf_mae.keys.finetune_keys import FinetuneRecipe
+from hf_mae.training.finetune import trainer_parts
 
 
 def test_a_run_ends_as_a_model_folder_that_the_pipeline_loads(pretrained, tmp_path, capsys):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from runs import events, spawn, weights_difference
+from runs import events, load_finetune_recipe, recipe_names, shipped_recipe, spawn, weights_difference
 from tiny import draw_noise, pixels, tiny
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -15,8 +15,6 @@ from tunings import arguments, parts_of, tune
 
 from hf_mae import MAEForImageClassification, MAEForPreTraining
 from hf_mae.optim.schedule import lr_at
-from hf_mae.training.finetune_recipe import load_finetune_recipe
-from hf_mae.training.recipe import read_recipe, recipe_names
 
 # facts of the original's code; in brackets the paper's Table 9, where it differs: lr 1e-3 and layer decay .75 of B,
 # drop path .1 of L and .2 of H
@@ -45,7 +43,7 @@ def test_the_official_recipes_have_the_originals_values(name):
     assert total == round(recipe.epochs * 1_281_167 / 1024)
     assert warmup == pytest.approx(5 * 1_281_167 / 1024, abs=1)
     # Written down in the file, not left to defaults that may change.
-    written = set(read_recipe(name, "finetune_"))
+    written = set(shipped_recipe(name))
     assert written >= {key for key in {**OF_ALL, **OFFICIAL[name]} if OF_ALL.get(key, 0) is not None} - {
         "lr", "trainable_blocks",
     }  # fmt: skip
@@ -57,7 +55,7 @@ def test_all_recipes_of_fine_tuning_are_shipped_and_load():
         recipe = load_finetune_recipe(["--recipe", name, "--model", "m"])
         assert recipe.output_dir == f"outputs/{name}"
         flat = recipe.to_dict()
-        assert {key: flat[key] for key in read_recipe(name, "finetune_")} == read_recipe(name, "finetune_")
+        assert {key: flat[key] for key in shipped_recipe(name)} == shipped_recipe(name)
 
 
 class Recorder:

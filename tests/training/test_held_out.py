@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import arguments, pictures, run
+from runs import arguments, load_pretrain_recipe, pictures, run
 from transformers import AutoImageProcessor
 
 from hf_mae import MAEImageProcessorPil
 from hf_mae.training.pretrain import PretrainRun
-from hf_mae.training.recipe import load_pretrain_recipe
 
 pytestmark = pytest.mark.usefixtures("own_caches", "no_process_is_left")
 

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from runs import arguments, cut_off, losses, pictures, run, start, weights_hash
+from runs import arguments, cut_off, load_pretrain_recipe, losses, pictures, run, start, weights_hash
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
 from hf_mae.training.pretrain import PretrainRun
-from hf_mae.training.recipe import load_pretrain_recipe
 
 datasets = pytest.importorskip("datasets")
 

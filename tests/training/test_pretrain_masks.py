@@ -3,10 +3,19 @@
 import pytest
 import torch
 import yaml
-from runs import arguments, checkpoints, events, losses, run, start, weights_difference, weights_hash
+from runs import (
+    arguments,
+    checkpoints,
+    events,
+    load_pretrain_recipe,
+    losses,
+    run,
+    start,
+    weights_difference,
+    weights_hash,
+)
 
 from hf_mae.training.pretrain import PretrainRun
-from hf_mae.training.recipe import load_pretrain_recipe
 
 TWICE = {"masks_per_image": 2, "save_steps": 3, "eval_steps": 12}
 

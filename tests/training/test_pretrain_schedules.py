@@ -3,13 +3,12 @@
 import pytest
 import torch
 import yaml
-from runs import arguments, evaluations, losses, run, start, weights_difference, weights_hash
+from runs import arguments, evaluations, load_pretrain_recipe, losses, run, start, weights_difference, weights_hash
 
 from hf_mae import MAEConfig, MAEForPreTraining
 from hf_mae.errors import UserError
 from hf_mae.layers_mae import sincos_table
 from hf_mae.training.pretrain import PretrainRun
-from hf_mae.training.recipe import load_pretrain_recipe
 
 # 12 steps: 1 to 3 at 4 pixels, 4 to 8 at 6 x 8, 9 to 12 at 8.
 GROWING = {"image_size_schedule": ["0:4", "0.25:6x8", "0.6:8"], "mask_ratio_schedule": ["0:0.25", "0.5:0.75"]}

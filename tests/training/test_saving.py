@@ -2,7 +2,7 @@
 
 from runs import arguments, run, start
 
-from hf_mae.run_folder import list_checkpoints
+from hf_mae.run_folder import RunFolder
 from hf_mae.training import saving
 from hf_mae.training.checkpoint import load_tensors
 
@@ -24,4 +24,4 @@ def test_the_first_save_of_a_run_is_read_back(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(saving, "load_tensors", other_bits)
     assert start(*arguments(tmp_path / "other", total_steps=3, save_steps=1)) == 2
     assert "does not hold what was written into it; check the disk" in capfd.readouterr().err
-    assert list_checkpoints(tmp_path / "other") == []
+    assert RunFolder(tmp_path / "other").checkpoints() == []

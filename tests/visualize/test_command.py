@@ -34,7 +34,7 @@ def test_the_command_draws_files_and_folders_with_several_mask_ratios(saved, pho
     out = tmp_path / "new" / "x.png"
     single = photos / "0.png"
     assert start("reconstruct", "--model", saved, "--images", single, photos, "--max_images", 3,
-                 "--mask_ratios", 0.5, 0.75, "--out", out, "--cell", 48) == 0  # fmt: skip
+                 "--mask_ratios", 0.5, 0.75, "--output", out, "--cell", 48) == 0  # fmt: skip
     printed = capsys.readouterr().out
     assert f"picture  {out}" in printed
     assert "masked 50%: " in printed and "masked 75%: " in printed  # noqa: PT018
@@ -46,7 +46,7 @@ def test_the_command_draws_files_and_folders_with_several_mask_ratios(saved, pho
 
 def test_the_command_shows_what_the_functions_give(saved, photos, tmp_path):
     out = tmp_path / "x.png"
-    assert start("reconstruct", "--model", saved, "--images", photos / "1.png", "--seed", 7, "--out", out) == 0
+    assert start("reconstruct", "--model", saved, "--images", photos / "1.png", "--seed", 7, "--output", out) == 0
     reconstructor = Reconstructor(str(saved))
     with Image.open(photos / "1.png") as image:
         expected = MAEImageProcessorPil.from_pretrained(saved)(image, return_tensors="pt").pixel_values
@@ -76,7 +76,7 @@ def test_images_of_every_kind_are_shown_or_named(saved, tmp_path, capsys):
     Image.new("1", (12000, 9000)).save(folder / "huge.png")
     names = ["cmyk.jpg", "deep.png", "moving.gif", "text.png", "huge.png"]
     assert start("reconstruct", "--model", saved, "--images", *[folder / name for name in names],
-                 "--out", tmp_path / "x.png", "--cell", 32) == 0  # fmt: skip
+                 "--output", tmp_path / "x.png", "--cell", 32) == 0  # fmt: skip
     printed = capsys.readouterr().out
     assert f"left out {folder / 'text.png'}: " in printed
     assert f"left out {folder / 'huge.png'}: 12000 x 9000 pixels" in printed
@@ -92,7 +92,7 @@ def test_images_of_every_kind_are_shown_or_named(saved, tmp_path, capsys):
         ({"images": "text.png"}, "text.png can't be shown: "),
         ({"model": "nowhere"}, "--model nowhere can't be loaded"),
         ({"model": "encoder"}, "--model encoder has no weights for decoder"),
-        ({"out": "x.txt"}, "out x.txt is no name of a picture; give it the ending .png, .webp or .jpg"),
+        ({"output": "x.txt"}, "output x.txt is no name of a picture; give it the ending .png, .webp or .jpg"),
         ({"mask_ratios": 1.0}, "mask_ratio 1.0"),
         ({"mask_ratios": 0}, "mask_ratio"),
         ({"bands": 5}, "bands [5] can't be shown; give one or three of 0 to 2"),
@@ -107,7 +107,7 @@ def test_what_a_user_did_wrong_is_told_in_one_line(saved, photos, tmp_path, monk
     (tmp_path / "text.png").write_text("not an image")
     MAEModel.from_pretrained(saved).save_pretrained("encoder")
     MAEImageProcessor.from_pretrained(saved).save_pretrained("encoder")
-    keys = {"model": saved, "images": photos / "0.png", "out": "x.png"} | changes
+    keys = {"model": saved, "images": photos / "0.png", "output": "x.png"} | changes
     words = [word for key, value in keys.items() for word in (f"--{key}", value)]
     assert start("reconstruct", *words) == 2
     error = capsys.readouterr().err
