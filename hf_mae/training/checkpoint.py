@@ -7,6 +7,7 @@
 Safetensors and JSON only: reading a checkpoint can run nothing.
 """
 
+import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -79,7 +80,8 @@ def _seal(folder: Path) -> None:
     for file in sorted(path for path in folder.iterdir() if path.is_file()):
         manifest[file.name] = {"bytes": file.stat().st_size, "sha256": files.sha256(file)}
         files.settle(file)
-    files.write_json(manifest, folder / MANIFEST)
+    # Without a line end, so that a manifest without its last byte is no JSON.
+    files.write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
     files.settle(folder / MANIFEST)
     files.fsync(folder)
 

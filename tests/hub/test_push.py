@@ -30,6 +30,7 @@ from hf_mae import (
     MAEImageProcessorPil,
     MAEModel,
 )
+from hf_mae.conversion.compare import compare
 from hf_mae.hub import check
 from hf_mae.hub import push as hub
 
@@ -360,16 +361,16 @@ def test_the_hub_of_these_tests_hides_what_is_private(server, trusting, finished
 def test_the_measurements_of_the_check_differ_where_the_models_do(finished, tmp_path):
     expected = check.measure(str(finished), trust_remote_code=False)
     assert set(expected) == {"pixels of MAEImageProcessor", "pixels of MAEImageProcessorPil", "features", "loss"}
-    assert check.compare(expected, check.measure(str(finished), trust_remote_code=False)) == 0
+    assert compare(expected, check.measure(str(finished), trust_remote_code=False)) == 0
     model = MAEForPreTraining.from_pretrained(finished)
     with torch.no_grad():
         model.decoder.decoder_pred.bias += 0.1  # the features stay
     shutil.copytree(finished, tmp_path / "other")
     model.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="loss: a difference"):
-        check.compare(expected, check.measure(str(tmp_path / "other"), trust_remote_code=False))
+        compare(expected, check.measure(str(tmp_path / "other"), trust_remote_code=False))
     with pytest.raises(ValueError, match="features: a difference of nan"):
-        check.compare(expected, {**expected, "features": expected["features"] * torch.nan})
+        compare(expected, {**expected, "features": expected["features"] * torch.nan})
 
 
 # ------------------------------------------------------------------------------------------ pulling back
