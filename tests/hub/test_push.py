@@ -82,7 +82,7 @@ def test_a_model_saved_with_code_names_a_class_for_every_auto_class(tmp_path, mo
     assert not list((tmp_path / "without").glob("*.py"))
 
 
-def test_a_folder_saved_without_code_speaks_of_none_although_it_was_loaded_from_one_with_it(tmp_path):
+def test_a_folder_saved_without_code_names_none_even_if_the_model_came_with_code(tmp_path):
     tiny(MAEModel).save_pretrained(tmp_path / "with", with_code=True)
     model = MAEModel.from_pretrained(tmp_path / "with")
     model.save_pretrained(tmp_path / "without")
@@ -127,7 +127,7 @@ def test_a_class_derived_from_ours_is_named_beside_the_others(tmp_path, monkeypa
     assert {path.name for path in (tmp_path / "saved").glob("*.py")} == MODEL_CODE | {"derived.py"}
 
 
-def test_classes_registered_by_hand_are_saved_with_all_of_the_code_as_a_trainer_saves_them(tmp_path, monkeypatch):
+def test_classes_registered_by_hand_are_saved_with_all_of_their_code(tmp_path, monkeypatch):
     for cls in (MAEForImageClassification, MAEImageProcessor):
         monkeypatch.setattr(cls, "_auto_class", None)  # to be put back
     # Under another class's name, which transformers takes by default.
@@ -142,7 +142,7 @@ def test_classes_registered_by_hand_are_saved_with_all_of_the_code_as_a_trainer_
     assert {path.name for path in tmp_path.glob("*.py")} == set(check.CODE) == MODEL_CODE | PROCESSOR_CODE
 
 
-def test_the_code_files_import_each_other_and_the_packages_that_every_user_of_transformers_has():
+def test_the_code_files_import_each_other_and_only_common_packages():
     packages = {"huggingface_hub", "numpy", "PIL", "torch", "torchvision", "transformers", *sys.stdlib_module_names}
     for name in check.CODE:
         for node in ast.walk(ast.parse((REPOSITORY / "hf_mae" / name).read_text())):
@@ -432,9 +432,7 @@ def assert_stranger_gets(expected, server, tmp_path, *places):
 
 
 @pytest.mark.slow
-def test_without_the_package_everything_loads_from_what_the_command_pushed_and_from_what_was_pushed_from_there(
-    server, finished, tmp_path, capsys
-):
+def test_what_the_command_pushed_loads_without_the_package_and_can_be_pushed_again(server, finished, tmp_path, capsys):
     assert start("push", finished, "--repo_id", "user/x", "--private", "true") == 0
     assert "largest difference 0\n" in capsys.readouterr().out
     words = ("user/x", "AutoModelForPreTraining", "torchvision", tmp_path / "again", "user/again")
@@ -452,7 +450,7 @@ def test_without_the_package_everything_loads_from_what_the_command_pushed_and_f
         (MAEBackbone, MAEImageProcessorPil, "pushed", "AutoBackbone", "pil"),
     ],
 )
-def test_without_the_package_everything_loads_from_what_was_saved_or_pushed_and_from_one_class_saved_again(
+def test_what_was_saved_or_pushed_by_method_loads_without_the_package(
     server, tmp_path, model_class, processor_class, origin, auto_class, backend
 ):
     places = {"saved": tmp_path / "saved", "pushed": "user/x"}

@@ -79,7 +79,7 @@ def test_checkpoints_are_pushed_while_the_run_goes_on_and_the_model_at_the_end(o
     assert pushes(output_dir) == []
 
 
-def test_a_run_that_is_told_to_stop_while_it_pushes_saves_and_ends_and_the_push_arrives(output_dir, server):
+def test_a_run_stopped_while_it_pushes_saves_and_ends_and_the_push_arrives(output_dir, server):
     process = start(output_dir, server, total_steps=100_000, eval_steps=100_000, warmup_steps=20, keep_checkpoints=500)
     wait_until(lambda: asked(server, "POST /api/repos/create"), process)
     ranks_of(process)[0].send_signal(signal.SIGTERM)  # to a rank: torchrun itself, when told, ends with a traceback
