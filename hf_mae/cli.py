@@ -285,13 +285,14 @@ def _prepare(arguments: list[str]) -> int:
 def _stats(arguments: list[str]) -> int:
     import json
 
+    from .data.locate import locate
     from .data.order import Rows
-    from .data.splits import source_of
+    from .data.sources import open_split
     from .data.stats import channel_stats, probe_rows
     from .training.recipe import load_pretrain_recipe
 
     recipe = load_pretrain_recipe(arguments)
-    rows = Rows(source_of(recipe, recipe.streaming))
+    rows = Rows(open_split(locate(recipe), recipe.split, recipe.streaming))
     num_channels, dtype = probe_rows(rows)
     num_channels = recipe.model_config.get("num_channels", num_channels)
     print(json.dumps(channel_stats(rows, num_channels, dtype, recipe.max_samples or len(rows)), indent=1))

@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ..errors import DataError
 from ..image_processing_mae import MAEImageProcessor
 from .augment import sample_rng, training_view
 from .decode import BadImage, decode_image
 from .loader import each_batch, ignore_termination
 from .mix import Mixing, RandAugment, RandomErasing
 from .order import Rows
-from .sources import DataError, Row
+from .shards import Row
 from .transform import RESCALE_FACTORS, ImageSpec, evaluation_view
 
 # A data set of which so many random rows in a row are bad is not one with a few bad images.

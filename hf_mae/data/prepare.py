@@ -26,11 +26,13 @@ from tqdm import tqdm
 
 from ..errors import DataError
 from ..image_processing_pil_mae import resize_bands
+from ..keys.data_keys import DataKeys
 from .decode import BadImage, as_bad_image, load_image
 from .loader import each_batch, ignore_termination
+from .locate import locate
 from .order import Rows
 from .remote import one_line
-from .sources import list_splits, open_source
+from .sources import open_split
 
 BICUBIC = Image.Resampling.BICUBIC
 ROW_GROUP = 100  # rows; what is fetched at once where the data is streamed
@@ -65,19 +67,6 @@ class PrepareRecipe:
             if not low <= getattr(self, key) <= high:
                 raise DataError(f"{key} {getattr(self, key)} is out of range; give {low} to {high}")
 
-    def open(self, split: str) -> Rows:
-        """The rows of a split, in the order of the source."""
-        return Rows(
-            open_source(
-                self.source,
-                split=split,
-                config_name=self.dataset_config,
-                revision=self.dataset_revision,
-                image_column=self.image_column,
-                label_column=self.label_column,
-            )
-        )
-
 
 def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
     """Write a data set to `recipe.dest`, or what is missing of it there.
@@ -90,13 +79,21 @@ def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
     """
     recipe.check()
     folder = Path(recipe.dest)
-    splits = list_splits(recipe.source, config_name=recipe.dataset_config, revision=recipe.dataset_revision)
-    everything = {split: recipe.open(split) for split in ([recipe.split] if recipe.split else splits)}
-    features = _find_features(list(everything.values()))
+    place = locate(
+        DataKeys(
+            dataset=recipe.source,
+            dataset_config=recipe.dataset_config,
+            dataset_revision=recipe.dataset_revision,
+            image_column=recipe.image_column,
+            label_column=recipe.label_column,
+        )
+    )
+    splits = [Rows(open_split(place, split)) for split in ([recipe.split] if recipe.split else place.splits)]
+    features = _find_features(splits)
     manifest: dict[str, Any] = {"short_side": recipe.short_side, "quality": recipe.quality, "splits": {}}
     bad: list[BadSample] = []
     try:
-        parts = [_Shards(rows, features, folder, recipe) for rows in everything.values()]
+        parts = [_Shards(rows, features, folder, recipe) for rows in splits]
         _make_room(folder / "data", {name for shards in parts for name in shards.names})
         for shards in parts:
             name, records = shards.rows.source.split, _write_all(shards, recipe.num_workers)

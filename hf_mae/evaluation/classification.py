@@ -8,8 +8,7 @@ from transformers import EvalPrediction
 
 from ..data.labels import Labels
 from ..data.loader import EvaluationSet, each_batch, make_loader
-from ..data.sources import DataError
-from ..data.splits import splits_of
+from ..data.sources import DataError, open_splits
 from ..data.transform import evaluation_spec, make_normalizer
 from ..modeling_mae import MAEForImageClassification
 from ..pretrained import load_with_processor
@@ -41,7 +40,7 @@ def evaluate_classification(recipe: ClassificationRecipe) -> dict[str, Any]:
     config: Any = model.config
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)  # pyright: ignore[reportArgumentType]
-    _, rows, evaluated_on = splits_of(recipe, streaming=False)
+    _, rows, evaluated_on = open_splits(recipe, streaming=False)
     problem = config.problem_type or "single_label_classification"
     labels = Labels(problem, tuple(config.id2label[i] for i in range(config.num_labels)))
     spec = evaluation_spec(config, processor)

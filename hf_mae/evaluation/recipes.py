@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import UserError
+from ..keys.data_keys import DataKeys, SplitKeys
 from ..run_folder import read_results
 
 
-@dataclass
-class FeatureRecipe:
+@dataclass(kw_only=True)
+class FeatureRecipe(DataKeys):
     """Keys of every command that reads features of a frozen encoder."""
 
     model: str = field(metadata={"help": "folder or Hub id of a pretrained model"})
@@ -37,8 +38,8 @@ class FeatureRecipe:
         return self.per_device_batch_size or 256
 
 
-@dataclass
-class ScoreRecipe(FeatureRecipe):
+@dataclass(kw_only=True)
+class ScoreRecipe(FeatureRecipe, SplitKeys):
     """Keys of every command whose result is an entry of results.json."""
 
     eval_dataset: str | None = field(

@@ -9,7 +9,7 @@ from typing import Any
 from transformers.utils.hub import cached_file
 
 from .. import __version__
-from ..data.splits import SplitKeys
+from ..keys.data_keys import SplitKeys
 
 PACKAGES = ("torch", "transformers", "datasets", "scikit-learn", "numpy", "pillow")
 

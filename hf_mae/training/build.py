@@ -12,8 +12,7 @@ from safetensors import SafetensorError
 
 from ..configuration_mae import SIZES, MAEConfig
 from ..data.order import Rows, StreamPlan
-from ..data.sources import DataError
-from ..data.splits import splits_of
+from ..data.sources import DataError, open_splits
 from ..data.stats import channel_stats, probe_rows
 from ..data.transform import RESCALE_FACTORS, ImageSpec, crop_settings, evaluation_resize
 from ..errors import CheckpointError, UserError
@@ -57,7 +56,7 @@ def open_data(recipe: PretrainRecipe) -> PretrainData:
     Raises:
         DataError: for what is not there, or has other channels than the recipe says.
     """
-    rows, eval_rows, evaluated_on = splits_of(recipe, streaming=recipe.streaming)
+    rows, eval_rows, evaluated_on = open_splits(recipe, streaming=recipe.streaming)
     num_channels, dtype = probe_rows(rows)
     wanted = recipe.model_config.get("num_channels")
     if wanted is not None and wanted != num_channels and {wanted, num_channels} != {1, 3}:

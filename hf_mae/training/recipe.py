@@ -14,6 +14,7 @@ from transformers import HfArgumentParser
 
 from ..configuration_mae import MAEConfig
 from ..errors import UserError
+from ..keys.data_keys import SplitKeys
 from ..optim.batch import micro_batch
 from ..optim.schedule import read_points
 
@@ -25,7 +26,7 @@ def _key(default: Any, text: str) -> Any:
 
 
 @dataclass
-class RunRecipe:
+class RunRecipe(SplitKeys):
     """The keys that every training run has, and what is derived from them; the defaults are pretraining's."""
 
     recipe: str | None = _key(None, "name of a recipe of the package, or path of a YAML file")

@@ -12,8 +12,8 @@ from hf_mae import MAEImageProcessorPil
 from hf_mae.data.labelled import Collator, LabelledImages, without_bad
 from hf_mae.data.mix import Mixing, RandAugment, RandomErasing, seeded
 from hf_mae.data.order import Rows
-from hf_mae.data.sources import DataError
 from hf_mae.data.transform import ImageSpec, evaluation_resize, pixel_dtype
+from hf_mae.errors import DataError
 from hf_mae.image_processing_mae import MAEImageProcessor
 
 SPEC = ImageSpec(size=(6, 5), num_channels=1, dtype="uint8", num_patches=1, eval_resize=(6, 5))

@@ -21,7 +21,8 @@ import datasets
 from hf_mae.data.decode import BadImage, decode_image, probe_image
 from hf_mae.data.order import Rows
 from hf_mae.data.prepare import PrepareRecipe, prepare, reencode
-from hf_mae.data.sources import DataError, open_source
+from hf_mae.data.sources import open_source
+from hf_mae.errors import DataError
 from hf_mae.image_processing_pil_mae import resize_bands
 
 BICUBIC = Image.Resampling.BICUBIC

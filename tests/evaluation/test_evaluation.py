@@ -17,12 +17,13 @@ from tiny import tiny
 from hf_mae import MAEConfig, MAEForPreTraining, MAEImageProcessor, MAEModel
 from hf_mae.data.labels import class_numbers, common_classes
 from hf_mae.data.order import Rows
-from hf_mae.data.sources import DataError, open_source
-from hf_mae.data.splits import open_splits
+from hf_mae.data.sources import open_source, open_splits
+from hf_mae.errors import DataError
 from hf_mae.evaluation.encoder import FrozenEncoder
 from hf_mae.evaluation.knn import knn_accuracy, nearest
 from hf_mae.evaluation.linear_probe import fast_linear_accuracy, logistic_regression
 from hf_mae.evaluation.table import Features, extract_table, rankme, top_k_correct
+from hf_mae.keys.data_keys import SplitKeys
 from hf_mae.run_folder import add_result, read_results
 from hf_mae.training.build import open_data
 from hf_mae.training.recipe import load_pretrain_recipe
@@ -374,7 +375,7 @@ def test_nothing_but_bad_images_is_an_error(folder):
 def test_the_split_that_is_held_out_is_the_one_of_pretraining():
     recipe = load_pretrain_recipe(["--recipe", "quickstart"])
     data = open_data(recipe)
-    rows, eval_rows, evaluated_on = open_splits("digits")
+    rows, eval_rows, evaluated_on = open_splits(SplitKeys(dataset="digits"))
     assert np.array_equal(rows.index, data.rows.index)
     assert np.array_equal(eval_rows.index, data.eval_rows.index)
     assert evaluated_on == data.evaluated_on
@@ -435,7 +436,7 @@ def test_the_commands_figures_are_those_of_the_functions(folder, tmp_path):
     assert start(*command("knn", folder, "--results", out, "--k", 1, 20, "--temperature", 0.1)) == 0
     assert start(*command("linear-probe", folder, "--results", out)) == 0
     assert not (tmp_path / "model" / "results.json").exists()
-    rows, eval_rows, _ = open_splits("digits", max_samples=120, max_eval_samples=40)
+    rows, eval_rows, _ = open_splits(SplitKeys(dataset="digits", max_samples=120, max_eval_samples=40))
     encoder = FrozenEncoder(folder, "mean")
     train, test = (
         Features(table.values, torch.tensor(table.labels))

@@ -1,0 +1,1 @@
+"""The keys that commands have in common."""
