@@ -33,8 +33,8 @@ from .locate import locate
 from .order import Rows
 from .remote import one_line
 from .sources import open_split
+from .transform import BICUBIC, height_width
 
-BICUBIC = Image.Resampling.BICUBIC
 ROW_GROUP = 100  # rows; what is fetched at once where the data is streamed
 TYPE_ROWS = 100  # of which the type of a label column is found
 
@@ -193,7 +193,7 @@ def reencode(data: bytes | np.ndarray | BadImage, short_side: int, quality: int)
     with as_bad_image():
         if isinstance(image, np.ndarray):
             image = _as_picture(_bands_last(image))
-        height, width = _height_width(image)
+        height, width = height_width(image)
         short = min(height, width)
         if short <= short_side:
             return data if isinstance(data, bytes) else _encoded(image, None)
@@ -229,10 +229,6 @@ def _as_picture(array: np.ndarray) -> Image.Image | np.ndarray:
     one_band = array.ndim == 2
     fits = array.dtype in ((np.uint8, np.uint16) if one_band else (np.uint8,)) and (one_band or array.shape[-1] == 3)
     return Image.fromarray(np.ascontiguousarray(array)) if fits else array
-
-
-def _height_width(image: Image.Image | np.ndarray) -> tuple[int, int]:
-    return (image.shape[0], image.shape[1]) if isinstance(image, np.ndarray) else (image.height, image.width)
 
 
 def _resize_array(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -101,8 +101,8 @@ class PretrainRun:
             tune_for_cpu(model, self.accelerator.mixed_precision)
         self.config = model.config
         self.processor = build_processor(recipe, self.stored, self.data, self.config)
-        self.spec = make_spec(recipe, self.data, self.config)
-        self.specs = make_training_specs(recipe, self.data, self.config, self.total_steps)
+        self.spec = make_spec(recipe, self.data, self.config, self.processor)
+        self.specs = make_training_specs(recipe, self.spec, self.config, self.total_steps)
         self.mask_ratios = stages(recipe.mask_ratios, self.total_steps)
         self.normalize = make_normalizer(self.processor, self.data.dtype, self.accelerator.device)
         optimizer = adamw(model, (recipe.adam_beta1, recipe.adam_beta2), recipe.weight_decay)
