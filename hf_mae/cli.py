@@ -320,11 +320,12 @@ def _prepare(recipe: PrepareRecipe) -> None:
 def _stats(recipe: StatsRecipe) -> None:
     import json
 
+    from .data.locate import locate
     from .data.order import Rows
-    from .data.splits import source_of
+    from .data.sources import open_split
     from .data.stats import channel_stats, probe_rows
 
-    rows = Rows(source_of(recipe, recipe.streaming))
+    rows = Rows(open_split(locate(recipe), recipe.split, recipe.streaming))
     num_channels, dtype = probe_rows(rows)
     print(
         json.dumps(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from hf_mae.data.order import Rows
-from hf_mae.data.sources import Row, Source
+from hf_mae.data.shards import Row, Source
 
 
 class MemorySource(Source):

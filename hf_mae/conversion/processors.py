@@ -1,12 +1,12 @@
 """Image processors of transformers' ViT models and timm's settings, to ours and back."""
 
-import math
 from pathlib import Path
 from typing import Any
 
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..configuration_mae import MAEConfig
+from ..data.transform import crop_settings, default_crop_pct, stored_crop_pct
 from ..files import read_json
 from ..image_processing_mae import MAEImageProcessor
 
@@ -21,21 +21,14 @@ def evaluation_processor(config: MAEConfig, crop_pct: float | None = None, **set
 
     Args:
         config: of the model, for its image size and channels.
-        crop_pct: the crop's share of the resized side: 0.875 up to 224 pixels, 1 above, when omitted.
+        crop_pct: the crop's share of the resized side; see `default_crop_pct` when omitted.
         **settings: what else is known; mean and standard deviation are ImageNet's when omitted.
     """
-    height, width = config.image_height_width
-    crop_pct = crop_pct or (0.875 if max(height, width) <= 224 else 1.0)
-    # Rounded down, as the original and timm do; 224 / (224 / 248) must not become 247.
-    resized = math.floor(height / crop_pct + 1e-6), math.floor(width / crop_pct + 1e-6)
-    square = height == width
-    size = {"shortest_edge": resized[0]} if square else {"height": resized[0], "width": resized[1]}
-    defaults = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
+    size = config.image_height_width
+    crop = crop_settings(size, crop_pct or default_crop_pct(size), floor=True)  # as the original and timm do
+    normalization = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
     processor: Any = MAEImageProcessor
-    processor = processor(
-        num_channels=config.num_channels,
-        **{"size": size, "crop_size": {"height": height, "width": width}, **defaults, **settings},
-    )
+    processor = processor(num_channels=config.num_channels, **{**crop, **normalization, **settings})
     return adapt_channels(processor, config.num_channels)
 
 
@@ -81,12 +74,10 @@ def read_timm_processor(pretrained: dict[str, Any], config: MAEConfig) -> MAEIma
 
 def timm_settings(processor: MAEImageProcessor, config: MAEConfig) -> dict[str, Any]:
     """What timm's `pretrained_cfg` says of images."""
-    size: Any = processor.size
-    edge = dict(size).get("shortest_edge") or dict(size)["height"]
     names = {number: name for name, number in INTERPOLATION.items()}
     return {
         "input_size": [config.num_channels, *config.image_height_width],
-        "crop_pct": config.image_height_width[0] / edge,
+        "crop_pct": stored_crop_pct(processor),
         "interpolation": names.get(int(processor.resample), "bicubic"),
         "mean": list(processor.image_mean),
         "std": list(processor.image_std),

@@ -8,14 +8,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ..errors import DataError
 from ..image_processing_mae import MAEImageProcessor
 from .augment import sample_rng, training_view
 from .decode import BadImage, decode_image
 from .loader import each_batch, ignore_termination
 from .mix import Mixing, RandAugment, RandomErasing
 from .order import Rows
-from .sources import DataError, Row
-from .transform import RESCALE_FACTORS, ImageSpec, evaluation_view
+from .shards import Row
+from .transform import ImageSpec, evaluation_view, make_normalizer
 
 # A data set of which so many random rows in a row are bad is not one with a few bad images.
 TRIES = 10
@@ -59,10 +60,7 @@ class LabelledImages(Dataset):
         self.bad_file = bad_file
         self.length = len(rows) // multiple * multiple or len(rows)
         self.set_epoch(0)
-        factor = RESCALE_FACTORS[spec.dtype]
-        both = (processor.image_mean, processor.image_std)
-        # In the images' own units, so that scaling and normalising are one pass.
-        self.mean, self.std = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) / factor for values in both)
+        self.normalize = make_normalizer(processor, spec.dtype)
 
     def __len__(self) -> int:
         return self.length
@@ -84,13 +82,13 @@ class LabelledImages(Dataset):
         if self.seed is None:
             image = decode_image(row.image, self.spec.num_channels, self.spec.dtype)
             pixels = evaluation_view(image, self.spec.eval_resize, self.spec.size)
-            return {"pixel_values": self._normalize(pixels), "labels": self.targets[index]}
+            return {"pixel_values": self.normalize(torch.from_numpy(pixels)), "labels": self.targets[index]}
         rng = sample_rng(self.seed, self.epoch, row.shard, row.row)
         image, index = self._decode_or_replace(row, index, rng)
         pixels = training_view(image, rng, self.spec.size, self.spec.crop_scale, self.spec.flip)
         if self.rand_augment:
             pixels = self.rand_augment(pixels, rng)
-        pixel_values = self._normalize(pixels)
+        pixel_values = self.normalize(torch.from_numpy(pixels))
         if self.erase:
             pixel_values = self.erase(pixel_values, rng)
         return {"pixel_values": pixel_values, "labels": self.targets[index], "rng": rng}
@@ -111,9 +109,6 @@ class LabelledImages(Dataset):
             row = self._row(index)
         name = self.rows.source.name
         raise DataError(f"{TRIES} random images of {name} in a row can't be decoded ({message}); check the data")
-
-    def _normalize(self, pixels: np.ndarray) -> torch.Tensor:
-        return (torch.from_numpy(pixels.astype(np.float32)) - self.mean) / self.std
 
     def _note(self, key: str, error: BadImage) -> None:
         if self.bad_file and self.epoch == 0:

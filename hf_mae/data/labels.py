@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 import torch
 
+from ..errors import DataError
 from .order import Rows
-from .sources import DataError, Source
+from .shards import Source
 
 Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
 

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from ..errors import MissingPackage
+from ..errors import DataError, MissingPackage
 from .augment import sample_rng, training_view
 from .decode import BadImage, decode_image
 from .order import EpochOrder, LogicalStream, Rows, StreamPlan
-from .sources import DataError, Row
+from .shards import Row
 from .transform import ImageSpec, evaluation_view
 
 

@@ -8,11 +8,12 @@ import posixpath
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, SourceUnavailable
+from ..keys.data_keys import SourceKeys
 from .remote import is_remote, one_line, with_retries
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ SPLIT_FOLDERS = {"train": ("train",), "validation": ("validation", "val", "valid
 
 @dataclass
 class Place:
-    """What a name turned out to mean.
+    """A data set that was found: every split of it can be opened without looking for it again.
 
     Attributes:
         name: what the user typed.
@@ -41,6 +42,8 @@ class Place:
         class_level: split of an imagefolder -> the folder that holds its class folders, "" or "train/".
         builder: the builder that found the files; None where we found them.
         revision: commit of the Hub's repository.
+        image_column: column of the images, where the user named one.
+        label_column: column of the labels, where the user named one.
     """
 
     name: str
@@ -50,6 +53,8 @@ class Place:
     class_level: dict[str, str] = field(default_factory=dict)
     builder: Any = None
     revision: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
 
     @property
     def remote(self) -> bool:
@@ -58,18 +63,18 @@ class Place:
         return self.revision is not None or any(is_remote(place) for place in (self.root, *first_files))
 
 
-def locate(dataset: str, config_name: str | None, revision: str | None) -> Place:
-    """Find out what a name means: the first that fits of the built-in set, a URL, a local path, an id on the Hub.
-
-    Args:
-        dataset: what the user typed.
-        config_name: configuration, of a folder laid out as on the Hub or a data set there.
-        revision: branch, tag or commit, on the Hub.
+def locate(keys: SourceKeys) -> Place:
+    """Find a data set: the built-in one, or what is at a URL, at a local path, or on the Hub, in this order.
 
     Raises:
-        DataError: if it means nothing, or something without images.
+        DataError: if there is nothing of this name, or it holds no images.
         SourceUnavailable: if the network failed at every try.
     """
+    place = _locate(keys.dataset, keys.dataset_config, keys.dataset_revision)
+    return replace(place, image_column=keys.image_column, label_column=keys.label_column)
+
+
+def _locate(dataset: str, config_name: str | None, revision: str | None) -> Place:
     if dataset == "digits":
         return Place(dataset, "digits", {"train": []})
     on_hub = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/?", dataset)

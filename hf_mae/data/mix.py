@@ -62,7 +62,7 @@ class RandAugment:
         image = Image.fromarray(pixels[0] if gray else np.ascontiguousarray(pixels.transpose(1, 2, 0))).convert("RGB")
         with seeded(rng):
             image = self.transform(image)
-        return np.asarray(image.convert("L"))[None] if gray else np.asarray(image).transpose(2, 0, 1)
+        return np.array(image.convert("L"))[None] if gray else np.array(image).transpose(2, 0, 1)
 
 
 def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:

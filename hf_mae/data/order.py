@@ -18,7 +18,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .sources import DataError, Row, Source
+from ..errors import DataError
+from .shards import Row, Source
+
+HELD_OUT = 0.05  # share of a source that has no evaluation split of its own
 
 # Salts keep the random numbers of different uses apart; they are part of the order, so don't change them.
 _BLOCKS, _ROWS = 1, 2
@@ -53,7 +56,7 @@ class Rows:
     """
 
     def __init__(
-        self, source: Source, part: str = "all", held_out_fraction: float = 0.05, max_samples: int | None = None
+        self, source: Source, part: str = "all", held_out_fraction: float = HELD_OUT, max_samples: int | None = None
     ):
         self.source = source
         sizes = np.asarray(source.shard_sizes, dtype=np.int64)

@@ -30,11 +30,12 @@ from ..image_processing_base_mae import resize_bands
 from ..keys.data_keys import PrepareRecipe
 from .decode import BadImage, as_bad_image, load_image
 from .loader import each_batch, ignore_termination
+from .locate import locate
 from .order import Rows
 from .remote import one_line
-from .sources import list_splits, open_source
+from .sources import open_split
+from .transform import BICUBIC, height_width
 
-BICUBIC = Image.Resampling.BICUBIC
 ROW_GROUP = 100  # rows; what is fetched at once where the data is streamed
 TYPE_ROWS = 100  # of which the type of a label column is found
 
@@ -50,13 +51,13 @@ def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
     """
     recipe.check()
     folder = Path(recipe.output_dir)
-    splits = list_splits(recipe.dataset, config_name=recipe.dataset_config, revision=recipe.dataset_revision)
-    everything = {split: open_rows(recipe, split) for split in ([recipe.split] if recipe.split else splits)}
-    features = _find_features(list(everything.values()))
+    place = locate(recipe)
+    splits = [Rows(open_split(place, split)) for split in ([recipe.split] if recipe.split else place.splits)]
+    features = _find_features(splits)
     manifest: dict[str, Any] = {"short_side": recipe.short_side, "quality": recipe.quality, "splits": {}}
     bad: list[BadSample] = []
     try:
-        parts = [_Shards(rows, features, folder, recipe) for rows in everything.values()]
+        parts = [_Shards(rows, features, folder, recipe) for rows in splits]
         _make_room(folder / "data", {name for shards in parts for name in shards.names})
         for shards in parts:
             name, records = shards.rows.source.split, _write_all(shards, recipe.num_workers)
@@ -74,20 +75,6 @@ def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
             f"{folder} can't be written: {one_line(error)}; free the disk, or name another folder"
         ) from error
     return manifest
-
-
-def open_rows(recipe: PrepareRecipe, split: str) -> Rows:
-    """The rows of a split, in the order of the source."""
-    return Rows(
-        open_source(
-            recipe.dataset,
-            split=split,
-            config_name=recipe.dataset_config,
-            revision=recipe.dataset_revision,
-            image_column=recipe.image_column,
-            label_column=recipe.label_column,
-        )
-    )
 
 
 @dataclass
@@ -170,7 +157,7 @@ def reencode(data: bytes | np.ndarray | BadImage, short_side: int, quality: int)
     with as_bad_image():
         if isinstance(image, np.ndarray):
             image = _as_picture(_bands_last(image))
-        height, width = _height_width(image)
+        height, width = height_width(image)
         short = min(height, width)
         if short <= short_side:
             return data if isinstance(data, bytes) else _encoded(image, None)
@@ -206,10 +193,6 @@ def _as_picture(array: np.ndarray) -> Image.Image | np.ndarray:
     one_band = array.ndim == 2
     fits = array.dtype in ((np.uint8, np.uint16) if one_band else (np.uint8,)) and (one_band or array.shape[-1] == 3)
     return Image.fromarray(np.ascontiguousarray(array)) if fits else array
-
-
-def _height_width(image: Image.Image | np.ndarray) -> tuple[int, int]:
-    return (image.shape[0], image.shape[1]) if isinstance(image, np.ndarray) else (image.height, image.width)
 
 
 def _resize_array(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""What the user typed as a data set -> a `Source` of undecoded rows.
+"""A data set that was found -> the rows of its splits, undecoded.
 
-`locate.py` finds out what a name means; here a reader is chosen: the files in place where that is cheap or asked for,
-else a table that `datasets` makes and maps.
+`locate.py` finds a data set once. Here each split of it gets a reader: of the files in place where that is cheap or
+asked for, else of a table that `datasets` makes and maps.
 """
 
 import glob
@@ -9,58 +9,98 @@ import hashlib
 import logging
 import os
 import posixpath
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from ..errors import DataError, SourceUnavailable
+from ..errors import DataError
+from ..keys.data_keys import DataKeys, SourceKeys, SplitKeys
 from .locate import SPLIT_FOLDERS, Place, common_folder, load_builder, locate
-from .parquet import ArrowSource, ParquetSource, find_columns
+from .order import HELD_OUT, Rows
+from .parquet import ArrowSource, Columns, ParquetSource, find_columns
 from .remote import is_remote, one_line, with_retries
-from .shards import ArraySource, FileSource, Row, Source, in_threads
+from .shards import ArraySource, FileSource, Source, in_threads
 from .tars import TarSource
-
-__all__ = ["DataError", "Row", "Source", "SourceUnavailable", "list_splits", "open_source"]
 
 logger = logging.getLogger(__name__)
 
 
-def open_source(
-    dataset: str,
-    *,
-    split: str = "train",
-    config_name: str | None = None,
-    revision: str | None = None,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    streaming: bool | None = None,
-) -> Source:
-    """Find a data set and get ready to read its rows.
+def open_source(dataset: str, *, streaming: bool | None = None, **keys: Any) -> Source:
+    """Find a data set and get ready to read one split of it, such as `open_source("digits")`.
 
     Args:
-        dataset: `digits` (built in: 1,797 handwritten digits of 8 x 8 pixels); a folder of images; a folder made by
-            `datasets`' `save_to_disk`, or laid out as on the Hub; parquet files or tars, as file, glob or pattern
-            such as `shard-{000..003}.tar`; a URL of such a folder or such files; or the id of a data set on the Hub.
-        split: name of the split. A folder of images without split folders is `train`, and so are single files.
-        config_name: configuration of a data set that has several.
-        revision: branch, tag or commit of a data set on the Hub.
-        image_column: column (or tar member) of the images, where its type does not tell.
-        label_column: the same for the labels.
+        dataset: see `DataKeys`.
+        streaming: see `open_split`.
+        **keys: others of `DataKeys`, such as `split="test"`.
+
+    Raises:
+        DataError: as `locate` and `open_split`.
+    """
+    named = DataKeys(dataset=dataset, **keys)
+    return open_split(locate(named), named.split, streaming)
+
+
+def open_splits(keys: SplitKeys, streaming: bool | None = None) -> tuple[Rows, Rows, str]:
+    """Open the rows to learn from and those to evaluate on.
+
+    Without `eval_dataset` and `eval_split`, the evaluation split is found by its name; a data set that has none gets a
+    held-out part, chosen by a hash of each row's place.
+
+    Args:
+        keys: of the data.
+        streaming: see `open_split`; another `eval_dataset` gets the default.
+
+    Returns:
+        rows: to learn from.
+        eval_rows: to evaluate on.
+        evaluated_on: what those are, for people.
+
+    Raises:
+        DataError: as `locate` and `open_split`.
+    """
+    place = locate(keys)
+    source, evaluation = open_split(place, keys.split, streaming), None
+    if keys.eval_dataset:
+        other = locate(
+            SourceKeys(dataset=keys.eval_dataset, image_column=keys.image_column, label_column=keys.label_column)
+        )
+        evaluation = open_split(other, keys.eval_split or "train")
+    elif name := keys.eval_split or _evaluation_split(place, keys.split):
+        evaluation = open_split(place, name, streaming)
+    if evaluation is None:
+        rows = Rows(source, "train", max_samples=keys.max_samples)
+        eval_rows = Rows(source, "held_out", max_samples=keys.max_eval_samples)
+        return rows, eval_rows, f"{HELD_OUT:.0%} of {keys.split}, held out by a hash of each row's place"
+    rows, eval_rows = Rows(source, max_samples=keys.max_samples), Rows(evaluation, max_samples=keys.max_eval_samples)
+    return rows, eval_rows, f"split {evaluation.split} of {evaluation.name}"
+
+
+def _evaluation_split(place: Place, training: str) -> str | None:
+    names = ("validation", "val", "valid", "test")
+    return next((name for name in names if name in place.splits and name != training), None)
+
+
+def open_split(place: Place, split: str, streaming: bool | None = None) -> Source:
+    """Get ready to read the rows of a split.
+
+    Args:
+        place: the data set, as `locate` found it.
+        split: name of the split.
         streaming: True reads files in place, False downloads and maps them; None streams what is remote.
 
     Raises:
         DataError: for what the user can mend; one line that names the remedy.
         SourceUnavailable: if the network failed at every try.
     """
-    place = locate(dataset, config_name, revision)
-    split = _choose_split(place, split)
+    place, split = _with_split(place, split)
     if place.kind == "digits":
         return _digits()
     if place.kind == "disk":
-        return _open_saved(place, split, image_column, label_column)
-    if _must_map(place, split, label_column, streaming):
+        return _open_saved(place, split)
+    if _must_map(place, split, streaming):
         try:
-            return _open_mapped(place, split, image_column, label_column)
+            return _open_mapped(place, split)
         except DataError as error:
             missing_package = isinstance(error.__cause__, ImportError)
             if place.kind != "parquet" or streaming is not None or missing_package:
@@ -68,53 +108,39 @@ def open_source(
             # A corrupt page is the end of a table that `datasets` makes; read in place, it costs its own rows.
             logger.warning("%s; meanwhile they are read in place", error)
     if place.kind == "imagefolder":
-        return _open_images(place, split, label_column)
-    files = place.splits[split]
+        return _open_images(place, split)
+    files, columns = place.splits[split], (place.image_column, place.label_column)
     if place.kind == "parquet":
         features = place.builder.info.features if place.builder else None
-        source = ParquetSource(dataset, split, files, _short_names(files), features, image_column, label_column)
+        source = ParquetSource(place.name, split, files, _short_names(files), features, *columns)
         source.fingerprint = _fingerprint(place, source, source.file_sizes)
         return source
-    source = TarSource(dataset, split, files, _short_names(files), image_column, label_column)
+    source = TarSource(place.name, split, files, _short_names(files), *columns)
     source.fingerprint = _fingerprint(place, source)
     return source
 
 
-def list_splits(dataset: str, *, config_name: str | None = None, revision: str | None = None) -> list[str]:
-    """The splits that `open_source` can open.
-
-    Args:
-        dataset: as for `open_source`, as the others.
-        config_name: configuration of a data set that has several.
-        revision: branch, tag or commit of a data set on the Hub.
-
-    Raises:
-        DataError: if there is no such data set.
-    """
-    return list(locate(dataset, config_name, revision).splits)
-
-
-def _choose_split(place: Place, split: str) -> str:
+def _with_split(place: Place, split: str) -> tuple[Place, str]:
     """The name under which the data has a split: "val" and "validation" are one, and a folder may be a split."""
     if split in place.splits:
-        return split
-    same = [name for name in place.splits if {name, split} <= set(SPLIT_FOLDERS["validation"])]
-    if len(same) == 1:
-        return same[0]
+        return place, split
+    aliases = [name for name in place.splits if {name, split} <= set(SPLIT_FOLDERS["validation"])]
+    if len(aliases) == 1:
+        return place, aliases[0]
     if place.kind == "imagefolder" and place.class_level.get("train") == "":
         files = [name for name in place.splits["train"] if name.startswith(f"{split}/")]
         if files:
-            place.splits[split], place.class_level[split] = files, f"{split}/"
-            return split
+            splits, class_level = place.splits | {split: files}, place.class_level | {split: f"{split}/"}
+            return replace(place, splits=splits, class_level=class_level), split
     raise DataError(f"{place.name} has no split {split!r}; choose one of: {', '.join(place.splits)}")
 
 
-def _must_map(place: Place, split: str, label_column: str | None, streaming: bool | None) -> bool:
+def _must_map(place: Place, split: str, streaming: bool | None) -> bool:
     """Whether rows come from a table that `datasets` makes, not from the files where they are."""
     readable = place.kind in ("parquet", "webdataset", "imagefolder")
     archives = any(file.endswith((".zip", ".gz")) for file in place.splits[split])
     # Labels of an imagefolder on the Hub that are not its class folders are in a file of metadata.
-    metadata = place.kind == "imagefolder" and place.builder is not None and label_column is not None
+    metadata = place.kind == "imagefolder" and place.builder is not None and place.label_column is not None
     if not readable or archives or metadata:
         if streaming:
             raise DataError(f"{place.name} is {place.kind} data that is not read in place; leave streaming unset")
@@ -136,9 +162,9 @@ def _digits() -> Source:
     return ArraySource("digits", images, digits.target, [str(name) for name in digits.target_names])
 
 
-def _open_images(place: Place, split: str, label_column: str | None) -> Source:
-    if label_column not in (None, "label"):
-        message = f"{place.name} is a folder of images, its labels are its class folders, not {label_column!r}"
+def _open_images(place: Place, split: str) -> Source:
+    if place.label_column not in (None, "label"):
+        message = f"{place.name} is a folder of images, its labels are its class folders, not {place.label_column!r}"
         raise DataError(f"{message}; leave out --label_column")
     names = place.splits[split]
     sizes: list[int] = []
@@ -171,7 +197,7 @@ def _classes(names: list[str], folder: str) -> list[str]:
     return [part[0] for part in parts] if all(len(part) == 2 for part in parts) else []
 
 
-def _open_saved(place: Place, split: str, image_column: str | None, label_column: str | None) -> Source:
+def _open_saved(place: Place, split: str) -> Source:
     import datasets
 
     try:
@@ -179,14 +205,14 @@ def _open_saved(place: Place, split: str, image_column: str | None, label_column
     except Exception as error:  # any, for files that are corrupt
         raise DataError(f"cannot read {place.name}: {one_line(error)}; save it again") from error
     table = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
-    source = ArrowSource(place.name, split, table, find_columns(table.features, image_column, label_column, place.name))
+    source = ArrowSource(place.name, split, table, _columns(place, table.features))
     source.fingerprint = _fingerprint(place, source)
     files = [file["filename"] for file in table.cache_files]
     source.fingerprint["files"] = [[os.path.basename(file), os.path.getsize(file)] for file in files]
     return source
 
 
-def _open_mapped(place: Place, split: str, image_column: str | None, label_column: str | None) -> Source:
+def _open_mapped(place: Place, split: str) -> Source:
     builder = place.builder
     if builder is None:
         data_files = {split: [glob.escape(file) for file in place.splits[split]]}
@@ -206,11 +232,14 @@ def _open_mapped(place: Place, split: str, image_column: str | None, label_colum
         cause = error.__cause__ or error
         message = f"cannot read {place.name}: {type(cause).__name__}: {one_line(cause)}"
         raise DataError(f"{message}; check its files") from error
-    columns = find_columns(table.features, image_column, label_column, place.name)
     own_files = "imagefolder" in (builder.name, builder.info.builder_name)
-    source = ArrowSource(place.name, split, table, columns, follow_paths=own_files)
+    source = ArrowSource(place.name, split, table, _columns(place, table.features), follow_paths=own_files)
     source.fingerprint = _fingerprint(place, source) | {"kind": f"{place.kind}, mapped"}
     return source
+
+
+def _columns(place: Place, features: Any) -> Columns:
+    return find_columns(features, place.image_column, place.label_column, place.name)
 
 
 def _fingerprint(place: Place, source: Source, sizes: list[int] | None = None) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import DataError
 from .decode import BadImage, decode_image, probe_image
 from .order import Rows
-from .sources import DataError
 from .transform import RESCALE_FACTORS
 
 logger = logging.getLogger(__name__)

@@ -1,24 +1,81 @@
-"""Image -> the model's pixels: crop rule, resize, dtype, rescaling, normalisation.
+"""Image -> the model's pixels, step by step: the crop rule, resize and crop, pixel type, normalisation.
 
-Everything here is deterministic; random crops are in augment.py.
+    crop_settings, rescale_settings    what an image processor stores of a model's images
+    evaluation_spec                    the same, read back for a batch; ImageSpec
+    evaluation_view                    one image, resized and cropped, in the source's pixel type
+    make_normalizer                    batches -> pixel_values, on the device
+
+Nothing here is random; training crops are in augment.py. Every command goes through these functions, and the image
+processor, which Hub repositories carry as code of its own, gives the same pixels.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from transformers.image_utils import SizeDict
 
 from ..configuration_mae import MAEConfig
-from ..image_processing_base_mae import resize_bands
+from ..image_processing_base_mae import center_spans, resize_bands
 from ..image_processing_mae import MAEImageProcessor
 
 BICUBIC = Image.Resampling.BICUBIC
 LONGEST = 100  # times the shorter side
-RATIO = (3 / 4, 4 / 3)  # width/height of crops, relative to the output's
+RATIO = (3 / 4, 4 / 3)  # width/height of training crops, relative to the output's
+# What brings each pixel type to about [0, 1]; float images are left as they are.
+RESCALE_FACTORS = {"uint8": 1 / 255, "uint16": 1 / 65535, "float32": 1.0}
+
+
+def default_crop_pct(size: tuple[int, int]) -> float:
+    """The original's crop: 224 of 256 pixels, and the whole image above 224 pixels."""
+    return 0.875 if max(size) <= 224 else 1.0
+
+
+def resize_before_crop(size: tuple[int, int], crop_pct: float, floor: bool = False) -> int | tuple[int, int]:
+    """What to resize to before the centre crop: the shorter side for square crops, else (height, width).
+
+    Args:
+        size: (height, width) of the crop in pixels.
+        crop_pct: the crop's share of the resized side, in (0, 1]: 0.875 is 224 of 256.
+        floor: round down instead of to the nearest.
+    """
+    # 224 / (224 / 248) must not become 247.
+    height, width = (math.floor(side / crop_pct + 1e-6) if floor else round(side / crop_pct) for side in size)
+    return height if size[0] == size[1] else (height, width)
+
+
+def crop_settings(size: tuple[int, int], crop_pct: float, floor: bool = False) -> dict[str, Any]:
+    """An image processor's settings of the evaluation crop; arguments of `resize_before_crop`."""
+    resize = resize_before_crop(size, crop_pct, floor)
+    return {
+        "size": {"shortest_edge": resize} if isinstance(resize, int) else {"height": resize[0], "width": resize[1]},
+        "crop_size": {"height": size[0], "width": size[1]},
+    }
+
+
+def stored_crop_pct(processor: MAEImageProcessor) -> float:
+    """The crop's share of the resized side, by the sizes that a processor has."""
+    crop, resize = dict(processor.crop_size), dict(processor.size)
+    if "shortest_edge" in resize:
+        return min(crop["height"], crop["width"]) / resize["shortest_edge"]
+    return crop["height"] / resize["height"]
+
+
+def rescale_settings(dtype: str) -> dict[str, Any]:
+    """An image processor's settings for images of a pixel type."""
+    return {"do_rescale": dtype != "float32", "rescale_factor": RESCALE_FACTORS[dtype]}
+
+
+def pixel_dtype(processor: MAEImageProcessor) -> str:
+    """The type of the images that a processor was made for: "uint8", "uint16" or "float32"."""
+    if not processor.do_rescale:
+        return "float32"
+    return next((dtype for dtype, factor in RESCALE_FACTORS.items() if factor == processor.rescale_factor), "float32")
 
 
 @dataclass(frozen=True)
@@ -58,10 +115,22 @@ def pixels_needed(size: tuple[int, int], scale: Sequence[float]) -> int:
     return math.ceil(size[0] * size[1] * RATIO[1] / scale[0])
 
 
+def evaluation_spec(config: MAEConfig, processor: MAEImageProcessor) -> ImageSpec:
+    """The evaluation view that a processor describes, for the model that it belongs to."""
+    size: Any = processor.size
+    return ImageSpec(
+        size=config.image_height_width,
+        num_channels=config.num_channels,
+        dtype=pixel_dtype(processor),
+        num_patches=config.num_patches,
+        eval_resize=size.shortest_edge or (size.height, size.width),
+    )
+
+
 def evaluation_view(
     image: Image.Image | np.ndarray, resize: int | tuple[int, int], size: tuple[int, int]
 ) -> np.ndarray:
-    """Resize (bicubic) and centre crop, pixel by pixel what the Pillow image processor does.
+    """Resize (bicubic) and centre crop, pixel by pixel as the Pillow image processor.
 
     Of an image more than `LONGEST` times as long as it is wide, the middle alone is resized. The crop shows no more,
     and the whole of a line of 65,535 pixels would become one of 256 x 16,776,960.
@@ -69,10 +138,10 @@ def evaluation_view(
     Args:
         image: as `decode_image` returns it.
         resize: pixels of the shorter side, or (height, width), before the crop.
-        size: (height, width) of the crop in pixels, not larger than what it is cut from.
+        size: (height, width) of the crop in pixels; zeros surround an image that is smaller.
 
     Returns:
-        (C, H, W) in the image's dtype.
+        (C, H, W) in the image's dtype, contiguous and writable.
     """
     height, width = height_width(image)
     left = upper = 0
@@ -85,20 +154,8 @@ def evaluation_view(
             resize if width == short else int(resize * width / height),
         )
     view = _resize(image, resize, (left, upper, left + width, upper + height))
-    top, left = round((resize[0] - size[0]) / 2), round((resize[1] - size[1]) / 2)
-    view = view[top : top + size[0], left : left + size[1]]
-    return np.ascontiguousarray(view.transpose(2, 0, 1))
-
-
-def evaluation_resize(size: tuple[int, int], crop_pct: float) -> int | tuple[int, int]:
-    """What to resize to before the centre crop: the shorter side for square crops, else (height, width).
-
-    Args:
-        size: (height, width) of the crop in pixels.
-        crop_pct: the crop's share of the resized side, in (0, 1]: 0.875 is 224 of 256.
-    """
-    height, width = (round(side / crop_pct) for side in size)
-    return height if size[0] == size[1] else (height, width)
+    (rows, columns), zeros = center_spans(*resize, SizeDict(height=size[0], width=size[1]))
+    return np.pad(view[rows, columns].transpose(2, 0, 1), ((0, 0), *zeros))
 
 
 def height_width(image: Image.Image | np.ndarray) -> tuple[int, int]:
@@ -115,49 +172,24 @@ def _resize(
     return view if view.ndim == 3 else view[..., None]
 
 
-# What brings each pixel type to about [0, 1]; float images are left as they are.
-RESCALE_FACTORS = {"uint8": 1 / 255, "uint16": 1 / 65535, "float32": 1.0}
-
-
-def make_normalizer(processor: Any, dtype: str, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function from images in the source's dtype to pixel_values, scaled and normalised on the device.
+def make_normalizer(
+    processor: Any, dtype: str, device: torch.device | str = "cpu"
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function from images in the source's dtype to pixel_values, scaled and normalised on their device.
 
     Args:
         processor: image processor; it has mean and standard deviation.
         dtype: of the images: "uint8", "uint16" or "float32".
-        device: of the images.
+        device: of the images, (..., C, H, W).
     """
     # In the images' own units, so that scaling and normalising are one pass.
     mean, std = (
-        torch.tensor(values, device=device).view(1, -1, 1, 1) / RESCALE_FACTORS[dtype]
+        torch.tensor(values, device=device).view(-1, 1, 1) / RESCALE_FACTORS[dtype]
         for values in (processor.image_mean, processor.image_std)
     )
-    return lambda images: (images.float() - mean) / std
+    # A partial, which can be sent to a spawned worker.
+    return partial(_normalize, mean=mean, std=std)
 
 
-def pixel_dtype(processor: MAEImageProcessor) -> str:
-    """The type of the images that a processor was made for: "uint8", "uint16" or "float32"."""
-    if not processor.do_rescale:
-        return "float32"
-    return next((dtype for dtype, factor in RESCALE_FACTORS.items() if factor == processor.rescale_factor), "float32")
-
-
-def evaluation_spec(config: MAEConfig, processor: MAEImageProcessor) -> ImageSpec:
-    """The evaluation view that a processor describes, for the model that it belongs to."""
-    size: Any = processor.size
-    return ImageSpec(
-        size=config.image_height_width,
-        num_channels=config.num_channels,
-        dtype=pixel_dtype(processor),
-        num_patches=config.num_patches,
-        eval_resize=size.shortest_edge or (size.height, size.width),
-    )
-
-
-def crop_settings(size: tuple[int, int], crop_pct: float) -> dict[str, Any]:
-    """The image processor's settings of the evaluation crop, see `evaluation_resize`."""
-    resize = evaluation_resize(size, crop_pct)
-    return {
-        "size": {"shortest_edge": resize} if isinstance(resize, int) else {"height": resize[0], "width": resize[1]},
-        "crop_size": {"height": size[0], "width": size[1]},
-    }
+def _normalize(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    return (images.float() - mean) / std

@@ -8,7 +8,7 @@ from transformers import EvalPrediction
 
 from ..classifier_mae import MAEForImageClassification
 from ..data.labels import Labels
-from ..data.splits import splits_of
+from ..data.sources import open_splits
 from ..data.transform import evaluation_spec, make_normalizer
 from ..keys.evaluation_keys import ClassificationRecipe
 from ..pretrained import load_with_processor
@@ -36,7 +36,7 @@ def evaluate_classification(recipe: ClassificationRecipe) -> dict[str, Any] | No
     device = accelerator.device
     model.to(device)  # pyright: ignore[reportArgumentType]
     with accelerator.main_process_first():
-        _, rows, evaluated_on = splits_of(recipe, streaming=False)
+        _, rows, evaluated_on = open_splits(recipe, streaming=False)
     problem = config.problem_type or "single_label_classification"
     labels = Labels(problem, tuple(config.id2label[i] for i in range(config.num_labels)))
     spec = evaluation_spec(config, processor)

@@ -6,7 +6,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from ..data.labels import find_classes
-from ..data.splits import splits_of
+from ..data.sources import open_splits
 from ..errors import UserError
 from ..keys.evaluation_keys import EvaluateRecipe, Pooling
 from ..run_folder import add_result
@@ -33,7 +33,7 @@ class Evaluation:
         self.encoder = FrozenEncoder(recipe.model, recipe.pooling or pooling, recipe.mixed_precision)
         self.encoder.to(self.accelerator.device)
         with self.accelerator.main_process_first():
-            self.rows, self.eval_rows, self.evaluated_on = splits_of(recipe)
+            self.rows, self.eval_rows, self.evaluated_on = open_splits(recipe)
         for rows in (self.rows, self.eval_rows):
             # What is wrong with all labels shows in the first ones, before hours are spent.
             find_classes([row.label for row in rows.read(rows.index[:16])], rows)

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from accelerate import Accelerator
 
+from ..data.locate import locate
 from ..data.order import Rows
-from ..data.splits import source_of
+from ..data.sources import open_split
 from ..errors import UserError
 from ..keys.evaluation_keys import EmbedRecipe
 from .encoder import FrozenEncoder
@@ -37,7 +38,7 @@ def embed(recipe: EmbedRecipe) -> dict[str, Any]:
     if accelerator.num_processes > 1:
         raise UserError(f"{accelerator.num_processes} processes would write one file; start hf-mae embed once")
     encoder = FrozenEncoder(recipe.model, recipe.pooling, recipe.mixed_precision).to(accelerator.device)
-    source = source_of(recipe)
+    source = open_split(locate(recipe), recipe.split)
     rows = Rows(source, max_samples=recipe.max_samples)
     path, bad, images, width = Path(recipe.output), [], 0, []
     origin = {"model": recipe.model, "dataset": recipe.dataset, "split": source.split, "pooling": recipe.pooling}

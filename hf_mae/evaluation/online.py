@@ -11,8 +11,8 @@ from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from ..data.order import Rows
-from ..data.sources import DataError
 from ..data.transform import ImageSpec
+from ..errors import DataError
 from .fast_linear import fast_linear_accuracy
 from .knn import knn_accuracy
 from .table import Table, extract_table, rankme, with_class_numbers

@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 from ..data.labels import class_numbers, common_classes
 from ..data.loader import Batch, EvaluationSet, each_batch, make_loader
 from ..data.order import Rows
-from ..data.sources import DataError
 from ..data.transform import ImageSpec
+from ..errors import DataError
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,17 @@ from . import Recipe, inherit, key
 
 @dataclass
 class SourceKeys(Recipe):
-    """Where images and labels come from; `open_source` says what the values mean."""
+    """Where images and labels come from.
+
+    Args:
+        dataset: `digits` (built in: 1,797 handwritten digits of 8 x 8 pixels); a folder of images; a folder made by
+            `datasets`' `save_to_disk`, or laid out as on the Hub; parquet files or tars, as file, glob or pattern
+            such as `shard-{000..003}.tar`; a URL of such a folder or such files; or the id of a data set on the Hub.
+        dataset_config: configuration of a data set that has several.
+        dataset_revision: branch, tag or commit of a data set on the Hub.
+        image_column: column (or tar member) of the images.
+        label_column: column (or tar member) of the labels.
+    """
 
     dataset: str = key(
         help_text="Hub id, folder or URL of images, parquet or tar shards; or digits", group="data", place=True

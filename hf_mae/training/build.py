@@ -12,11 +12,10 @@ import torch
 from .. import __version__
 from ..configuration_mae import SIZES, MAEConfig
 from ..data.order import Rows, StreamPlan
-from ..data.sources import DataError
-from ..data.splits import splits_of
+from ..data.sources import open_splits
 from ..data.stats import channel_stats, probe_rows
-from ..data.transform import RESCALE_FACTORS, ImageSpec, crop_settings, evaluation_resize
-from ..errors import CheckpointError, UserError
+from ..data.transform import ImageSpec, crop_settings, evaluation_spec, rescale_settings
+from ..errors import CheckpointError, DataError, UserError
 from ..image_processing_mae import MAEImageProcessor
 from ..keys.run_keys import PretrainRecipe, RunRecipe
 from ..modeling_mae import MAEForPreTraining
@@ -59,7 +58,7 @@ def open_data(recipe: PretrainRecipe) -> PretrainData:
     Raises:
         DataError: if the data is missing, or has other channels than the recipe says.
     """
-    rows, eval_rows, evaluated_on = splits_of(recipe, streaming=recipe.streaming)
+    rows, eval_rows, evaluated_on = open_splits(recipe, streaming=recipe.streaming)
     num_channels, dtype = probe_rows(rows)
     configured = recipe.num_channels
     if configured is not None and configured != num_channels and {configured, num_channels} != {1, 3}:
@@ -133,28 +132,24 @@ def build_processor(
         **crop_settings(config.image_height_width, recipe.eval_crop_pct),
         image_mean=mean,
         image_std=std,
-        do_rescale=data.dtype != "float32",
-        rescale_factor=RESCALE_FACTORS[data.dtype],
+        **rescale_settings(data.dtype),
     )
 
 
-def make_spec(recipe: PretrainRecipe, data: PretrainData, config: MAEConfig) -> ImageSpec:
+def make_spec(recipe: PretrainRecipe, data: PretrainData, config: MAEConfig, processor: MAEImageProcessor) -> ImageSpec:
     """The crop, type and masks of a batch's images."""
-    size = config.image_height_width
-    return ImageSpec(
-        size=size,
+    return replace(
+        evaluation_spec(config, processor),
         num_channels=data.num_channels,
         dtype=data.dtype,
-        num_patches=config.num_patches,
         crop_scale=(recipe.crop_scale[0], recipe.crop_scale[-1]),
         flip=recipe.flip,
         masks=recipe.masks_per_image,
-        eval_resize=evaluation_resize(size, recipe.eval_crop_pct),
     )
 
 
 def make_training_specs(
-    recipe: PretrainRecipe, data: PretrainData, config: MAEConfig, total_steps: int
+    recipe: PretrainRecipe, spec: ImageSpec, config: MAEConfig, total_steps: int
 ) -> list[tuple[int, ImageSpec]]:
     """(first step from 0, spec of the training images from there on), by `image_size_schedule`.
 
@@ -172,7 +167,7 @@ def make_training_specs(
                 sized.num_kept_patches(ratio)
         except ValueError as error:
             raise UserError(f"image_size {size} from {at:g} of the run on: {error}") from error
-        specs.append((at, make_spec(recipe, data, sized)))
+        specs.append((at, replace(spec, size=sized.image_height_width, num_patches=sized.num_patches)))
     if specs[-1][1].size != config.image_height_width:
         raise UserError(
             f"image_size_schedule ends with {points[-1][1]}, image_size {config.image_size}; end with the model's own"

@@ -19,7 +19,7 @@ from ..data.labels import find_labels, labels_of
 from ..data.loader import one_line_errors
 from ..data.mix import Mixing
 from ..data.order import Rows
-from ..data.splits import splits_of
+from ..data.sources import open_splits
 from ..data.transform import evaluation_spec
 from ..evaluation.metrics import make_compute_metrics
 from ..evaluation.results import make_result, named_data
@@ -96,7 +96,7 @@ class FinetuneRun:
         self.args = training_arguments(recipe, self.stored)
         # One process after the other, so that what a data set library caches is written once.
         with self.args.main_process_first(desc="opening the data"):
-            self.rows, self.eval_rows, self.evaluated_on = splits_of(recipe, streaming=False)
+            self.rows, self.eval_rows, self.evaluated_on = open_splits(recipe, streaming=False)
         self.labels = find_labels(self.rows, recipe.problem_type)
         torch.manual_seed(recipe.seed)  # of a new head
         self.model = build_classifier(recipe, self.labels)

@@ -14,7 +14,7 @@ from ..data.labels import Labels
 from ..data.mix import RandAugment
 from ..data.order import Rows
 from ..data.stats import probe_rows
-from ..data.transform import ImageSpec, crop_settings
+from ..data.transform import ImageSpec, crop_settings, default_crop_pct
 from ..errors import CheckpointError, DataError, UserError
 from ..image_processing_mae import MAEImageProcessor
 from ..keys import names_where
@@ -187,8 +187,7 @@ def build_processor(recipe: FinetuneRecipe, config: MAEConfig) -> MAEImageProces
         UserError: if the model has none.
     """
     size = config.image_height_width
-    # The original's rule: 224 of 256, and the whole image above 224 pixels.
-    crop_pct = recipe.eval_crop_pct or (0.875 if max(size) <= 224 else 1.0)
+    crop_pct = recipe.eval_crop_pct or default_crop_pct(size)
     settings: dict[str, Any] = {"do_resize": True, "do_center_crop": True, "do_normalize": True, "resample": BICUBIC}
     try:
         return MAEImageProcessor.from_pretrained(str(recipe.model), **crop_settings(size, crop_pct), **settings)

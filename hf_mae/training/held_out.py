@@ -13,8 +13,8 @@ from torch import nn
 
 from ..data.loader import EvaluationSet, each_batch, make_loader
 from ..data.order import Rows
-from ..data.sources import DataError
 from ..data.transform import ImageSpec
+from ..errors import DataError
 from ..image_processing_mae import MAEImageProcessor
 from ..modeling_mae import MAEForPreTraining
 from ..visualize.grid import reconstruction_grid

@@ -14,9 +14,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..data.loader import TrainingStream
-from ..data.sources import DataError
 from ..data.transform import make_normalizer
-from ..errors import CheckpointError
+from ..errors import CheckpointError, DataError
 from ..evaluation.online import OnlineEvaluator
 from ..hub.push import BackgroundPush
 from ..keys.run_keys import PretrainRecipe
@@ -115,8 +114,8 @@ class PretrainRun:
     def _build_batches(self) -> None:
         """This process's share of the steps that are left."""
         recipe, state, ranks = self.recipe, self.state, self.accelerator.num_processes
-        self.spec = make_spec(recipe, self.data, self.config)
-        specs = make_training_specs(recipe, self.data, self.config, state.total_steps)
+        self.spec = make_spec(recipe, self.data, self.config, self.processor)
+        specs = make_training_specs(recipe, self.spec, self.config, state.total_steps)
         items_per_step = state.plan.items_per_step(ranks, recipe.num_workers, self.grad_accum_steps)
         stream = TrainingStream(
             self.data.rows, state.plan, self.spec, recipe.seed, state.positions, state.step, state.total_steps,

@@ -11,9 +11,9 @@ from PIL import Image
 
 from ..data.decode import BadImage, decode_image
 from ..data.order import Rows
-from ..data.sources import DataError, open_source
-from ..data.transform import evaluation_spec, evaluation_view, make_normalizer
-from ..errors import UserError
+from ..data.sources import open_source
+from ..data.transform import evaluation_spec, evaluation_view, make_normalizer, resize_before_crop, stored_crop_pct
+from ..errors import DataError, UserError
 from ..keys import height_width
 from ..keys.publishing_keys import ReconstructRecipe
 from ..modeling_mae import MAEForPreTraining
@@ -40,16 +40,10 @@ class Reconstructor:
         self.model: MAEForPreTraining = model.to(self.device)  # pyright: ignore[reportArgumentType]
         self.spec = evaluation_spec(model.config, self.processor)
         if image_size is not None:
-            self.spec = replace(self.spec, eval_resize=self._resize_for(self.spec.size))
+            # What is cut off is the same share as at the processor's own size.
+            resize = resize_before_crop(self.spec.size, stored_crop_pct(self.processor))
+            self.spec = replace(self.spec, eval_resize=resize)
         self.normalize = make_normalizer(self.processor, self.spec.dtype, self.device)
-
-    def _resize_for(self, size: tuple[int, int]) -> int | tuple[int, int]:
-        """The resize before another crop. The share that is cut off stays that of the processor's own size."""
-        crop: Any = self.processor.crop_size
-        resize: Any = self.processor.size
-        if resize.shortest_edge is None:
-            return size
-        return round(min(size) * resize.shortest_edge / min(crop.height, crop.width))
 
     def pixel_values(self, images: Sequence[bytes | np.ndarray | Image.Image]) -> torch.Tensor:
         """(B, C, H, W) of files' bytes, arrays (H, W, C) or Pillow images.

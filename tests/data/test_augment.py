@@ -9,7 +9,7 @@ from torchvision.transforms import RandomResizedCrop
 from hf_mae import MAEImageProcessorPil
 from hf_mae.data import transform
 from hf_mae.data.augment import random_resized_crop_box, sample_rng, training_view  # fmt: skip
-from hf_mae.data.transform import evaluation_resize, evaluation_view, pixels_needed  # fmt: skip
+from hf_mae.data.transform import evaluation_view, pixels_needed, resize_before_crop  # fmt: skip
 
 
 def boxes(count: int, height: int, width: int, size: tuple[int, int], **options) -> np.ndarray:
@@ -173,7 +173,7 @@ def test_the_evaluation_view_has_the_bits_of_the_image_processor(height, width, 
         channels, image = 13, random_image(height, width, 13, np.uint16)
     else:
         channels, image = (3, 1)[kind == "L"], Image.fromarray(random_image(height, width)).convert(kind)
-    resize = evaluation_resize(size, crop_pct)
+    resize = resize_before_crop(size, crop_pct)
     processor = MAEImageProcessorPil(
         num_channels=channels,
         size={"shortest_edge": resize} if isinstance(resize, int) else {"height": resize[0], "width": resize[1]},
@@ -222,9 +222,9 @@ def test_images_of_extreme_shapes_have_both_views_and_take_little_memory(monkeyp
 
 
 def test_what_is_resized_to_before_the_crop():
-    assert evaluation_resize((224, 224), 0.875) == 256
-    assert evaluation_resize((448, 448), 1.0) == 448
-    assert evaluation_resize((208, 320), 0.8) == (260, 400)
+    assert resize_before_crop((224, 224), 0.875) == 256
+    assert resize_before_crop((448, 448), 1.0) == 448
+    assert resize_before_crop((208, 320), 0.8) == (260, 400)
 
 
 # ------------------------------------------------------------------------------------------ one draw

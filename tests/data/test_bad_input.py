@@ -30,8 +30,9 @@ from hf_mae.data import decode as decode_module
 from hf_mae.data.decode import BadImage, decode_image
 from hf_mae.data.loader import EvaluationSet, TrainingStream, each_batch, make_loader
 from hf_mae.data.order import Rows, StreamPlan
-from hf_mae.data.sources import DataError, open_source
+from hf_mae.data.sources import open_source
 from hf_mae.data.transform import ImageSpec
+from hf_mae.errors import DataError
 from hf_mae.image_processing_mae import MAEImageProcessor
 from hf_mae.image_processing_pil_mae import MAEImageProcessorPil
 
@@ -187,8 +188,10 @@ def test_an_evaluation_shows_every_good_file_and_names_every_bad_one_once(tmp_pa
 
 MEASURED = """
 import resource, sys
+from hf_mae.data.loader import EvaluationSet
+from hf_mae.data.order import Rows
 from hf_mae.data.sources import open_source
-from hf_mae.data.stream import EvaluationSet, Rows, ImageSpec
+from hf_mae.data.transform import ImageSpec
 rows, view = Rows(open_source(sys.argv[1])), ImageSpec((16, 24), 3, "uint8", 4, eval_resize=(16, 24))
 next(iter(EvaluationSet(Rows(rows.source, max_samples=1), view, 1)))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -35,7 +35,8 @@ from hf_mae.data import parquet
 from hf_mae.data.decode import decode_image
 from hf_mae.data.loader import Batch, TrainingStream, each_batch, make_loader
 from hf_mae.data.order import EpochOrder, LogicalStream, Rows, StreamPlan
-from hf_mae.data.sources import Source, open_source
+from hf_mae.data.shards import Source
+from hf_mae.data.sources import open_source
 from hf_mae.data.transform import ImageSpec
 
 SEED = 3
@@ -245,8 +246,10 @@ from contextlib import closing
 from pathlib import Path
 
 import torch.distributed as dist
+from hf_mae.data.loader import TrainingStream, each_batch, make_loader
+from hf_mae.data.order import Rows, StreamPlan
 from hf_mae.data.sources import open_source
-from hf_mae.data.stream import Rows, StreamPlan, TrainingStream, ImageSpec, each_batch, make_loader
+from hf_mae.data.transform import ImageSpec
 
 job = json.loads(Path(sys.argv[1]).read_text())
 rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

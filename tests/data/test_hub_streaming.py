@@ -25,12 +25,17 @@ pytest.importorskip("datasets")
 # Prints the results of a list of jobs, each {dataset, and keywords of open_source, ...}:
 #   fail_open, fail_read  arguments of `HubServer.fail_next`, in force while opening, while reading
 #   only                  number of the one block that is read
+#   located               the names of the splits alone
+#   both                  opens a training and an evaluation split, and counts the builders that this takes
 #   processes             "fork" or "spawn": the blocks are read by two processes
 CHILD = """
 import functools, hashlib, json, multiprocessing, os, sys, urllib.request
+from unittest import mock
 
+import datasets
 from huggingface_hub import utils
-from hf_mae.data import remote, sources
+from hf_mae.data import locate, remote, sources
+from hf_mae.keys.data_keys import DataKeys, SplitKeys
 
 # No retries but our own, and no pauses. The defaults are changed because modules hold the functions by name.
 for backoff in (utils.http_backoff, utils.http_stream_backoff.__wrapped__):
@@ -52,8 +57,12 @@ def read_block(source, block):
 def do(dataset, fail_open=None, fail_read=None, only=None, processes=None, **keywords):
     if fail_open or fail_read:
         fail_next(**(fail_open or {"n": 0}))
-    if keywords.pop("list_splits", False):
-        return {"splits": sources.list_splits(dataset, **keywords)}
+    if keywords.pop("located", False):
+        return {"splits": list(locate.locate(DataKeys(dataset=dataset, **keywords)).splits)}
+    if keywords.pop("both", False):
+        with mock.patch.object(datasets, "load_dataset_builder", wraps=datasets.load_dataset_builder) as builders:
+            rows, eval_rows, evaluated_on = sources.open_splits(SplitKeys(dataset=dataset, **keywords))
+        return {"builders": builders.call_count, "rows": [len(rows), len(eval_rows)], "evaluated_on": evaluated_on}
     source = sources.open_source(dataset, **keywords)
     if fail_open or fail_read:
         fail_next(**(fail_read or {"n": 0}))
@@ -203,17 +212,18 @@ PICTURES = {"dataset": "user/pictures"}
 JOBS = {
     "train": PICTURES,
     "test": PICTURES | {"split": "test"},
-    "old train": PICTURES | {"revision": "v1.0"},
+    "old train": PICTURES | {"dataset_revision": "v1.0"},
     "by url": {"dataset": "hf://datasets/user/pictures@v1.0"},
-    "splits": PICTURES | {"list_splits": True},
-    "splits of large": PICTURES | {"list_splits": True, "config_name": "large"},
+    "splits": PICTURES | {"located": True},
+    "splits of large": PICTURES | {"located": True, "dataset_config": "large"},
+    "both": PICTURES | {"both": True},
     "tars": {"dataset": "user/tars"},
     "folder": {"dataset": "user/folder"},
     "no repository": {"dataset": "user/nothing"},
-    "no config": PICTURES | {"config_name": "lage"},
+    "no config": PICTURES | {"dataset_config": "lage"},
     "no split": PICTURES | {"split": "tset"},
-    "no revision": PICTURES | {"revision": "v9"},
-    "large, one block": PICTURES | {"config_name": "large", "only": 2},
+    "no revision": PICTURES | {"dataset_revision": "v9"},
+    "large, one block": PICTURES | {"dataset_config": "large", "only": 2},
 }
 
 
@@ -261,6 +271,11 @@ def test_the_splits_are_those_of_the_configuration(streamed):
     assert streamed[0]["splits of large"]["splits"] == ["train"]
 
 
+def test_training_and_evaluation_split_take_one_builder(streamed):
+    expected = {"builders": 1, "rows": [27, 5], "evaluated_on": "split test of user/pictures"}
+    assert streamed[0]["both"] == expected
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -300,7 +315,7 @@ def test_reading_one_block_fetches_about_that_block(repositories, streamed):
 FAULTS = {
     "503 twice": PICTURES | {"fail_read": {"n": 2, "suffix": ".parquet"}},
     "503 twice at the start": PICTURES | {"fail_open": {"n": 2, "suffix": ".parquet"}},
-    "503 twice for the card": PICTURES | {"fail_open": {"n": 2, "suffix": "README.md"}, "revision": "v1.0"},
+    "503 twice for the card": PICTURES | {"fail_open": {"n": 2, "suffix": "README.md"}, "dataset_revision": "v1.0"},
     "cut twice": PICTURES | {"fail_read": {"n": 2, "status": None, "suffix": ".parquet"}},
     "429 for a tar": {"dataset": "user/tars", "fail_read": {"n": 2, "status": 429, "suffix": ".tar"}},
     "a cut image": {"dataset": "user/folder", "fail_read": {"n": 2, "status": None, "suffix": ".png"}},
@@ -367,7 +382,7 @@ def test_other_processes_read_the_same_rows(repositories, tmp_path, start):
 
 @pytest.mark.slow
 def test_without_streaming_the_same_rows_come_from_one_local_table(repositories, tmp_path):
-    jobs = {"train": PICTURES, "old train": PICTURES | {"revision": "v1.0"}, "folder": {"dataset": "user/folder"}}
+    jobs = {name: JOBS[name] for name in ("train", "old train", "folder")}
     with HubServer(repositories[0]) as hub:
         results = run(hub, {name: job | {"streaming": False} for name, job in jobs.items()}, tmp_path)
     for name, result in results.items():

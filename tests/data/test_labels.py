@@ -10,7 +10,8 @@ from PIL import Image
 
 from hf_mae.data.labels import Labels, find_labels, labels_of
 from hf_mae.data.order import Rows
-from hf_mae.data.sources import DataError, open_source
+from hf_mae.data.sources import open_source
+from hf_mae.errors import DataError
 
 SINGLE, MULTI = "single_label_classification", "multi_label_classification"
 

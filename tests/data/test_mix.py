@@ -12,8 +12,8 @@ from hf_mae import MAEImageProcessorPil
 from hf_mae.data.labelled import Collator, LabelledImages, without_bad
 from hf_mae.data.mix import Mixing, RandAugment, RandomErasing, seeded
 from hf_mae.data.order import Rows
-from hf_mae.data.sources import DataError
-from hf_mae.data.transform import ImageSpec, evaluation_resize, pixel_dtype
+from hf_mae.data.transform import ImageSpec, pixel_dtype, resize_before_crop
+from hf_mae.errors import DataError
 from hf_mae.image_processing_mae import MAEImageProcessor
 
 SPEC = ImageSpec(size=(6, 5), num_channels=1, dtype="uint8", num_patches=1, eval_resize=(6, 5))
@@ -208,7 +208,7 @@ def test_the_scoring_view_is_pixel_by_pixel_the_image_processors():
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in ((300, 260), (257, 400), (256, 256))]
     settings = {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}
-    assert evaluation_resize((224, 224), 0.875) == 256
+    assert resize_before_crop((224, 224), 0.875) == 256
     ours = processor(3, **settings)
     view = ImageSpec(size=(224, 224), num_channels=3, dtype=pixel_dtype(ours), num_patches=196, eval_resize=256)
     dataset = LabelledImages(Rows(MemorySource([images])), torch.arange(3), view, ours)

@@ -21,7 +21,10 @@ from bad_images import npy
 
 from hf_mae.data import remote, tars
 from hf_mae.data.decode import BadImage, decode_image
-from hf_mae.data.sources import DataError, SourceUnavailable, list_splits, open_source
+from hf_mae.data.locate import locate
+from hf_mae.data.sources import open_source
+from hf_mae.errors import DataError, SourceUnavailable
+from hf_mae.keys.data_keys import DataKeys
 
 NAMES = ["cat", "dog", "emu"]
 
@@ -92,6 +95,10 @@ def upload(folder, url="memory://bucket"):
     return url
 
 
+def splits_of(name) -> list[str]:
+    return list(locate(DataKeys(dataset=str(name))).splits)
+
+
 def read_all(source):
     """Every row once, block by block, after a check that the blocks cover each place once and in order."""
     places = [(shard, row) for shard, start, stop in source.blocks for row in range(start, stop)]
@@ -134,7 +141,7 @@ def test_a_plain_folder_is_the_split_train_in_order_of_paths(tmp_path):
     assert [row.image for row in rows] == [files[name] for name in sorted(files)]
     assert {row.label for row in rows} == {None}
     assert source.label_names is None
-    assert list_splits(str(tmp_path / "d")) == ["train"]
+    assert splits_of(tmp_path / "d") == ["train"]
     with pytest.raises(DataError, match="has no split 'validation'; choose one of: train"):
         open_source(str(tmp_path / "d"), split="validation")
 
@@ -142,7 +149,7 @@ def test_a_plain_folder_is_the_split_train_in_order_of_paths(tmp_path):
 def test_class_folders_are_labels_with_the_same_numbers_in_every_split(tmp_path):
     files = {f"train/{NAMES[i % 3]}/{i}.png": png(i) for i in range(6)}
     write_files(tmp_path / "d", files | {"val/emu/x.png": png(9), "val/cat/x.png": png(10)})
-    assert list_splits(str(tmp_path / "d")) == ["train", "validation"]
+    assert splits_of(tmp_path / "d") == ["train", "validation"]
     train = open_source(str(tmp_path / "d"))
     assert train.label_names == NAMES
     assert [(row.key, row.label) for row in read_all(train)] == [
@@ -188,7 +195,7 @@ def test_npy_files_come_as_their_bytes_whatever_is_in_them(tmp_path):
 def test_local_parquet_is_mapped_by_default_and_read_in_place_if_asked(tmp_path, streaming):
     folder = write_parquet(tmp_path / "d" / "data")
     write_parquet(folder, "test", range(60, 70), files=1)
-    assert list_splits(str(tmp_path / "d")) == ["train", "test"]
+    assert splits_of(tmp_path / "d") == ["train", "test"]
     for name in (tmp_path / "d", folder / "train-*.parquet", folder / "train-{00000..00001}-of-00002.parquet"):
         source = open_source(str(name), streaming=streaming)
         assert source.label_names == NAMES
@@ -216,7 +223,7 @@ def test_rows_come_in_the_order_asked_for_and_a_block_is_fetched_once(tmp_path, 
 def test_what_save_to_disk_wrote_is_read(tmp_path, form):
     table = image_table(range(30)).select(range(29, -1, -1))
     (table if form == "dataset" else datasets.DatasetDict(train=table, dev=table)).save_to_disk(tmp_path / "d")
-    assert list_splits(str(tmp_path / "d")) == (["train"] if form == "dataset" else ["train", "dev"])
+    assert splits_of(tmp_path / "d") == (["train"] if form == "dataset" else ["train", "dev"])
     source = open_source(str(tmp_path / "d"))
     assert (source.label_names, source.random_access) == (NAMES, True)
     check_images(source, range(29, -1, -1))
@@ -329,7 +336,7 @@ def test_a_url_of_parquet_is_streamed_with_the_splits_that_its_names_say(tmp_pat
     write_parquet(tmp_path / "d" / "data")
     write_parquet(tmp_path / "d" / "data", "validation", range(60, 70), files=1)
     url = upload(tmp_path / "d")
-    assert list_splits(url) == ["train", "validation"]
+    assert splits_of(url) == ["train", "validation"]
     for name in (url, f"{url}/data/train-*.parquet", f"{url}/data/train-{{00000..00001}}-of-00002.parquet"):
         source = open_source(name)
         assert (source.random_access, source.label_names) == (False, NAMES)
@@ -343,7 +350,7 @@ def test_a_url_of_images_is_read_in_blocks_of_64_files(tmp_path):
     files = {f"train/{NAMES[i % 3]}/{i:03d}.png": png(i) for i in range(70)}
     write_files(tmp_path / "d", files | {"val/dog/1.png": png(1)})
     url = upload(tmp_path / "d")
-    assert list_splits(url) == ["train", "validation"]
+    assert splits_of(url) == ["train", "validation"]
     source = open_source(url)
     assert source.blocks == [(0, 0, 64), (0, 64, 70)]
     assert [(row.key, row.image, row.label) for row in read_all(source)] == [

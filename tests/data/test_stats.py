@@ -3,8 +3,9 @@ import pytest
 from memory_source import MemorySource, memory_rows, noise_images
 
 from hf_mae.data.order import Rows
-from hf_mae.data.sources import DataError, open_source
+from hf_mae.data.sources import open_source
 from hf_mae.data.stats import channel_stats, probe_rows
+from hf_mae.errors import DataError
 
 
 def array_rows(*images: np.ndarray | bytes, block: int | None = None) -> Rows:

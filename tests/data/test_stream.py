@@ -21,8 +21,9 @@ from hf_mae.data.augment import sample_rng, training_view
 from hf_mae.data.decode import decode_image
 from hf_mae.data.loader import EvaluationSet, TrainingStream, each_batch, make_loader
 from hf_mae.data.order import EpochOrder, LogicalStream, Rows, StreamPlan, held_out
-from hf_mae.data.sources import DataError, open_source
+from hf_mae.data.sources import open_source
 from hf_mae.data.transform import ImageSpec, evaluation_view, pixels_needed
+from hf_mae.errors import DataError
 
 # Shards fewer than the streams, as many, and more; with and without blocks; none of the sizes divides another.
 SIZES = {"one shard": [173], "uneven shards": [40, 1, 75, 0, 22, 35], "many small shards": [3, 5, 2, 7, 1] * 8}

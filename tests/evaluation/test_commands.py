@@ -15,12 +15,13 @@ from runs import start
 from tiny import save_model
 
 from hf_mae import MAEConfig, MAEForPreTraining, MAEImageProcessor
-from hf_mae.data.sources import DataError
-from hf_mae.data.splits import open_splits
+from hf_mae.data.sources import open_splits
+from hf_mae.errors import DataError
 from hf_mae.evaluation.encoder import FrozenEncoder
 from hf_mae.evaluation.fast_linear import fast_linear_accuracy
 from hf_mae.evaluation.knn import knn_accuracy
 from hf_mae.evaluation.table import Features
+from hf_mae.keys.data_keys import SplitKeys
 from hf_mae.run_folder import add_result, read_results
 
 
@@ -71,7 +72,7 @@ def test_the_commands_figures_are_those_of_the_functions(folder, tmp_path):
     assert start(*command("knn", folder, "--results", out, "--k", 1, 20, "--temperature", 0.1)) == 0
     assert start(*command("linear-probe", folder, "--results", out)) == 0
     assert not (tmp_path / "model" / "results.json").exists()
-    rows, eval_rows, _ = open_splits("digits", max_samples=120, max_eval_samples=40)
+    rows, eval_rows, _ = open_splits(SplitKeys(dataset="digits", max_samples=120, max_eval_samples=40))
     encoder = FrozenEncoder(folder, "mean")
     train, test = (
         Features(table.values, torch.tensor(table.labels))

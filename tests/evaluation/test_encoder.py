@@ -9,7 +9,8 @@ from tiny import save_model
 
 from hf_mae import MAEForPreTraining, MAEImageProcessor, MAEModel
 from hf_mae.data.order import Rows
-from hf_mae.data.sources import DataError, open_source
+from hf_mae.data.sources import open_source
+from hf_mae.errors import DataError
 from hf_mae.evaluation.encoder import FrozenEncoder
 
 

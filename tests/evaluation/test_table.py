@@ -7,7 +7,7 @@ from memory_source import MemorySource, noise_images
 
 from hf_mae.data.labels import class_numbers, common_classes
 from hf_mae.data.order import Rows
-from hf_mae.data.sources import DataError
+from hf_mae.errors import DataError
 from hf_mae.evaluation.fast_linear import fast_linear_accuracy
 from hf_mae.evaluation.knn import knn_accuracy
 from hf_mae.evaluation.table import Features, rankme, top_k_correct

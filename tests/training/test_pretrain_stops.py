@@ -12,8 +12,7 @@ from processes import nothing_left
 from runs import arguments, checkpoints, environment, losses, run, spawn, start, wait_for_step, weights_hash
 
 import hf_mae.data.loader
-from hf_mae.data.sources import DataError
-from hf_mae.errors import MissingPackage
+from hf_mae.errors import DataError, MissingPackage
 from hf_mae.training.log import RunLog
 
 pytestmark = pytest.mark.usefixtures("own_caches", "no_process_is_left")

@@ -61,8 +61,16 @@ def test_the_command_shows_what_the_functions_give(saved, photos, tmp_path):
 
 def test_another_size_is_cropped_as_the_own_one(saved, photos, tmp_path):
     reconstructor = Reconstructor(str(saved), [48, 64])
-    assert reconstructor.spec.eval_resize == 54
+    assert reconstructor.spec.eval_resize == (54, 72)
     assert reconstructor.pixel_values([(photos / "1.png").read_bytes()]).shape == (1, 3, 48, 64)
+    assert Reconstructor(str(saved), [48]).spec.eval_resize == 54
+
+
+def test_a_crop_of_another_shape_is_filled_by_the_image(saved):
+    white = np.full((100, 100, 3), 255, np.uint8)
+    pixel_values = Reconstructor(str(saved), [32, 64]).pixel_values([white])
+    assert pixel_values.shape == (1, 3, 32, 64)
+    assert (pixel_values == pixel_values[:, :, :1, :1]).all()
 
 
 def test_images_of_every_kind_are_shown_or_named(saved, tmp_path, capsys):
