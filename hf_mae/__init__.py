@@ -1,74 +1,18 @@
 """Masked autoencoders (He et al., arXiv:2111.06377) as Hugging Face Transformers models.
 
-Importing this package registers its classes with transformers' Auto classes.
+Importing this package registers its classes with transformers' Auto classes. The public names are listed in
+__init__.pyi, and imported at their first use.
 """
 
 import sys
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from .backbone_mae import MAEBackbone
-    from .classifier_mae import MAEForImageClassification
-    from .configuration_mae import MAEConfig
-    from .image_processing_mae import MAEImageProcessor
-    from .image_processing_pil_mae import MAEImageProcessorPil
-    from .masking_mae import patchify, unpatchify
-    from .modeling_mae import (
-        MAEForPreTraining,
-        MAEModel,
-        mae_vit_base,
-        mae_vit_huge,
-        mae_vit_large,
-        mae_vit_small,
-        mae_vit_tiny,
-    )
+import lazy_loader
 
 __version__ = "0.1.0"
 
-_MODULES = {
-    "backbone_mae": ("MAEBackbone",),
-    "classifier_mae": ("MAEForImageClassification",),
-    "configuration_mae": ("MAEConfig",),
-    "image_processing_mae": ("MAEImageProcessor",),
-    "image_processing_pil_mae": ("MAEImageProcessorPil",),
-    "masking_mae": ("patchify", "unpatchify"),
-    "modeling_mae": (
-        "MAEForPreTraining",
-        "MAEModel",
-        "mae_vit_base",
-        "mae_vit_huge",
-        "mae_vit_large",
-        "mae_vit_small",
-        "mae_vit_tiny",
-    ),
-}
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
-
-__all__ = [
-    "MAEBackbone",
-    "MAEConfig",
-    "MAEForImageClassification",
-    "MAEForPreTraining",
-    "MAEImageProcessor",
-    "MAEImageProcessorPil",
-    "MAEModel",
-    "mae_vit_base",
-    "mae_vit_huge",
-    "mae_vit_large",
-    "mae_vit_small",
-    "mae_vit_tiny",
-    "patchify",
-    "register",
-    "unpatchify",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULE_OF:
-        return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__all__ += ["register"]
 
 
 def register() -> None:

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_mae import MAEConfig, MAEForPreTraining
-from hf_mae.configuration_mae import SIZES
+from hf_mae import SIZES, MAEConfig, MAEForPreTraining
 
 IMAGE, PATCH = 224, {"huge": 14}
 KINDS: dict[str, dict[str, Any]] = {

@@ -13,13 +13,8 @@ import torch
 from bench_common import interleaved, spread, table
 from torchvision import transforms
 
+from hf_mae import ImageSpec, PrepareRecipe, Rows, StreamPlan, TrainingStream, make_loader, open_source, prepare
 from hf_mae.data import decode
-from hf_mae.data.loader import TrainingStream, make_loader
-from hf_mae.data.order import Rows, StreamPlan
-from hf_mae.data.prepare import prepare
-from hf_mae.data.sources import open_source
-from hf_mae.data.transform import ImageSpec
-from hf_mae.keys.data_keys import PrepareRecipe
 
 VIEW = ImageSpec(size=(224, 224), num_channels=3, dtype="uint8", num_patches=196)
 BATCH = 64

@@ -88,8 +88,7 @@ def _rate(seconds: list[float], cell: dict[str, Any]) -> dict[str, Any]:
 
 def end_to_end(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Images a second of whole runs, each in a process of its own."""
-    from hf_mae.data.prepare import prepare
-    from hf_mae.keys.data_keys import PrepareRecipe
+    from hf_mae import PrepareRecipe, prepare
 
     results = []
     with tempfile.TemporaryDirectory() as folder:

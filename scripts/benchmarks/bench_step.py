@@ -25,10 +25,7 @@ from bench_common import in_process, interleaved, spread, table
 from torch import nn
 from transformers import PreTrainedModel, ViTMAEConfig, ViTMAEForPreTraining
 
-from hf_mae import MAEConfig, MAEForPreTraining
-from hf_mae.configuration_mae import SIZES
-from hf_mae.conversion.layouts import to_layout
-from hf_mae.training.devices import tune_for_device
+from hf_mae import SIZES, MAEConfig, MAEForPreTraining, to_layout, tune_for_device
 
 IMAGE, MASK_RATIO = 224, 0.75
 CROSS = {"decoder_attention": "cross", "prediction_ratio": 0.25}

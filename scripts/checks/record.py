@@ -94,10 +94,7 @@ def training_batches(
         What doesn't depend on ranks and workers: the plan, the fingerprint and the keys of the rows held out.
         The global batches: for each step, the batches of all ranks, with `keys`, `labels`, `images` and `noise`.
     """
-    from hf_mae.data.loader import TrainingStream, each_batch, make_loader
-    from hf_mae.data.order import Rows, StreamPlan
-    from hf_mae.data.sources import open_source
-    from hf_mae.data.transform import ImageSpec
+    from hf_mae import ImageSpec, Rows, StreamPlan, TrainingStream, each_batch, make_loader, open_source
 
     source = open_source(dataset, streaming=streaming)
     rows, held_out = (Rows(source, part, 0.05) for part in ("train", "held_out"))

@@ -31,8 +31,7 @@ from PIL import Image, ImageDraw
 from torch import nn
 from transformers import UperNetConfig, UperNetForSemanticSegmentation
 
-from hf_mae import MAEBackbone, MAEConfig, MAEImageProcessor
-from hf_mae.optim.groups import layer_decay_groups, parameter_groups
+from hf_mae import MAEBackbone, MAEConfig, MAEImageProcessor, layer_decay_groups, parameter_groups
 
 IGNORED = 255  # in a label map
 Pair = tuple[Image.Image, np.ndarray]  # an image, and a class for each of its pixels (H, W) uint8

@@ -33,12 +33,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from hf_mae import MAEConfig, MAEImageProcessor, MAEModel
-from hf_mae.data.decode import decode_image
-from hf_mae.data.order import Rows
-from hf_mae.data.sources import open_source
-from hf_mae.optim.groups import adamw
-from hf_mae.optim.schedule import lr_at
+from hf_mae import MAEConfig, MAEImageProcessor, MAEModel, Rows, adamw, decode_image, lr_at, open_source
 
 METHODS = ("mae", "simclr", "mocov3")
 BLR = {"simclr": 5e-4, "mocov3": 1.5e-4}  # per 256 images, AdamW; MoCo v3's is its paper's for ViT
@@ -257,9 +252,8 @@ def plot(rows: list[dict[str, Any]], output_dir: Path) -> None:
 
 def write_settings(options: argparse.Namespace) -> None:
     """The encoder and the image processor of the recipe, which all methods use."""
+    from hf_mae import PretrainRecipe, model_config_of
     from hf_mae.commandline import parse, shipped_recipes
-    from hf_mae.keys.run_keys import PretrainRecipe
-    from hf_mae.training.build import model_config_of
 
     recipe = parse(PretrainRecipe, ["--recipe", options.recipe], "compare_contrastive", recipes=shipped_recipes())
     config = model_config_of(recipe, 3)
