@@ -5,7 +5,7 @@ import subprocess
 import sys
 from dataclasses import MISSING, dataclass, fields
 from importlib import resources
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import pytest
 import yaml
@@ -14,10 +14,13 @@ from runs import recipe_names
 from hf_mae import MAEConfig
 from hf_mae.cli import COMMANDS
 from hf_mae.commandline import GROUPS, parse, read_recipe
+from hf_mae.configuration_mae import SIZES
 from hf_mae.errors import UserError
 from hf_mae.keys import ImageSize, key, keys_of, names_where
+from hf_mae.keys.evaluation_keys import FEATURE_FILES
 from hf_mae.keys.finetune_keys import FinetuneRecipe
 from hf_mae.keys.model_keys import ModelKeys
+from hf_mae.keys.publishing_keys import Format, Graph
 from hf_mae.keys.run_keys import PretrainRecipe
 
 
@@ -353,6 +356,7 @@ def test_help_is_printed_without_torch_or_transformers():
 import sys
 sys.argv = ["hf-mae", "pretrain", "--help"]
 from hf_mae.commandline import parse
+from hf_mae.keys.publishing_keys import Format, Graph
 from hf_mae.keys.run_keys import PretrainRecipe
 try:
     parse(PretrainRecipe, ["--help"], "hf-mae pretrain")
@@ -394,6 +398,16 @@ def test_the_keys_that_a_resumed_run_may_change_are_these():
         assert names_where(kind, place=True) == {
             "dataset", "dataset_config", "dataset_revision", "eval_dataset", "eval_split",
         }  # fmt: skip
+
+
+def test_the_choices_of_a_key_are_what_the_package_can_do():
+    from hf_mae.conversion import export, write
+    from hf_mae.evaluation import embed
+
+    assert get_args(Format) == tuple(write.WRITERS)
+    assert get_args(Graph) == tuple(export.WRITERS)
+    assert FEATURE_FILES == tuple(embed.WRITERS)
+    assert keys_of(PretrainRecipe)["model_size"].choices == tuple(SIZES)
 
 
 def test_a_card_leaves_out_how_a_run_was_started():
