@@ -216,13 +216,13 @@ def _finetune(recipe: FinetuneRecipe) -> None:
 
 
 def _knn(recipe: KnnRecipe) -> None:
-    from .evaluation.commands import evaluate_knn
+    from .evaluation.knn import evaluate_knn
 
     _show_result(recipe, evaluate_knn(recipe))
 
 
 def _linear_probe(recipe: LinearProbeRecipe) -> None:
-    from .evaluation.commands import evaluate_linear_probe
+    from .evaluation.linear_probe import evaluate_linear_probe
 
     _show_result(recipe, evaluate_linear_probe(recipe))
 

@@ -33,7 +33,7 @@ if [ "$folder" = .venv ]; then
     "${pip[@]}" --editable '.[dev]'
 else
     # pip always takes the highest versions; uv can be asked for the lowest. --upgrade: also when a bound was lowered.
-    "${pip[@]}" 'uv>=0.9'
+    "${pip[@]}" 'uv>=0.13'
     "$folder/bin/uv" pip install --quiet --python "$folder/bin/python" --upgrade --resolution lowest-direct --editable '.[dev]'
 fi
 cp pyproject.toml "$stamp"

@@ -20,6 +20,7 @@ fi
 if [ "$environment" = .venv ]; then
     .venv/bin/ruff check .
     .venv/bin/ruff format --check .
+    .venv/bin/lint-imports
     .venv/bin/pyright
 fi
 exec "$environment/bin/python" -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile "$@"

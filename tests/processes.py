@@ -118,3 +118,16 @@ def last_step(output_dir: Path) -> int:
 def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
     children = psutil.Process(process.pid).children()
     return [child for child in children if "hf_mae.cli" in " ".join(child.cmdline())]
+
+
+@contextlib.contextmanager
+def nothing_left(process: subprocess.Popen):
+    """In the end all processes are gone, whatever the test found."""
+    try:
+        yield
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)

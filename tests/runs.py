@@ -3,14 +3,17 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from PIL import Image
 from safetensors.torch import load_file
 
 from hf_mae.cli import main, read_keys
@@ -49,11 +52,16 @@ TINY_RUN = {
 
 def arguments(output_dir, **keys) -> list[str]:
     """The command line of a tiny run; a key that is None is left out."""
+    return ["pretrain", *flags({**TINY_RUN, "output_dir": output_dir, **keys})]
+
+
+def flags(keys: dict) -> list[str]:
+    """The words of a command line; a key that is None is left out."""
     words = []
-    for key, value in {**TINY_RUN, "output_dir": output_dir, **keys}.items():
+    for key, value in keys.items():
         if value is not None:
             words += [f"--{key}", *map(str, value if isinstance(value, list | tuple) else [value])]
-    return ["pretrain", *words]
+    return words
 
 
 def run(output_dir, **keys) -> Path:
@@ -89,6 +97,16 @@ def recipe_names(prefix: str = "") -> list[str]:
 def shipped_recipe(name: str) -> dict:
     """The values in the file of one of the package's recipes."""
     return yaml.safe_load((REPOSITORY / "hf_mae" / "recipes" / f"{name}.yaml").read_text())
+
+
+def mistake(capture, *words) -> str:
+    """The message of `hf-mae WORDS`, which has to fail by the user's mistake: one line without a traceback."""
+    capture.readouterr()
+    assert start(*words) == 2
+    lines = [line for line in capture.readouterr().err.splitlines() if line.strip()]
+    assert lines[-1].startswith("hf-mae: error: "), lines
+    assert "Traceback" not in "".join(lines)
+    return lines[-1].removeprefix("hf-mae: error: ")
 
 
 def environment(**variables) -> dict[str, str]:
@@ -179,3 +197,28 @@ def tree(folder) -> dict[str, tuple[int, int]]:
     """Every file under a folder, with size and time of change."""
     stats = {path: path.stat() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
     return {str(path.relative_to(folder)): (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
+
+
+def cut_off(whole: Path, step: int, output_dir: Path) -> Path:
+    """The folder of a run as it was when it was killed after this step's checkpoint and before the next."""
+    shutil.copytree(whole, output_dir)
+    for later in checkpoints(output_dir):
+        if later > step:
+            shutil.rmtree(output_dir / f"checkpoint-{later}")
+    for name in ("model.safetensors", "config.json", "preprocessor_config.json"):
+        (output_dir / name).unlink()
+    return output_dir
+
+
+def pictures(folder: Path, count: int = 64, size=(20, 26)) -> list[Path]:
+    """PNG files of smooth colours in folders two levels deep."""
+    rng = np.random.default_rng(count)
+    paths = []
+    for number in range(count):
+        coarse = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
+        image = Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC)
+        path = folder / f"year-{number % 3}" / f"day-{number % 2}" / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+        paths.append(path)
+    return paths

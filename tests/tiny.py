@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from hf_mae import MAEConfig
+from hf_mae import MAEConfig, MAEForPreTraining, MAEImageProcessor
 
 TINY = {
     "image_size": 32,
@@ -45,3 +45,19 @@ def pixels(batch: int = 2, channels: int = 3, height: int = 32, width: int | Non
 
 def draw_noise(batch: int = 2, patches: int = 16, seed: int = 2):
     return torch.rand(batch, patches, generator=torch.Generator().manual_seed(seed))
+
+
+def save_model(folder, channels=1, size=(8, 8), patch=4, dtype_factor=1 / 255, **keys):
+    """A tiny pretrained model with its image processor; the folder's name."""
+    torch.manual_seed(0)
+    model = tiny(MAEForPreTraining, image_size=list(size), patch_size=patch, num_channels=channels, **keys)
+    model.save_pretrained(folder)
+    MAEImageProcessor(
+        num_channels=channels,
+        size={"height": size[0], "width": size[1]} if size[0] != size[1] else {"shortest_edge": size[0]},
+        crop_size={"height": size[0], "width": size[1]},
+        image_mean=[0.3] * channels,
+        image_std=[0.4] * channels,
+        rescale_factor=dtype_factor,
+    ).save_pretrained(folder)
+    return str(folder)

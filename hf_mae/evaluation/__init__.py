@@ -1,1 +1,1 @@
-"""What a pretrained encoder is worth."""
+"""Measures how good a pretrained encoder is."""

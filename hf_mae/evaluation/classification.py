@@ -3,28 +3,26 @@
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from transformers import EvalPrediction
 
 from ..classifier_mae import MAEForImageClassification
 from ..data.labels import Labels
-from ..data.loader import EvaluationSet, each_batch, make_loader
 from ..data.splits import splits_of
 from ..data.transform import evaluation_spec, make_normalizer
-from ..errors import DataError
 from ..keys.evaluation_keys import ClassificationRecipe
 from ..pretrained import load_with_processor
 from ..run_folder import add_result
 from .metrics import make_compute_metrics
 from .results import check_results_file, make_result
-from .table import report_bad
+from .table import extract_table, report_bad
 
 
-@torch.no_grad()
-def evaluate_classification(recipe: ClassificationRecipe) -> dict[str, Any]:
+def evaluate_classification(recipe: ClassificationRecipe) -> dict[str, Any] | None:
     """Score a fine-tuned model.
 
     Returns:
-        The entry of results.json.
+        The entry of results.json; None on all but the main process.
 
     Raises:
         UserError: if the model or the data can't be read, or their labels don't go together; one line with
@@ -32,26 +30,27 @@ def evaluate_classification(recipe: ClassificationRecipe) -> dict[str, Any]:
     """
     recipe.check()
     check_results_file(recipe)
+    accelerator = Accelerator()
     model, processor = load_with_processor(MAEForImageClassification, recipe.model)
     config: Any = model.config
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = accelerator.device
     model.to(device)  # pyright: ignore[reportArgumentType]
-    _, rows, evaluated_on = splits_of(recipe, streaming=False)
+    with accelerator.main_process_first():
+        _, rows, evaluated_on = splits_of(recipe, streaming=False)
     problem = config.problem_type or "single_label_classification"
     labels = Labels(problem, tuple(config.id2label[i] for i in range(config.num_labels)))
     spec = evaluation_spec(config, processor)
-    normalize = make_normalizer(processor, spec.dtype, torch.device(device))
-    logits, values, bad = [], [], []
-    for batch in each_batch(make_loader(EvaluationSet(rows, spec, recipe.batch_size), recipe.num_workers)):
-        if batch.keys:
-            with torch.autocast(device, torch.bfloat16, enabled=recipe.mixed_precision == "bf16"):
-                logits.append(model(normalize(batch.images.to(device))).logits.float().cpu())
-        values += batch.labels
-        bad += batch.bad
-    if not values:
-        raise DataError(f"none of the {len(rows)} images of {rows.source.name} can be decoded; check the data")
-    report_bad(len(values), rows, bad, recipe.max_bad_fraction)
-    prediction = EvalPrediction(torch.cat(logits).numpy(), labels.targets(values, rows.source).numpy())
+    normalize = make_normalizer(processor, spec.dtype, device)
+
+    def logits(images: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.mixed_precision == "bf16"):
+            return model(normalize(images)).logits
+
+    table = extract_table(logits, rows, spec, recipe.batch_size, recipe.num_workers, accelerator)
+    report_bad(len(table.keys), rows, table.bad, recipe.max_bad_fraction)
+    if not accelerator.is_main_process:
+        return None
+    prediction = EvalPrediction(table.values.numpy(), labels.targets(table.labels, rows.source).numpy())
     protocol = {
         "name": "classification",
         "image_size": list(spec.size),
@@ -65,8 +64,8 @@ def evaluate_classification(recipe: ClassificationRecipe) -> dict[str, Any]:
         "split": rows.source.split,
         "evaluated_on": evaluated_on,
         "max_eval_samples": recipe.max_eval_samples,
-        "eval_images": len(values),
-        "bad_samples": len(bad),
+        "eval_images": len(table.keys),
+        "bad_samples": len(table.bad),
         "classes": len(labels.names),
     }
     result = make_result(protocol, data, recipe.model, [make_compute_metrics(problem)(prediction)])

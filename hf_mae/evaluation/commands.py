@@ -1,32 +1,26 @@
-"""`hf-mae evaluate knn | linear-probe`: from their keys to an entry of results.json."""
+"""What every `hf-mae evaluate PROTOCOL` of frozen features shares: its start, its feature tables and its result."""
 
 from collections.abc import Callable
-from dataclasses import asdict, fields
 from typing import Any
 
 from accelerate import Accelerator
 
-from ..data.labels import class_numbers, common_classes, find_classes, read_labels
+from ..data.labels import find_classes
 from ..data.splits import splits_of
 from ..errors import UserError
-from ..keys.evaluation_keys import EvaluateRecipe, KnnRecipe, LinearProbeRecipe, Pooling
-from ..optim.batch import micro_batch
+from ..keys.evaluation_keys import EvaluateRecipe, Pooling
 from ..run_folder import add_result
 from .encoder import FrozenEncoder
-from .knn import knn_accuracy
-from .linear_probe import MAX_ITER, PENALTIES, PaperProbe, ProbeRun, fast_linear_accuracy
 from .results import check_results_file, make_result, named_data
-from .table import Features, extract_table, report_bad
-
-PUBLISHED = PaperProbe()
+from .table import Features, extract_table, report_bad, with_class_numbers
 
 
 class Evaluation:
-    """What both commands start from: encoder, rows and processes.
+    """An evaluation that has begun: encoder, rows and processes.
 
     Args:
         recipe: keys of the command.
-        pooling: if none was typed.
+        pooling: if the recipe has none.
 
     Raises:
         UserError: for what a user can mend; one line with the remedy.
@@ -54,20 +48,37 @@ class Evaluation:
             )
             for name, rows in splits
         )
-        classes = common_classes(train.labels, self.rows, test.labels, self.eval_rows)
+        numbered = with_class_numbers(train, self.rows, test, self.eval_rows)
         for table, rows in ((train, self.rows), (test, self.eval_rows)):
             report_bad(len(table.keys), rows, table.bad, recipe.max_bad_fraction)
             if not table.values.isfinite().all():
                 raise UserError(f"features of --model {recipe.model} are not finite; its training has diverged")
-        return (
-            Features(train.values, class_numbers(train.labels, classes)),
-            Features(test.values, class_numbers(test.labels, classes)),
-        )
+        return numbered
+
+    def score_tables(
+        self, protocol: dict[str, Any], measure: Callable[[Features, Features], dict[str, float]]
+    ) -> dict[str, Any] | None:
+        """Measure both tables, or as many random parts of them as the recipe has seeds.
+
+        Args:
+            protocol: name and settings of its own.
+            measure: (table that is learnt from, table that is classified) -> figures.
+
+        Returns:
+            The entry of results.json; None on all but the main process.
+        """
+        train, test = self.tables()
+        if not self.accelerator.is_main_process:
+            return None
+        fraction = self.recipe.fraction
+        runs = [measure(train.sample(fraction, seed), test.sample(fraction, seed)) for seed in range(self.recipe.seeds)]
+        images = len(train.labels), len(test.labels)
+        return self.result({**protocol, "fraction": fraction}, images, int(train.labels.max()) + 1, runs)
 
     def result(
         self, protocol: dict[str, Any], images: tuple[int, int], classes: int, runs: list[dict[str, float]]
-    ) -> dict[str, Any]:
-        """The entry of results.json; the main process adds it to the file that the recipe names.
+    ) -> dict[str, Any] | None:
+        """The entry of results.json, which is added to the file that the recipe names; None on other processes.
 
         Args:
             protocol: name and settings of its own.
@@ -75,6 +86,8 @@ class Evaluation:
             classes: of the labels.
             runs: figures of each repetition.
         """
+        if not self.accelerator.is_main_process:
+            return None
         recipe, spec = self.recipe, self.encoder.spec
         common = {
             "pooling": self.encoder.pooling,
@@ -90,100 +103,6 @@ class Evaluation:
             "classes": classes,
         }
         result = make_result({**protocol, **common}, data, recipe.model, runs)
-        if recipe.results_file and self.accelerator.is_main_process:
+        if recipe.results_file:
             add_result(result, recipe.results_file)
         return result
-
-
-def evaluate_knn(recipe: KnnRecipe) -> dict[str, Any] | None:
-    """kNN accuracy of frozen features: the entry of results.json; None on all but the main process.
-
-    Raises:
-        UserError: for what a user can mend; one line with the remedy.
-    """
-    evaluation = Evaluation(recipe, "mean")
-    device = evaluation.accelerator.device
-    protocol = {"name": "knn", "k": recipe.k, "temperature": recipe.temperature}
-    return _evaluate_tables(
-        evaluation, protocol, lambda train, test: knn_accuracy(train, test, tuple(recipe.k), recipe.temperature, device)
-    )
-
-
-def evaluate_linear_probe(recipe: LinearProbeRecipe) -> dict[str, Any] | None:
-    """Accuracy of a linear classifier on frozen features, by the protocol that the recipe names.
-
-    Returns:
-        The entry of results.json; None on all but the main process.
-
-    Raises:
-        UserError: for what a user can mend; one line with the remedy.
-    """
-    if recipe.protocol == "paper":
-        return _evaluate_paper_probe(recipe)
-    evaluation = Evaluation(recipe, "mean")
-    protocol = {
-        "name": "linear_probe_fast",
-        "classifier": "logistic regression on standardised features, L-BFGS",
-        "max_iter": MAX_ITER,
-        "penalties": list(PENALTIES),
-        "chosen_on": "a tenth of the training images",
-    }
-    device = evaluation.accelerator.device
-    return _evaluate_tables(evaluation, protocol, lambda train, test: fast_linear_accuracy(train, test, device=device))
-
-
-def _evaluate_tables(
-    evaluation: Evaluation, protocol: dict[str, Any], measure: Callable[[Features, Features], dict[str, float]]
-) -> dict[str, Any] | None:
-    train, test = evaluation.tables()
-    if not evaluation.accelerator.is_main_process:
-        return None
-    recipe = evaluation.recipe
-    runs = [
-        measure(train.sample(recipe.fraction, seed), test.sample(recipe.fraction, seed)) for seed in range(recipe.seeds)
-    ]
-    images = len(train.labels), len(test.labels)
-    return evaluation.result({**protocol, "fraction": recipe.fraction}, images, int(train.labels.max()) + 1, runs)
-
-
-def paper_probe(recipe: LinearProbeRecipe) -> PaperProbe:
-    """The settings of the paper's protocol, with the recipe's values."""
-    known = [field.name for field in fields(PaperProbe) if hasattr(recipe, field.name)]
-    return PaperProbe(**{name: getattr(recipe, name) for name in known})
-
-
-def _evaluate_paper_probe(recipe: LinearProbeRecipe) -> dict[str, Any] | None:
-    evaluation, probe = Evaluation(recipe, "cls"), paper_probe(recipe)
-    accelerator, rows, eval_rows = evaluation.accelerator, evaluation.rows, evaluation.eval_rows
-    size, _ = micro_batch(recipe.total_batch_size, recipe.per_device_batch_size, accelerator.num_processes, most=512)
-    if size == 1:
-        raise UserError(
-            "per_device_batch_size 1 leaves BatchNorm nothing to normalise; choose a total_batch_size that "
-            "larger ones divide"
-        )
-    classes = common_classes(list(read_labels(rows)), rows, list(read_labels(eval_rows)), eval_rows)
-    runs: list[dict[str, float]] = []
-    evaluated, bad = 0, {}
-    for seed in range(recipe.seed, recipe.seed + recipe.seeds):
-        run = ProbeRun(
-            evaluation.encoder, rows, classes, probe, size, recipe.num_workers, seed, accelerator,
-            recipe.max_bad_fraction,
-        )  # fmt: skip
-        run.train()
-        figures, evaluated = run.accuracy(eval_rows)
-        runs.append(figures)
-        bad = run.bad
-    used, published = asdict(probe), asdict(PUBLISHED)
-    used["pooling"], published["pooling"] = evaluation.encoder.pooling, "cls"
-    protocol = {
-        "name": "linear_probe_paper",
-        "classifier": "BatchNorm without affine parameters and a linear layer, LARS on random crops",
-        "source": "arXiv:2111.06377, Table 10, for ViT-Base",
-        "differs_from_source": {key: value for key, value in used.items() if value != published[key]},
-        **used,
-        "lr": probe.lr,
-        "per_device_batch_size": size,
-        "processes": accelerator.num_processes,
-        "seed": recipe.seed,
-    }
-    return evaluation.result(protocol, (len(rows) - len(bad), evaluated), len(classes), runs)

@@ -1,4 +1,4 @@
-"""Frozen encoder -> features, by one pooling rule that every protocol states."""
+"""Frozen encoder -> features, by a pooling rule that every protocol's result states."""
 
 import torch
 from torch import nn
@@ -54,7 +54,7 @@ class FrozenEncoder(nn.Module):
         return self.encoder.config.hidden_size * (2 if self.pooling == "both" else 1)
 
     def train(self, mode: bool = True) -> "FrozenEncoder":
-        """It stays in evaluation mode, also as part of something that is trained."""
+        """Stay in evaluation mode, even inside a module that is put into training mode."""
         return super().train(False)
 
     @torch.no_grad()

@@ -1,27 +1,48 @@
-"""Weighted k-nearest-neighbour classification on frozen features (protocol of arXiv:1805.01978, as in DINO)."""
+"""`hf-mae evaluate knn`: weighted k-nearest-neighbour classification on frozen features.
+
+The protocol of arXiv:1805.01978, as in DINO.
+"""
 
 # Shape letters in this file
 #   n rows of the bank   q queries of a chunk   D width   K classes
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
+from ..keys.evaluation_keys import KnnRecipe
+from .commands import Evaluation
 from .table import Features
 
 # 1,024 x 65,536 similarities are 256 MiB.
 QUERIES, BANK = 1024, 65_536
 
 
+def evaluate_knn(recipe: KnnRecipe) -> dict[str, Any] | None:
+    """kNN accuracy of frozen features: the entry of results.json; None on all but the main process.
+
+    Raises:
+        UserError: for what a user can mend; one line with the remedy.
+    """
+    evaluation = Evaluation(recipe, "mean")
+    device = evaluation.accelerator.device
+    protocol = {"name": "knn", "k": recipe.k, "temperature": recipe.temperature}
+    return evaluation.score_tables(
+        protocol, lambda train, test: knn_accuracy(train, test, tuple(recipe.k), recipe.temperature, device)
+    )
+
+
 def nearest(
     queries: torch.Tensor, bank: torch.Tensor, k: int, bank_chunk: int = BANK
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k most similar rows of a bank, which is gone through in chunks.
+    """The k most similar rows of a bank, searched chunk by chunk.
 
     Args:
         queries: (q, D).
         bank: (n, D), on this device or on the host.
         k: at most n.
-        bank_chunk: rows looked at at once.
+        bank_chunk: rows of the bank compared at once.
 
     Returns:
         similarity: (q, k) cosines, the largest first.
@@ -52,12 +73,12 @@ def knn_accuracy(
 
     Args:
         train: the bank.
-        test: what is classified.
+        test: rows to classify.
         ks: numbers of neighbours; a k above the size of the bank takes all of it.
         temperature: of the weights.
         device: of the computation; the tables stay on the host.
         query_chunk: rows classified at once.
-        bank_chunk: rows of the bank looked at at once.
+        bank_chunk: rows of the bank compared at once.
 
     Returns:
         `knn_top1_k{k}` for each k, in percent.

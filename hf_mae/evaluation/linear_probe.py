@@ -1,12 +1,12 @@
-"""Linear probing: the paper's protocol, which trains a head on augmented crops, and a fast one on a feature table."""
+"""`hf-mae evaluate linear-probe`: the paper's protocol, which trains a head on augmented crops, or the fast one."""
 
 # Shape letters in this file
-#   B images of a micro-batch   D width of the features   K classes   n rows of a table
+#   B images of a micro-batch   C, H, W channels, height and width of an image
 
 from collections.abc import Generator
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, replace
-from typing import cast
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,107 +15,18 @@ from accelerate.utils import gather_object
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data.labels import class_numbers
+from ..data.labels import class_numbers, common_classes, read_labels
 from ..data.loader import TrainingStream, each_batch, make_loader
 from ..data.order import Rows, StreamPlan
+from ..errors import UserError
+from ..keys.evaluation_keys import LinearProbeRecipe
+from ..optim.batch import micro_batch
 from ..optim.lars import LARS
 from ..optim.schedule import lr_at
+from .commands import Evaluation
 from .encoder import FrozenEncoder
-from .table import Features, encoded_batches, report_bad, top_k_correct
-
-# ---------------------------------------------------------------------------------------------- fast
-
-# Of half the squared weights, against the mean cross-entropy; strongest first, each fit starts from the one before.
-PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
-MAX_ITER = 100
-# Rows of a table whose logits are held at once.
-ROWS = 65_536
-
-
-def fast_linear_accuracy(
-    train: Features,
-    test: Features,
-    penalties: tuple[float, ...] = PENALTIES,
-    max_iter: int = MAX_ITER,
-    device: torch.device | str = "cpu",
-) -> dict[str, float]:
-    """Accuracy of a logistic regression on standardised features.
-
-    Not the paper's protocol (no crops, no LARS); it ranks encoders in seconds. The penalty is the one, of those given,
-    that classifies a tenth of the rows best which the others were fitted to; then all rows are fitted. The rows that
-    are classified in the end take no part in the choice.
-
-    Args:
-        train: what it learns from.
-        test: what it classifies.
-        penalties: to choose from.
-        max_iter: steps of L-BFGS for each.
-        device: of the computation.
-
-    Returns:
-        `linear_top1` and `linear_top5` in percent; `linear_penalty`, the chosen one.
-    """
-    mean, std = train.values.mean(dim=0), train.values.std(dim=0, correction=0)
-    std = torch.where(std > 0, std, 1.0)
-    values, labels = ((train.values - mean) / std).to(device), train.labels.to(device)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).to(device)
-    tenth = max(1, len(labels) // 10)
-    chosen, fitted = order[:tenth], order[tenth:]
-
-    weights = torch.zeros(int(labels.max()) + 1, values.shape[1] + 1, device=device)
-    best: tuple[int, float, torch.Tensor] | None = None
-    for penalty in sorted(penalties, reverse=True):
-        weights = logistic_regression(values[fitted], labels[fitted], penalty, weights, max_iter)
-        correct = top_k_correct(_logits(values[chosen], weights), labels[chosen], 1)
-        if best is None or correct > best[0]:
-            best = correct, penalty, weights
-    assert best is not None
-    weights = logistic_regression(values, labels, best[1], best[2], max_iter)
-    logits = torch.cat([_logits((part - mean).div(std).to(device), weights).cpu() for part in test.values.split(ROWS)])
-    share = 100 / len(test.labels)
-    return {
-        "linear_top1": share * top_k_correct(logits, test.labels, 1),
-        "linear_top5": share * top_k_correct(logits, test.labels, 5),
-        "linear_penalty": best[1],
-    }
-
-
-def logistic_regression(
-    values: torch.Tensor, labels: torch.Tensor, penalty: float, start: torch.Tensor, max_iter: int = 100
-) -> torch.Tensor:
-    """Minimise mean cross-entropy + penalty / 2 * (squared weights without biases), by L-BFGS over all rows.
-
-    Args:
-        values: (n, D).
-        labels: (n,) class numbers below K.
-        penalty: as `1 / (C * n)` in scikit-learn's LogisticRegression.
-        start: (K, D + 1) weights, the last column the biases.
-        max_iter: steps at most.
-
-    Returns:
-        (K, D + 1) weights.
-    """
-    weights = start.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([weights], max_iter=max_iter, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
-
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        parts = [penalty / 2 * weights[:, :-1].square().sum()]
-        parts[0].backward()
-        for part, expected in zip(values.split(ROWS), labels.split(ROWS), strict=True):
-            parts.append(F.cross_entropy(_logits(part, weights), expected, reduction="sum") / len(labels))
-            parts[-1].backward()
-        return torch.stack([part.detach() for part in parts]).sum()
-
-    optimizer.step(closure)  # type: ignore[arg-type]
-    return weights.detach()
-
-
-def _logits(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    return F.linear(values, weights[:, :-1], weights[:, -1])
-
-
-# ---------------------------------------------------------------------------------------------- the paper's
+from .fast_linear import MAX_ITER, PENALTIES, fast_linear_accuracy
+from .table import encoded_batches, report_bad, top_k_correct
 
 
 @dataclass(frozen=True)
@@ -170,6 +81,75 @@ class PaperProbe:
             weight_decay=self.weight_decay,
             trust_coefficient=self.trust_coefficient,
         )
+
+
+PUBLISHED = PaperProbe()
+
+
+def paper_probe(recipe: LinearProbeRecipe) -> PaperProbe:
+    """The settings of the paper's protocol, with the recipe's values."""
+    known = [field.name for field in fields(PaperProbe) if hasattr(recipe, field.name)]
+    return PaperProbe(**{name: getattr(recipe, name) for name in known})
+
+
+def evaluate_linear_probe(recipe: LinearProbeRecipe) -> dict[str, Any] | None:
+    """Accuracy of a linear classifier on frozen features, by the protocol that the recipe names.
+
+    Returns:
+        The entry of results.json; None on all but the main process.
+
+    Raises:
+        UserError: for what a user can mend; one line with the remedy.
+    """
+    if recipe.protocol == "paper":
+        return _evaluate_paper(recipe)
+    evaluation = Evaluation(recipe, "mean")
+    protocol = {
+        "name": "linear_probe_fast",
+        "classifier": "logistic regression on standardised features, L-BFGS",
+        "max_iter": MAX_ITER,
+        "penalties": list(PENALTIES),
+        "chosen_on": "a tenth of the training images",
+    }
+    device = evaluation.accelerator.device
+    return evaluation.score_tables(protocol, lambda train, test: fast_linear_accuracy(train, test, device=device))
+
+
+def _evaluate_paper(recipe: LinearProbeRecipe) -> dict[str, Any] | None:
+    evaluation, probe = Evaluation(recipe, "cls"), paper_probe(recipe)
+    accelerator, rows, eval_rows = evaluation.accelerator, evaluation.rows, evaluation.eval_rows
+    size, _ = micro_batch(recipe.total_batch_size, recipe.per_device_batch_size, accelerator.num_processes, most=512)
+    if size == 1:
+        raise UserError(
+            "per_device_batch_size 1 leaves BatchNorm nothing to normalise; choose a total_batch_size that "
+            "larger ones divide"
+        )
+    classes = common_classes(list(read_labels(rows)), rows, list(read_labels(eval_rows)), eval_rows)
+    runs: list[dict[str, float]] = []
+    evaluated, bad = 0, {}
+    for seed in range(recipe.seed, recipe.seed + recipe.seeds):
+        run = ProbeRun(
+            evaluation.encoder, rows, classes, probe, size, recipe.num_workers, seed, accelerator,
+            recipe.max_bad_fraction,
+        )  # fmt: skip
+        run.train()
+        figures, evaluated = run.accuracy(eval_rows)
+        runs.append(figures)
+        bad = run.bad
+    used, published = asdict(probe), asdict(PUBLISHED)
+    used["pooling"], published["pooling"] = evaluation.encoder.pooling, "cls"
+    protocol = {
+        "name": "linear_probe_paper",
+        "classifier": "BatchNorm without affine parameters and a linear layer, LARS on random crops",
+        "source": "arXiv:2111.06377, Table 10, for ViT-Base",
+        "differs_from_source": {key: value for key, value in used.items() if value != published[key]},
+        **used,
+        "lr": probe.lr,
+        "per_device_batch_size": size,
+        "processes": accelerator.num_processes,
+        "seed": recipe.seed,
+    }
+    return evaluation.result(protocol, (len(rows) - len(bad), evaluated), len(classes), runs)
 
 
 class ProbeRun:
@@ -270,8 +250,8 @@ class ProbeRun:
         ):
             bad += batch.bad
             scores, labels = head(values), class_numbers(batch.labels, self.classes)
-            found = [len(batch.keys), top_k_correct(scores, labels, 1), top_k_correct(scores, labels, 5)]
-            counts += torch.tensor(found, device=counts.device)
+            correct = [top_k_correct(scores, labels, k) for k in (1, 5)]
+            counts += torch.tensor([len(batch.keys), *correct], device=counts.device)
         images, top1, top5 = cast(torch.Tensor, accelerator.reduce(counts, "sum")).tolist()
         report_bad(int(images), eval_rows, gather_object(bad), self.max_bad_fraction)
         return {"linear_top1": 100 * top1 / images, "linear_top5": 100 * top5 / images}, int(images)

@@ -1,4 +1,4 @@
-"""What classifiers are judged by: `evaluate.Metric` classes that need no download, Trainer's `compute_metrics`."""
+"""Figures of classifiers: `evaluate.Metric` classes that need no download, and Trainer's `compute_metrics`."""
 
 # Shape letters in this file
 #   n images   K classes

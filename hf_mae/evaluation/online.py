@@ -1,4 +1,4 @@
-"""What the encoder is worth while it trains: kNN, a linear classifier and RankMe on a few images, now and then."""
+"""The quality of an encoder during its training: kNN, a linear classifier and RankMe on a few images."""
 
 from collections.abc import Callable
 from copy import copy
@@ -10,13 +10,12 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
-from ..data.labels import class_numbers, common_classes
 from ..data.order import Rows
 from ..data.sources import DataError
 from ..data.transform import ImageSpec
+from .fast_linear import fast_linear_accuracy
 from .knn import knn_accuracy
-from .linear_probe import fast_linear_accuracy
-from .table import Features, Table, extract_table, rankme
+from .table import Table, extract_table, rankme, with_class_numbers
 
 NEIGHBOURS = 20
 
@@ -25,14 +24,14 @@ class OnlineEvaluator:
     """Measures an encoder during its training.
 
     Args:
-        bank_rows: images to learn from; the first or, where that is cheap, evenly spaced ones are taken.
-        query_rows: images to classify.
-        spec: what becomes of them; the evaluation crop.
+        bank_rows: images to learn from; evenly spaced ones are taken, or the first of a source without random access.
+        query_rows: images to classify, chosen in the same way.
+        spec: of their evaluation crops.
         normalize: pixels in the source's dtype -> pixel_values.
         batch_size: images at once, on each process.
         num_workers: loader processes.
         accelerator: of the run.
-        samples: of the bank, at most; there are half as many queries.
+        samples: maximum number of images in the bank; there are half as many queries.
 
     Attributes:
         notice: a line for the user about the last measurement, if something was left out.
@@ -55,7 +54,7 @@ class OnlineEvaluator:
         self.notice: str | None = None
 
     def measure(self, model: nn.Module) -> dict[str, float]:
-        """The figures of the encoder as it is; every process takes part, and the modes of all modules stay.
+        """The encoder's figures. Every process takes part, and every module stays in its mode.
 
         Args:
             model: MAEForPreTraining, wrapped as it is trained.
@@ -95,11 +94,10 @@ class OnlineEvaluator:
             return {}
         figures = {"rankme": rankme(bank.values)}
         try:
-            classes = common_classes(bank.labels, self.bank_rows, queries.labels, self.query_rows, all_known=False)
+            train, test = with_class_numbers(bank, self.bank_rows, queries, self.query_rows, all_known=False)
         except DataError as error:
             self.notice = f"knn_top1 and linear_top1 are not measured: {error}"
             return figures
-        train, test = (Features(table.values, class_numbers(table.labels, classes)) for table in (bank, queries))
         device = self.accelerator.device
         knn = knn_accuracy(train, test, (NEIGHBOURS,), device=device)
         linear = fast_linear_accuracy(train, test, device=device)
@@ -107,7 +105,7 @@ class OnlineEvaluator:
 
 
 def subset(rows: Rows, most: int) -> Rows:
-    """At most so many of the rows: evenly spaced ones of a source with random access, else the first."""
+    """At most this many of the rows: evenly spaced ones of a source with random access, otherwise the first."""
     part = copy(rows)  # its blocks, which only an order of training needs, stay as they are
     if len(rows) > most:
         even = np.linspace(0, len(rows) - 1, most).round().astype(np.int64)

@@ -24,11 +24,11 @@ def check_results_file(recipe: ScoreRecipe) -> None:
 
 
 def named_data(recipe: SplitKeys, split: str, evaluated_on: str) -> dict[str, Any]:
-    """What an entry says of where its images are from.
+    """The part of an entry that names its data.
 
     Args:
         recipe: names the data.
-        split: that was learnt from, as the source calls it.
+        split: the split to learn from, by the source's own name.
         evaluated_on: see `open_splits`.
     """
     return {
@@ -67,13 +67,13 @@ def make_result(
     }
     if len(runs) > 1:
         values = {key: [run[key] for run in runs] for key in runs[0]}
-        result["ranges"] = {key: [min(found), max(found)] for key, found in values.items()}
+        result["ranges"] = {key: [min(numbers), max(numbers)] for key, numbers in values.items()}
     result["versions"] = {"hf_mae": __version__, **{package: version(package) for package in PACKAGES}}
     return json.loads(json.dumps(result))
 
 
 def describe_result(result: dict[str, Any]) -> str:
-    """A result for people, a few lines."""
+    """A few lines about a result, for people."""
     protocol, data = result["protocol"], result["data"]
     pooling = f", pooling {protocol['pooling']}" if "pooling" in protocol else ""
     learnt = f"learnt from {data['train_images']:,} images of split {data['split']}, " if "train_images" in data else ""

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
+from ..data.labels import class_numbers, common_classes
 from ..data.loader import Batch, EvaluationSet, each_batch, make_loader
 from ..data.order import Rows
 from ..data.sources import DataError
@@ -44,14 +45,14 @@ class Features:
 
 @dataclass
 class Table:
-    """Features with what the source says of each image.
+    """Features, with the label and place of each image.
 
     Args:
         values: (n, ...) float32 on the host.
         labels: (n,) as the source has them.
         keys: (n,) places of the images.
         bad: (key, reason) of the images that could not be decoded, as far as they are known by name.
-        num_rows: images that there were, decoded or not.
+        num_rows: all images, decoded or not.
     """
 
     values: torch.Tensor
@@ -70,18 +71,18 @@ def encoded_batches(
     accelerator: Accelerator,
     bar: str | None = None,
 ) -> Generator[tuple[Batch, torch.Tensor]]:
-    """This process's share of the rows, batch by batch: images and what `encode` makes of them, on the device.
+    """This process's share of the rows, batch by batch: images and their encodings, on the device.
 
     Every process calls `encode` as often as the others, since sharded weights are gathered in each call.
 
     Args:
         encode: (B, C, H, W) in the source's dtype, on the device -> (B, ...).
         rows: the images.
-        spec: what becomes of them.
+        spec: of their evaluation crops.
         batch_size: images at once.
         num_workers: loader processes.
         accelerator: of all processes.
-        bar: what a progress bar says before its number; None: no bar.
+        bar: label of a progress bar; None for no bar.
     """
     ranks, shape = accelerator.num_processes, (1, spec.num_channels, *spec.size)
     dataset = EvaluationSet(rows, spec, batch_size, rank=accelerator.process_index, ranks=ranks)
@@ -131,6 +132,15 @@ def extract_table(
         bad=bad,
         num_rows=len(rows),
     )
+
+
+def with_class_numbers(
+    train: Table, rows: Rows, test: Table, eval_rows: Rows, all_known: bool = True
+) -> tuple[Features, Features]:
+    """Features with the class numbers that both tables share; arguments and errors of `common_classes`."""
+    classes = common_classes(train.labels, rows, test.labels, eval_rows, all_known=all_known)
+    first, second = (Features(table.values, class_numbers(table.labels, classes)) for table in (train, test))
+    return first, second
 
 
 def report_bad(decoded: int, rows: Rows, bad: list[tuple[str, str]], most: float) -> None:

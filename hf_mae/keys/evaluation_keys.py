@@ -120,6 +120,12 @@ class LinearProbeRecipe(EvaluateRecipe):
         "fast", "logistic regression on features, or LARS on random crops as in the paper", group="evaluation"
     )
     pooling: Pooling | None = inherit(EvaluateRecipe, "pooling", None, shown="mean; cls for the paper's protocol")
+    per_device_batch_size: int | None = inherit(
+        FeatureRecipe,
+        "per_device_batch_size",
+        None,
+        shown="256; for the paper's protocol, the largest that fits the step, up to 512",
+    )
     total_batch_size: int = key(16_384, "images per step, over all processes", group="optimization")
     epochs: float = key(90, "passes over the training images", group="optimization")
     warmup_epochs: float = key(10, "linear warm-up in epochs", group="optimization")

@@ -58,6 +58,7 @@ class FinetuneRecipe(RunRecipe):
     )
     reset_head: bool = key(False, "start with a new head, even if the model has one for these classes", group="model")
     # optimization
+    seed: int = inherit(RunRecipe, "seed", 0, "random seed of a new head, order, crops, flips and mixing")
     total_batch_size: int = inherit(RunRecipe, "total_batch_size", 256)
     epochs: float | None = inherit(RunRecipe, "epochs", 50)
     warmup_epochs: float = inherit(RunRecipe, "warmup_epochs", 5)

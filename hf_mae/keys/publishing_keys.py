@@ -58,7 +58,7 @@ class PushRecipe(ModelInput):
 
     model: str = key(help_text="folder of the model; it is only read", positional=True, metavar="RUN")
     repo_id: str = key(help_text="repository on the Hub; created if it doesn't exist", metavar="USER/NAME")
-    private: bool = key(False, "require that the repository is private")
+    private: bool = key(False, "create the repository as private, and refuse one that is public")
     revision: str | None = key(None, "branch; created if it doesn't exist", metavar="BRANCH", shown="main")
 
 

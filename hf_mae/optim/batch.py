@@ -10,13 +10,15 @@ def micro_batch(
 
     Args:
         total_batch_size: images of a step, over all processes.
-        per_device_batch_size: images at once, if a process has so many; the largest that fits, up to `most`, when None.
+        per_device_batch_size: images at once, capped at a process's share of the step. When None, the largest size
+            that fits, up to `most`.
         ranks: processes.
-        most: see above.
-        masks: images that belong together, since they are one with so many masks.
+        most: images at once when `per_device_batch_size` is None.
+        masks: of each decoded image. `total_batch_size` counts an image once for each mask, and all its masks are in
+            one micro-batch.
 
     Raises:
-        UserError: if they don't make up the total; it names the sizes that do.
+        UserError: if the sizes don't make up the total; it names the ones that do.
     """
     share, remainder = divmod(total_batch_size // masks, ranks)
     if remainder:
@@ -26,7 +28,7 @@ def micro_batch(
             f"processes, or a multiple of {ranks * masks} images"
         )
     fitting = [masks * n for n in range(1, share + 1) if share % n == 0]
-    # More than a process has of a step is all that it has: on more processes a recipe needs no other number.
+    # Capped at the process's share, so that a recipe fits any number of processes.
     size = min(per_device_batch_size or max(n for n in fitting if n <= max(most, masks)), masks * share)
     if size not in fitting:
         raise UserError(

@@ -31,8 +31,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def adamw(model: nn.Module, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
     """AdamW (Table 8: betas 0.9 and 0.95 in pretraining); its learning rate is set before each step.
 
-    The fused kernel is used where all parameters are on a device that has it: it is one launch a step, and reads no
-    number back.
+    The fused kernel is one launch a step, reads no number back, and can skip a step by a flag on the device.
     """
     return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=0.0, betas=betas, fused=True)
 

@@ -41,9 +41,9 @@ class LARS(torch.optim.Optimizer):
                 update = parameter.grad
                 if parameter.ndim > 1:
                     update = update + group["weight_decay"] * parameter
-                    length, wanted = update.norm(), group["trust_coefficient"] * parameter.norm()
+                    length, target = update.norm(), group["trust_coefficient"] * parameter.norm()
                     # On the device: no number is read back.
-                    update = update * torch.where((length > 0) & (wanted > 0), wanted / length, 1.0)
+                    update = update * torch.where((length > 0) & (target > 0), target / length, 1.0)
                 state = self.state[parameter]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(parameter)

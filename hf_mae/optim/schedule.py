@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: it needs no saved state and doesn't depend on the ranks."""
+"""The learning rate, and values that change during a run, as pure functions of the step: there is no state to save."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,11 +11,11 @@ def lr_at(step: float, lr: float, warmup_steps: float, total_steps: float, min_l
     """Linear warm-up from 0, then half a cosine down to `min_lr` (arXiv:2111.06377, Table 8).
 
     Args:
-        step: optimizer steps taken before this one, from 0; the original counts epochs, and any unit will do.
+        step: optimizer steps taken before this one, from 0. Any other unit works too; the original counts epochs.
         lr: the highest learning rate, `blr * total_batch_size / 256`.
         warmup_steps: length of the warm-up.
         total_steps: where the cosine ends.
-        min_lr: what it ends at.
+        min_lr: the learning rate at its end.
 
     Returns:
         The learning rate of the step.
@@ -27,11 +27,11 @@ def lr_at(step: float, lr: float, warmup_steps: float, total_steps: float, min_l
 
 
 def read_points(words: Sequence[str], read: Callable[[str], T]) -> list[tuple[float, T]]:
-    """What changes in the course of a run, as it is typed: FRACTION:VALUE, the value from that part of the run on.
+    """A value that changes during a run, as it is typed: FRACTION:VALUE, the value from that part of the run on.
 
     Args:
         words: e.g. `["0:128", "0.5:160", "0.8:224"]`.
-        read: a value.
+        read: turns the text of a value into the value.
 
     Returns:
         (fraction, value), fractions from 0, rising, below 1.

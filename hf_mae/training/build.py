@@ -1,14 +1,15 @@
-"""What a pretraining run is made of: data, model, image processor and streams, new or from a checkpoint."""
+"""What a pretraining run is made of: data, model, image processor and starting state, new or from a checkpoint."""
 
 import copy
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .. import __version__
 from ..configuration_mae import SIZES, MAEConfig
 from ..data.order import Rows, StreamPlan
 from ..data.sources import DataError
@@ -21,6 +22,7 @@ from ..keys.run_keys import PretrainRecipe, RunRecipe
 from ..modeling_mae import MAEForPreTraining
 from ..optim.schedule import stages
 from ..pretrained import loading
+from .state import RunState
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ class PretrainData:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What the order of samples depends on, besides the seed; as it comes back from JSON."""
+        """What the order of samples depends on besides the seed, in the types of JSON."""
         return json.loads(json.dumps({**self.rows.source.fingerprint, "num_samples": len(self.rows)}))
 
 
@@ -55,17 +57,17 @@ def open_data(recipe: PretrainRecipe) -> PretrainData:
     """Open the training and evaluation rows of a recipe.
 
     Raises:
-        DataError: for what is not there, or has other channels than the recipe says.
+        DataError: if the data is missing, or has other channels than the recipe says.
     """
     rows, eval_rows, evaluated_on = splits_of(recipe, streaming=recipe.streaming)
     num_channels, dtype = probe_rows(rows)
-    wanted = recipe.num_channels
-    if wanted is not None and wanted != num_channels and {wanted, num_channels} != {1, 3}:
+    configured = recipe.num_channels
+    if configured is not None and configured != num_channels and {configured, num_channels} != {1, 3}:
         raise DataError(
-            f"images of {recipe.dataset} have {num_channels} channels, num_channels is {wanted}; pass --num_channels "
-            f"{num_channels}"
+            f"images of {recipe.dataset} have {num_channels} channels, num_channels is {configured}; pass "
+            f"--num_channels {num_channels}"
         )
-    return PretrainData(rows, eval_rows, wanted or num_channels, dtype, evaluated_on)
+    return PretrainData(rows, eval_rows, configured or num_channels, dtype, evaluated_on)
 
 
 def build_model(recipe: PretrainRecipe, stored: Path | None, num_channels: int) -> MAEForPreTraining:
@@ -137,7 +139,7 @@ def build_processor(
 
 
 def make_spec(recipe: PretrainRecipe, data: PretrainData, config: MAEConfig) -> ImageSpec:
-    """What becomes of an image on its way into a batch."""
+    """The crop, type and masks of a batch's images."""
     size = config.image_height_width
     return ImageSpec(
         size=size,
@@ -154,7 +156,7 @@ def make_spec(recipe: PretrainRecipe, data: PretrainData, config: MAEConfig) -> 
 def make_training_specs(
     recipe: PretrainRecipe, data: PretrainData, config: MAEConfig, total_steps: int
 ) -> list[tuple[int, ImageSpec]]:
-    """(first step from 0, what becomes of training images from there on), by `image_size_schedule`.
+    """(first step from 0, spec of the training images from there on), by `image_size_schedule`.
 
     Raises:
         UserError: if a size or mask ratio doesn't fit the model, or the last size is not the model's own.
@@ -178,30 +180,34 @@ def make_training_specs(
     return stages(specs, total_steps)
 
 
-def plan_stream(
-    recipe: PretrainRecipe, data: PretrainData, ranks: int, state: dict[str, Any] | None
-) -> tuple[StreamPlan, list[int]]:
-    """How batches are put together, and what each stream has read.
+def start_state(
+    recipe: PretrainRecipe, data: PretrainData, total_steps: int, ranks: int, stored: RunState | None
+) -> RunState:
+    """Where a run starts: at step 0, or where its checkpoint stands.
 
     Args:
         recipe: of the run.
         data: of the run.
+        total_steps: of the run.
         ranks: processes.
-        state: of a checkpoint (data.json); None for a new run.
+        stored: state of the checkpoint; None for a new run.
 
     Raises:
         CheckpointError: if the data is not what the checkpoint was trained on.
     """
-    if state is None:
+    fingerprint = data.fingerprint
+    if stored is None:
         access = data.rows.source.random_access
         plan = StreamPlan.choose(recipe.images_per_step, ranks, recipe.num_workers, len(data.rows), access)
-        return plan, [0] * plan.num_streams
-    if state["fingerprint"] != data.fingerprint:
-        changed = f"{recipe.dataset} is not the data that this run was trained on (its files or rows changed)"
+        return RunState(recipe.to_dict(), total_steps, plan, [0] * plan.num_streams, fingerprint)
+    if stored.fingerprint != fingerprint:
+        change = f"{recipe.dataset} is not the data that this run was trained on (its files or rows changed)"
         if not recipe.allow_data_change:
-            raise CheckpointError(f"{changed}; bring the old data back, or pass --allow_data_change true")
-        logger.warning("%s; going on with it, the order of samples is another from here on", changed)
-    return StreamPlan(**state["plan"]), state["positions"]
+            raise CheckpointError(f"{change}; bring the old data back, or pass --allow_data_change true")
+        logger.warning("%s; going on with it, the order of samples is another from here on", change)
+    # Keys that may change at a resume are this run's own, as is all that follows from them.
+    own = {"recipe": recipe.to_dict(), "total_steps": total_steps, "fingerprint": fingerprint, "version": __version__}
+    return replace(stored, **own)
 
 
 def model_config_of(recipe: PretrainRecipe, num_channels: int) -> MAEConfig:

@@ -1,4 +1,4 @@
-"""What fine-tuning adds to a Trainer: other crops in each epoch, averaged weights, the log of a run."""
+"""Callbacks of the Trainer that fine-tunes: other crops in each epoch, averaged weights, the log of a run."""
 
 import math
 import time
@@ -18,10 +18,7 @@ EMA_FILE = "ema.safetensors"
 
 
 class EpochCallback(TrainerCallback):
-    """Tells the data set which epoch it is, and has the last step logged and the model scored after it.
-
-    Accelerate's loader tells it only where there is one process.
-    """
+    """Sets the data set's epoch, which Accelerate's loader does on one process only; logs and scores the last step."""
 
     def __init__(self, images: LabelledImages):
         self.images = images
@@ -37,9 +34,9 @@ class EpochCallback(TrainerCallback):
 
 
 class EMACallback(TrainerCallback):
-    """An exponential moving average of the trained weights: what is scored, and what the model has at the end.
+    """An exponential moving average of the trained weights, which is scored, and is the model at the end.
 
-    After each step, average = decay * average + (1 - decay) * weights; it starts as the initial weights. Checkpoints
+    After each step, average = decay * average + (1 - decay) * weights; it starts at the initial weights. Checkpoints
     hold both.
 
     Args:
@@ -105,7 +102,7 @@ class LogCallback(TrainerCallback):
         self.logged, self.seconds, self.waited, self.mark = state.global_step, 0.0, 0.0, time.perf_counter()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # The step's batches are there by now.
+        # The step's batches have arrived by now.
         self.waited += time.perf_counter() - self.mark
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

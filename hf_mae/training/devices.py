@@ -21,6 +21,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from ..errors import UserError
 from ..keys.run_keys import PretrainRecipe, RunRecipe
 
+STRATEGIES = {
+    DistributedType.NO: "one process",
+    DistributedType.MULTI_CPU: "DDP",
+    DistributedType.MULTI_GPU: "DDP",
+    DistributedType.FSDP: "FSDP",
+}
+
 
 def check_trackers(recipe: RunRecipe) -> None:
     """Raise a UserError for a tracker that is not installed."""
@@ -36,11 +43,32 @@ def choose_precision(recipe: RunRecipe) -> str:
     return recipe.mixed_precision
 
 
+def environment_flag(name: str) -> bool:
+    """Whether a variable by which Accelerate is set up is on."""
+    return os.environ.get(name, "false").lower() in ("1", "true")
+
+
+def check_precision(precision: str, on_cpu: bool) -> None:
+    """Raise a UserError for fp16 on a CPU."""
+    if precision == "fp16" and on_cpu:
+        raise UserError("mixed_precision fp16 needs a GPU; use bf16 or no")
+
+
+def check_processes(together: int) -> None:
+    """Raise a UserError unless the processes that were started train together: otherwise each would train alone."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if together != started:
+        raise UserError(
+            f"{started} processes were started, {together} work together; use torchrun, on CPUs with "
+            "ACCELERATE_USE_CPU=true"
+        )
+
+
 def make_accelerator(recipe: PretrainRecipe) -> Accelerator:
     """One Accelerator for model and optimizer.
 
     Raises:
-        UserError: if processes or a strategy were asked for and not obtained; Accelerate alone would go on without.
+        UserError: if processes or a strategy were requested and not obtained; Accelerate itself would train without.
     """
     check_trackers(recipe)
     precision = choose_precision(recipe)
@@ -54,24 +82,22 @@ def make_accelerator(recipe: PretrainRecipe) -> Accelerator:
         # The only buffers are tables that never change: nothing to broadcast at each forward.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
-    if precision == "fp16" and accelerator.device.type == "cpu":
-        raise UserError("mixed_precision fp16 needs a GPU; use bf16 or no")
-    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
-    if fsdp and accelerator.distributed_type != DistributedType.FSDP:
+    check_precision(precision, accelerator.device.type == "cpu")
+    if environment_flag("ACCELERATE_USE_FSDP") and accelerator.distributed_type != DistributedType.FSDP:
         raise UserError(
             f"FSDP was asked for and {accelerator.distributed_type.value} obtained; FSDP needs a GPU for each process"
         )
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != asked:
-        raise UserError(
-            f"{asked} processes were started, {accelerator.num_processes} work together; use torchrun, on CPUs with "
-            "ACCELERATE_USE_CPU=true"
-        )
+    check_processes(accelerator.num_processes)
     return accelerator
 
 
+def strategy_name(accelerator: Accelerator) -> str:
+    """How the processes of a run train together, for people."""
+    return STRATEGIES.get(accelerator.distributed_type, accelerator.distributed_type.value)
+
+
 def describe_hardware(device: torch.device) -> str:
-    """What all processes compute on, each of which has to call this: GPUs by number and name, or the CPU's name."""
+    """What all processes compute on: GPUs by number and name, or the CPU's name. Every process calls it."""
     if device.type == "cpu":
         return ", ".join(sorted(set(gather_object([_cpu_name()]))))  # processes of one machine share it
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -79,23 +105,23 @@ def describe_hardware(device: torch.device) -> str:
 
 
 def _cpu_name() -> str:
-    """The processor's own name where Linux tells it, else its architecture."""
+    """The processor's own name from Linux, or its architecture elsewhere."""
     file = Path("/proc/cpuinfo")
-    named = re.search(r"^model name\s*: (.+)$", file.read_text() if file.exists() else "", re.MULTILINE)
-    return named[1].strip() if named else platform.machine()
+    match = re.search(r"^model name\s*: (.+)$", file.read_text() if file.exists() else "", re.MULTILINE)
+    return match[1].strip() if match else platform.machine()
 
 
 def join_after_restart() -> None:
-    """Where torchrun has started this process anew, join the others under names of this attempt's own.
+    """After a restart by torchrun, meet the other processes under a fresh key prefix.
 
-    In the store that they meet in, the addresses of the attempt before still stand (torch 2.14). Under the same names,
-    a process now and then connects to one that is dead, and fails or waits for ever.
+    Their store still holds the addresses of the attempt before (torch 2.14). Under the same keys, a process sometimes
+    connects to a dead one, and fails or waits for ever.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
         return
     address, port, rank, ranks = (os.environ[key] for key in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"))
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true") or not torch.cuda.is_available()
+    on_cpu = environment_flag("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     dist.init_process_group(
         "gloo" if on_cpu else "cuda:nccl,cpu:gloo",
         store=PrefixStore(f"attempt_{attempt}", TCPStore(address, int(port), int(ranks), is_master=False)),
@@ -105,22 +131,25 @@ def join_after_restart() -> None:
 
 
 def make_deterministic() -> None:
-    """Let the same step give the same bits on a GPU, at some cost in speed; on a CPU it does anyway."""
-    # Read when cuBLAS and NCCL start, which is later.
+    """Make a step give the same bits each time on a GPU, at some cost in speed. On a CPU it always does."""
+    # cuBLAS and NCCL read these when they start, which is later.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("NCCL_ALGO", "Ring")
     torch.use_deterministic_algorithms(True)
-    # The backward pass of this one adds in any order.
+    # Its backward pass adds in any order.
     torch.backends.cuda.enable_mem_efficient_sdp(False)
 
 
-def tune_for_cpu(model: PreTrainedModel, precision: str) -> None:
-    """Set up the process and a model for training on a CPU.
+def tune_for_device(model: PreTrainedModel, device: torch.device, precision: str) -> None:
+    """Set up the process and a model for fast training. Only on a CPU is there anything to do.
 
     Args:
         model: to be trained.
-        precision: "bf16" for autocast, else "no".
+        device: that it is trained on.
+        precision: "bf16" for autocast, otherwise "no".
     """
+    if device.type != "cpu":
+        return
     keep_freed_memory()
     if precision == "bf16" and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("sdpa_float32")
@@ -129,11 +158,11 @@ def tune_for_cpu(model: PreTrainedModel, precision: str) -> None:
 def keep_freed_memory() -> None:
     """Let the C library keep what a step frees for the next step, instead of giving it back to the system.
 
-    Else each step on a CPU gets its activations anew, page by page: for ViT-B and 16 images on one thread 200,000
+    Otherwise each step on a CPU gets its activations anew, page by page: for ViT-B and 16 images on one thread 200,000
     pages, 0.3 s of 11 s; on two threads, 2 to 4 % of the time. Only the GNU library has the switch.
     """
     mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
-    # The second alone would be harm: it ends the growth of the first, which starts at 128 KiB.
+    # The second alone would do harm: it ends the growth of the first, which starts at 128 KiB.
     if platform.libc_ver()[0] == "glibc" and ctypes.CDLL(None).mallopt(mmap_threshold, 2**30):
         ctypes.CDLL(None).mallopt(trim_threshold, 2**31 - 1)
 

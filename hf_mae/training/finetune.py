@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
-from .. import __version__
 from ..data.labelled import Collator, LabelledImages, without_bad
 from ..data.labels import find_labels, labels_of
 from ..data.loader import one_line_errors
@@ -29,7 +28,8 @@ from ..keys.finetune_keys import FinetuneRecipe
 from ..optim.groups import layer_decay_groups
 from ..run_folder import RunFolder, add_result, read_results
 from .callbacks import EMACallback, EpochCallback, LogCallback
-from .devices import choose_precision, describe_hardware, tune_for_cpu
+from .describe import RunFacts, describe_run
+from .devices import choose_precision, describe_hardware, tune_for_device
 from .finetune_setup import (
     build_classifier,
     build_processor,
@@ -83,7 +83,7 @@ def trainer_parts(recipe: FinetuneRecipe) -> dict[str, Any]:
 
 
 class FinetuneRun:
-    """What a run is made of.
+    """One run: what it is made of, and its training by a Trainer.
 
     Args:
         recipe: the run.
@@ -100,8 +100,7 @@ class FinetuneRun:
         self.labels = find_labels(self.rows, recipe.problem_type)
         torch.manual_seed(recipe.seed)  # of a new head
         self.model = build_classifier(recipe, self.labels)
-        if self.args.device.type == "cpu":
-            tune_for_cpu(self.model, choose_precision(recipe))
+        tune_for_device(self.model, self.args.device, choose_precision(recipe))
         self.processor = build_processor(recipe, self.model.config)
         scale = (recipe.crop_scale[0], recipe.crop_scale[-1])
         self.spec = replace(evaluation_spec(self.model.config, self.processor), crop_scale=scale, flip=recipe.flip)
@@ -128,7 +127,7 @@ class FinetuneRun:
         return self.labels.targets(labels_of(rows), rows.source)
 
     def trainer_parts(self) -> dict[str, Any]:
-        """See the function of this name."""
+        """Arguments of a Trainer."""
         recipe = self.recipe
         groups = layer_decay_groups(self.model, recipe.lr, recipe.layer_decay, recipe.weight_decay)
         adamw = {"params": groups, "lr": recipe.lr, "betas": (recipe.adam_beta1, recipe.adam_beta2), "fused": True}
@@ -151,45 +150,33 @@ class FinetuneRun:
 
     def describe(self) -> None:
         """Print what is about to happen, and write run_config.yaml."""
-        recipe, args, spec = self.recipe, self.args, self.spec
-        parameters = self.model.num_parameters()
-        trained = self.model.num_parameters(only_trainable=True)
-        derived = {
-            "version": __version__,
-            "torch": str(torch.__version__),
-            "hardware": describe_hardware(args.device),
-            "processes": args.world_size,
-            "mixed_precision": choose_precision(recipe),
-            "per_device_batch_size": args.per_device_train_batch_size,
-            "grad_accum_steps": args.gradient_accumulation_steps,
-            "lr": recipe.lr,
-            "total_steps": self.total_steps,
-            "warmup_steps": self.warmup_steps,
-            "training_images": len(self.rows),
-            "evaluation_images": len(self.eval_images),
-            "evaluated_on": self.evaluated_on,
-            "classes": list(self.labels.names),
-            "parameters": parameters,
-            "trained_parameters": trained,
-        }
+        recipe, args = self.recipe, self.args
+        facts = RunFacts(
+            hardware=describe_hardware(args.device),
+            processes=args.world_size,
+            mixed_precision=choose_precision(recipe),
+            per_device_batch_size=args.per_device_train_batch_size,
+            grad_accum_steps=args.gradient_accumulation_steps,
+            lr=recipe.lr,
+            total_steps=self.total_steps,
+            warmup_steps=self.warmup_steps,
+            training_images=len(self.rows),
+            evaluation_images=len(self.eval_images),
+            evaluated_on=self.evaluated_on,
+            classes=list(self.labels.names),
+            parameters=self.model.num_parameters(),
+            trained_parameters=self.model.num_parameters(only_trainable=True),
+        )
         if args.process_index:
             return
-        what = "numbers an image" if recipe.problem_type == "regression" else "classes"
-        print(
-            f"{recipe.recipe or 'finetune'}: {len(self.rows):,} images of {recipe.dataset}, "
-            f"{spec.num_channels} x {spec.size[0]} x {spec.size[1]} {spec.dtype}, {len(self.labels.names)} {what}, "
-            f"{parameters / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained\n"
-            f"{self.total_steps:,} steps of {recipe.total_batch_size} images = {args.world_size} "
-            f"{'process' if args.world_size == 1 else 'processes'} x {args.gradient_accumulation_steps} x "
-            f"{args.per_device_train_batch_size} ({args.device}, precision {derived['mixed_precision']}), "
-            f"lr {recipe.lr:.3g}; scored on {len(self.eval_images):,} images: {self.evaluated_on}\n"
-            f"{f'going on from {self.stored}' if self.stored else f'from {recipe.model}'}, into {self.output_dir}",
-            flush=True,
-        )
+        labels = f"{len(self.labels.names)} {'numbers an image' if recipe.problem_type == 'regression' else 'classes'}"
+        scored = f"scored on {len(self.eval_images):,} images: {self.evaluated_on}"
+        start = f"going on from {self.stored}" if self.stored else f"from {recipe.model}"
+        print(describe_run("finetune", recipe, facts, self.spec, args.device, labels, scored, start), flush=True)
         if self.bad:
             print(f"{len(self.bad)} images can't be decoded and are not scored, the first: {self.bad[0][0]}")
         if not recipe.dry_run:
-            self.folder.write_config(recipe.to_dict(), derived)
+            self.folder.write_config(recipe.to_dict(), facts.to_dict())
 
     def train(self) -> dict[str, Any] | None:
         """All steps that are left, then the final model; the entry of results.json, on the main process."""
@@ -206,7 +193,7 @@ class FinetuneRun:
         return result
 
     def _save_final(self, log: LogCallback) -> dict[str, Any]:
-        """The model folder, without the pickles of Trainer's checkpoints, which are of no use any more."""
+        """Save the model and its scores, and remove Trainer's checkpoints, which hold pickles; the result's entry."""
         recipe, output_dir = self.recipe, self.output_dir
 
         def write(folder: Path) -> None:

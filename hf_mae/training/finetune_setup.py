@@ -24,7 +24,14 @@ from ..pretrained import loading
 from ..run_folder import RunFolder
 from .build import describe_failure
 from .callbacks import EMA_FILE
-from .devices import check_trackers, choose_precision, make_deterministic
+from .devices import (
+    check_precision,
+    check_processes,
+    check_trackers,
+    choose_precision,
+    environment_flag,
+    make_deterministic,
+)
 from .resume import check_same_recipe
 
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
@@ -71,12 +78,10 @@ def training_arguments(recipe: FinetuneRecipe, stored: Path | None) -> TrainingA
     if recipe.deterministic:
         make_deterministic()
     ranks, precision = int(os.environ.get("WORLD_SIZE", "1")), choose_precision(recipe)
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
+    if environment_flag("ACCELERATE_USE_FSDP"):
         raise UserError("fine-tuning runs under DDP, not FSDP; start it by torchrun")
-    asked_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true")
-    use_cpu = asked_for_cpu or not torch.accelerator.is_available()
-    if precision == "fp16" and use_cpu:
-        raise UserError("mixed_precision fp16 needs a GPU; use bf16 or no")
+    use_cpu = environment_flag("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    check_precision(precision, use_cpu)
     micro_batch, grad_accum_steps = recipe.micro_batch(ranks)
     args = TrainingArguments(
         output_dir=str(recipe.output_dir),
@@ -85,7 +90,7 @@ def training_arguments(recipe: FinetuneRecipe, stored: Path | None) -> TrainingA
         per_device_eval_batch_size=micro_batch,
         gradient_accumulation_steps=grad_accum_steps,
         learning_rate=recipe.lr,
-        # Half a cosine after a linear warm-up from 0: training/schedule.py, for every group relative to its own rate.
+        # Half a cosine after a linear warm-up from 0: optim/schedule.py, for every group relative to its own rate.
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": recipe.min_lr / recipe.lr},
         max_grad_norm=recipe.clip_grad or float("inf"),  # infinity: the norm is logged, and nothing clipped
@@ -108,11 +113,7 @@ def training_arguments(recipe: FinetuneRecipe, stored: Path | None) -> TrainingA
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
     )
-    if args.world_size != ranks:
-        raise UserError(
-            f"{ranks} processes were started, {args.world_size} work together; use torchrun, on CPUs with "
-            "ACCELERATE_USE_CPU=true"
-        )
+    check_processes(args.world_size)
     # One process, one device, as everywhere else: Trainer would deal larger batches to all GPUs in sight.
     args._n_gpu = min(args.n_gpu, 1)
     return args

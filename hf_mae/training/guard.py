@@ -1,9 +1,10 @@
-"""What all processes agree on after each step: to leave out a step whose numbers are not finite, and to stop.
+"""What all processes agree on after each step: to skip a step whose numbers are not finite, and to stop.
 
-The words of all processes are summed by one small all-reduce. On the device the sum decides at once whether the
-optimizer takes the step; the host of a GPU reads it a step later, when it is long there, so that nothing waits.
+One small all-reduce sums the flags of all processes. On the device the sum decides at once whether the optimizer takes
+the step; the host of a GPU reads it one step later and never blocks.
 """
 
+import signal
 from collections import deque
 from dataclasses import dataclass
 from typing import cast
@@ -23,9 +24,9 @@ class Verdict:
 
     Args:
         step: its number, from 1.
-        skipped: whether all processes left it out.
-        stop: whether any process was asked to stop.
-        samples: keys of the batch of all processes, of a skipped step.
+        skipped: whether all processes skipped it.
+        stop: whether any process is to stop.
+        samples: keys of the whole batch, of all processes; empty unless the step was skipped.
     """
 
     step: int
@@ -35,20 +36,20 @@ class Verdict:
 
 
 class StepGuard:
-    """Agrees with the other processes; counts the steps that were left out.
+    """Agrees with the other processes; counts the steps that were skipped.
 
     Args:
         accelerator: of the run.
-        skipped_steps: as a checkpoint has it.
-        skipped_in_a_row: as a checkpoint has it.
+        skipped_steps: of the run so far.
+        skipped_in_a_row: up to the newest step.
     """
 
     def __init__(self, accelerator: Accelerator, skipped_steps: int = 0, skipped_in_a_row: int = 0):
         self.accelerator = accelerator
         self.skipped_steps, self.skipped_in_a_row = skipped_steps, skipped_in_a_row
-        # Reading the newest word would make the host wait for a GPU; on a CPU it is there.
+        # Reading the newest flags would make the host wait for a GPU.
         self._lag = 1 if accelerator.device.type == "cuda" else 0
-        self._words: deque[tuple[int, list[str], torch.Tensor, torch.cuda.Event | None]] = deque()
+        self._flags: deque[tuple[int, list[str], torch.Tensor, torch.cuda.Event | None]] = deque()
 
     def judge(self, step: int, finite: torch.Tensor, stop: bool, keys: list[str]) -> torch.Tensor:
         """Tell the others about a step, before the optimizer takes it.
@@ -56,28 +57,29 @@ class StepGuard:
         Args:
             step: its number.
             finite: () bool, on the device: loss and gradient of this process.
-            stop: whether this process was asked to stop.
+            stop: whether this process is to stop.
             keys: of the samples of this process.
 
         Returns:
-            () float32 on the device: 0 to take the step, 1 to leave it out, the same on all processes.
+            () float32 on the device: 0 to take the step, 1 to skip it, the same on all processes.
         """
-        word = torch.stack([(~finite).float(), torch.full_like(finite, float(stop), dtype=torch.float32)])
-        word = cast(torch.Tensor, self.accelerator.reduce(word, "sum"))
-        self._words.append((step, keys, *_copied_to_host(word)))
-        return (word[0] > 0).float()
+        flags = torch.stack([(~finite).float(), torch.full_like(finite, float(stop), dtype=torch.float32)])
+        flags = cast(torch.Tensor, self.accelerator.reduce(flags, "sum"))
+        self._flags.append((step, keys, *_copied_to_host(flags)))
+        return (flags[0] > 0).float()
 
     def verdicts(self, up_to_now: bool) -> list[Verdict]:
-        """What was agreed on since the last call, on a GPU but for the newest step, unless `up_to_now`.
+        """What was agreed on since the last call. Every process calls it.
 
-        All processes call it.
+        Args:
+            up_to_now: include the newest step, which makes the host wait for a GPU.
         """
         result = []
-        while len(self._words) > (0 if up_to_now else self._lag):
-            step, keys, word, copied = self._words.popleft()
+        while len(self._flags) > (0 if up_to_now else self._lag):
+            step, keys, flags, copied = self._flags.popleft()
             if copied:
                 copied.synchronize()
-            not_finite, stop = (count > 0 for count in word.tolist())
+            not_finite, stop = (count > 0 for count in flags.tolist())
             result.append(Verdict(step, not_finite, stop, gather_object(keys) if not_finite else []))
             self.skipped_steps += not_finite
             self.skipped_in_a_row = self.skipped_in_a_row + 1 if not_finite else 0
@@ -85,8 +87,12 @@ class StepGuard:
             up_to_now = up_to_now or stop
         return result
 
+    def counters(self) -> dict[str, int]:
+        """The keywords of a guard that continues from here."""
+        return {"skipped_steps": self.skipped_steps, "skipped_in_a_row": self.skipped_in_a_row}
+
     def check(self) -> None:
-        """Raise a UserError after ten steps in a row that were left out."""
+        """Raise a UserError after ten skipped steps in a row."""
         if self.skipped_in_a_row >= MOST_IN_A_ROW:
             raise UserError(
                 f"{self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite and were left out; "
@@ -95,12 +101,34 @@ class StepGuard:
             )
 
 
-def _copied_to_host(word: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-    """The word where the host reads it, and what to wait for first."""
-    if word.device.type != "cuda":
-        return word, None
-    host = torch.empty_like(word, device="cpu", pin_memory=True)
-    host.copy_(word, non_blocking=True)
+class StopSignals:
+    """As a context, turns SIGTERM and SIGUSR1 into a request to stop after the step under way.
+
+    Attributes:
+        received: whether one has come.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def __enter__(self) -> "StopSignals":
+        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, *_: object) -> None:
+        self.received = True
+
+
+def _copied_to_host(flags: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    """The flags on the host, and what to wait for before reading them."""
+    if flags.device.type != "cuda":
+        return flags, None
+    host = torch.empty_like(flags, device="cpu", pin_memory=True)
+    host.copy_(flags, non_blocking=True)
     copied = torch.cuda.Event()
     copied.record()
     return host, copied

@@ -1,4 +1,4 @@
-"""What a run shows of its evaluation images: their loss, each with its own fixed mask, and pictures of a few."""
+"""The evaluation images of a pretraining run: their loss, each with its own fixed mask, and pictures of a few."""
 
 from collections.abc import Callable
 from contextlib import closing
@@ -28,9 +28,9 @@ class HeldOut:
 
     Args:
         rows: of the images.
-        spec: what becomes of them; the evaluation crop.
+        spec: of their evaluation crops.
         batch_size: images at once, on each process.
-        mask_seed: of the masks, with each row's place.
+        mask_seed: of the masks; a row's mask depends on this and on its place.
         normalize: pixels in the source's dtype -> pixel_values.
         num_workers: loader processes, one at most.
         accelerator: of the run.
@@ -67,7 +67,7 @@ class HeldOut:
         bad: list[tuple[str, str]] = []
         total = torch.zeros(2, device=device, dtype=torch.float64)
         spec = self.spec
-        # What a rank runs on whose own images are at their end, or can't be decoded.
+        # A rank runs on these when it has no images left, or can't decode them.
         images = torch.zeros(1, spec.num_channels, *spec.size, device=device)
         noise = torch.zeros(1, spec.num_patches, device=device)
         model.eval()
@@ -99,6 +99,6 @@ class HeldOut:
 
     @cached_property
     def _shown(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first images that there are, and the noise of their masks."""
+        """The first images that can be decoded, and the noise of their masks."""
         batch = next(batch for batch in EvaluationSet(self.rows, self.spec, PICTURES, self.mask_seed) if batch.keys)
         return batch.images, batch.noise

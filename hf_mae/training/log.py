@@ -14,6 +14,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..files import replaced
+from ..keys.run_keys import RunRecipe
 from ..run_folder import RunFolder
 from ..visualize.grid import with_title
 
@@ -114,6 +115,13 @@ class RunLog:
 
 def _is_nan(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
+
+
+def start_trackers(accelerator: Accelerator, recipe: RunRecipe) -> None:
+    """Start the trackers that a recipe names, if any, with its numbers and words."""
+    if recipe.log_with:
+        plain = {key: value for key, value in recipe.to_dict().items() if isinstance(value, int | float | str | bool)}
+        accelerator.init_trackers("hf_mae", config=plain)
 
 
 class BadSamples:

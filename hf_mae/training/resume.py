@@ -5,18 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..files import read_json
 from ..keys import names_where
 from ..keys.run_keys import PretrainRecipe, RunRecipe
 from ..run_folder import RunFolder
 from .checkpoint import find_checkpoint
+from .state import RunState
 
 
 def check_folder(recipe: RunRecipe, output_dir: Path) -> None:
-    """See to it that a run may write into a folder.
+    """Check that a run may write into a folder.
 
     Raises:
-        CheckpointError: if it holds a run that this one is not to go on with.
+        CheckpointError: if the folder holds another run, and this one doesn't resume.
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise CheckpointError(f"{output_dir} is no folder; choose another --output_dir")
@@ -30,12 +30,12 @@ def check_folder(recipe: RunRecipe, output_dir: Path) -> None:
 
 
 def check_same_recipe(old: dict[str, Any], recipe: RunRecipe, where: Path, free: set[str]) -> None:
-    """See to it that a run goes on with the recipe that it has.
+    """Check that a run is resumed with its own recipe.
 
     Args:
-        old: keys of the run, as they come back from a file.
-        recipe: what was asked for now.
-        where: whose keys they are, for people.
+        old: keys of the run, from a file.
+        recipe: the recipe that it is resumed with.
+        where: checkpoint or folder of the old keys.
         free: keys that may differ.
 
     Raises:
@@ -50,31 +50,18 @@ def check_same_recipe(old: dict[str, Any], recipe: RunRecipe, where: Path, free:
             )
 
 
-def find_stored(recipe: PretrainRecipe, output_dir: Path) -> Path | None:
-    """The checkpoint that the run goes on from; None for a new run.
+def find_stored(recipe: PretrainRecipe, output_dir: Path) -> tuple[Path | None, RunState | None]:
+    """The checkpoint that a run continues from, and its state; None and None for a new run.
 
     Raises:
-        CheckpointError: if the folder holds a run that this one is not to go on with, or can't.
+        CheckpointError: if the folder holds another run, or one that can't be continued.
     """
     check_folder(recipe, output_dir)
-    stored = None if recipe.resume == "none" else find_checkpoint(output_dir, recipe.resume)
-    if stored:
-        # A fingerprint of the data tells whether another place holds the same.
-        free = names_where(recipe, free=True) | names_where(recipe, place=True)
-        check_same_recipe(read_state(stored)[0]["recipe"], recipe, stored, free)
-    return stored
-
-
-def read_state(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a checkpoint says of the run (trainer.json) and of its data (data.json).
-
-    Raises:
-        CheckpointError: if it is a model's folder rather than a checkpoint.
-    """
-    try:
-        trainer, data = (read_json(checkpoint / name) for name in ("trainer.json", "data.json"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{error.filename} is missing; name a folder checkpoint-STEP of a run") from error
-    except ValueError as error:
-        raise CheckpointError(f"the state in {checkpoint} is no JSON ({error}); name another checkpoint") from error
-    return trainer, data
+    checkpoint = None if recipe.resume == "none" else find_checkpoint(output_dir, recipe.resume)
+    if checkpoint is None:
+        return None, None
+    state = RunState.read(checkpoint)
+    # The fingerprint of the data tells later whether another place holds the same data.
+    free = names_where(recipe, free=True) | names_where(recipe, place=True)
+    check_same_recipe(state.recipe, recipe, checkpoint, free)
+    return checkpoint, state

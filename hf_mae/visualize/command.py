@@ -1,4 +1,4 @@
-"""`hf-mae reconstruct`: pictures of what a model makes of any images, by the evaluation crop it was trained with."""
+"""`hf-mae reconstruct`: pictures of a model's reconstructions of any images, by its own evaluation crop."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -44,7 +44,7 @@ class Reconstructor:
         self.normalize = make_normalizer(self.processor, self.spec.dtype, self.device)
 
     def _resize_for(self, size: tuple[int, int]) -> int | tuple[int, int]:
-        """The resize before another crop: what is cut off is the same share as at the processor's own size."""
+        """The resize before another crop. The share that is cut off stays that of the processor's own size."""
         crop: Any = self.processor.crop_size
         resize: Any = self.processor.size
         if resize.shortest_edge is None:

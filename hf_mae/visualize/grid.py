@@ -11,7 +11,7 @@ from .reconstruction import Reconstruction, masked_psnr, masked_ssim, to_unit_ra
 GRAY = 0.5
 Column = tuple[str, list[Image.Image], list[str] | None]  # title, pictures, a caption of each
 MARGIN, HEADER, CAPTION = 6, 22, 16
-# What a picture says of each way back.
+# Footers that say where the mean and contrast of hidden patches come from.
 FOOTERS: dict[str | None, str] = {
     "visible": "mean and contrast of hidden patches: estimated from the visible patches around them",
     "true": "* uses ground truth: mean and contrast of hidden patches come from the original",
@@ -28,7 +28,7 @@ def reconstruction_grid(
     cell: int = 128,
     pairs: int = 1,
 ) -> Image.Image:
-    """A picture with one row an image: original | masked | reconstruction | reconstruction with the visible patches.
+    """A picture with one row for each image: original | masked | reconstruction | reconstruction with visible patches.
 
     Args:
         reconstructions: of the same images, in the same way, e.g. with several mask ratios; the last three columns are

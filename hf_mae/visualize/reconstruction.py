@@ -16,12 +16,12 @@ from ..modeling_mae import MAEForPreTraining
 
 @dataclass
 class Reconstruction:
-    """Images, what a model was shown of them, and what it made of that.
+    """Images, their visible part, and a model's prediction from it.
 
     Args:
         pixel_values: (B, C, H, W) the images, normalised, as all that follow.
         masked: (B, C, H, W) the visible patches, zero elsewhere.
-        predicted: (B, C, H, W) what the model gives for every patch, also the visible ones, which no loss trains.
+        predicted: (B, C, H, W) the model's output for every patch, even the visible ones, which no loss trains.
         pasted: (B, C, H, W) predictions where patches were removed, the image elsewhere.
         removed: (B, 1, H, W) True where a patch was removed.
         mask_ratio: fraction of patches that were removed.

@@ -3,7 +3,7 @@
 Every cell is a process of its own, so that its peak memory is its own. Ours and transformers' start from the same
 weights, ours, with position tables that transformers' model lacks when it is built from a configuration, and see the
 same images and mask noise; lightly's starts from its own weights and draws its own masks. On a CPU ours is set up as
-`hf-mae pretrain` does it (`tune_for_cpu`); another cell says what that alone would do for transformers' model.
+`hf-mae pretrain` does it (`tune_for_device`); another cell says what that alone would do for transformers' model.
 """
 
 # pyright: reportMissingImports=false
@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, ViTMAEConfig, ViTMAEForPreTraining
 from hf_mae import MAEConfig, MAEForPreTraining
 from hf_mae.configuration_mae import SIZES
 from hf_mae.conversion.layouts import to_layout
-from hf_mae.training.devices import tune_for_cpu
+from hf_mae.training.devices import tune_for_device
 
 IMAGE, MASK_RATIO = 224, 0.75
 CROSS = {"decoder_attention": "cross", "prediction_ratio": 0.25}
@@ -141,9 +141,9 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, loss_of = MODELS[cell["model"]](cell["size"])
     model.to(device).train()
-    if device.type == "cpu" and cell["model"].startswith(("hf_mae", TUNED)):
+    if cell["model"].startswith(("hf_mae", TUNED)):
         assert isinstance(model, PreTrainedModel)
-        tune_for_cpu(model, cell["precision"])
+        tune_for_device(model, device, cell["precision"])
     if cell["checkpointing"]:
         model.gradient_checkpointing_enable()  # pyright: ignore[reportCallIssue]
     generator = torch.Generator().manual_seed(0)

@@ -254,7 +254,7 @@ def test_faults_of_the_user_are_told_in_one_line(folder, tmp_path, capfd):
     assert start("prepare", folder, tmp_path / "out", "--quality", 101) == 2
     assert "quality 101 is out of range; give 1 to 95" in capfd.readouterr().err
     assert start("prepare", folder) == 2
-    assert "--dest" in capfd.readouterr().err
+    assert "--output_dir is missing" in capfd.readouterr().err
     (tmp_path / "file").write_text("")
     assert start("prepare", folder, tmp_path / "file", "--max_bad_fraction", 1) == 2
     assert "can't be written" in capfd.readouterr().err

@@ -8,9 +8,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from features import table_of
 from PIL import Image
 from runs import environment, start
-from test_evaluation import save_model, table_of
+from tiny import save_model
 
 from hf_mae.data.order import Rows
 from hf_mae.data.sources import open_source

@@ -5,13 +5,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from measure_in_processes import bright_rows, quality_of
-from test_evaluation import save_model
+from tiny import save_model
 
 from hf_mae import MAEForPreTraining
 from hf_mae.data.labels import class_numbers, common_classes
 from hf_mae.evaluation.encoder import FrozenEncoder
+from hf_mae.evaluation.fast_linear import fast_linear_accuracy
 from hf_mae.evaluation.knn import knn_accuracy
-from hf_mae.evaluation.linear_probe import fast_linear_accuracy
 from hf_mae.evaluation.table import Features, extract_table, rankme
 
 

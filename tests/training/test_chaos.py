@@ -16,7 +16,7 @@ from processes import ends, fork, last_step
 from runs import arguments, checkpoints, environment, losses, weights_hash
 
 from hf_mae import files
-from hf_mae.training import checkpoint, pretrain
+from hf_mae.training import checkpoint, saving
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")]
 
@@ -128,7 +128,7 @@ def test_a_kill_inside_each_file_of_a_save_changes_nothing_about_the_weights(who
         complete = checkpoint.find_checkpoint(output_dir, "auto")
         assert not before or complete  # the one before is still there
     # And while the end of the run is written, beside the last checkpoint.
-    for change in (dies_at(pretrain, "replace_files", 1), dies_at_end(1), dies_at_end(2)):
+    for change in (dies_at(saving, "replace_files", 1), dies_at_end(1), dies_at_end(2)):
         codes = ends(fork(output_dir, ranks, change, **OPTIONS))
         assert codes[0] == -signal.SIGKILL
         assert max(checkpoints(output_dir)) == 140
@@ -163,7 +163,7 @@ def dies_at_end(call: int) -> Callable[[], None]:
             dies_at(Path, "replace", call)()
             files.replace_files(folder, write)
 
-        pretrain.replace_files = replace_some
+        saving.replace_files = replace_some
 
     return change
 
@@ -183,7 +183,7 @@ cp -r disk/run run
 VERIFY = "from hf_mae.training.checkpoint import *; verify_checkpoint(Path('disk/run/checkpoint-8')); print('whole')"
 
 
-def test_a_full_disk_is_told_and_costs_no_checkpoint_and_the_run_goes_on_when_there_is_room(tmp_path):
+def test_a_full_disk_is_reported_and_costs_no_checkpoint_and_the_run_resumes(tmp_path):
     mounting = ["unshare", "--user", "--map-root-user", "--mount"]
     if subprocess.run([*mounting, "true"], check=False, capture_output=True).returncode:
         pytest.skip("this machine does not let a user mount a file system of his own (unshare --user --mount)")

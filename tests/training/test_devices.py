@@ -11,12 +11,14 @@ from tiny import pixels, tiny
 
 from hf_mae import MAEForPreTraining
 from hf_mae.training import devices
-from hf_mae.training.devices import float32_attention, tune_for_cpu
+from hf_mae.training.devices import float32_attention, tune_for_device
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only the GNU C library has the switch")
 def test_freed_memory_is_kept_for_the_next_step():
-    tune_for_cpu(tiny(MAEForPreTraining), "no")
+    tune_for_device(tiny(MAEForPreTraining), CPU, "no")
     faults = []
     for _ in range(20):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -43,7 +45,7 @@ def test_under_bf16_gradients_are_at_least_as_near_to_those_of_float32_as_withou
         torch.manual_seed(0)
         model = tiny(MAEForPreTraining).train()
         if name == "tuned":
-            tune_for_cpu(model, precision)
+            tune_for_device(model, CPU, precision)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             loss = model(images, noise=noise).loss
         loss.backward()
@@ -58,7 +60,7 @@ def test_under_bf16_gradients_are_at_least_as_near_to_those_of_float32_as_withou
 )
 def test_attention_is_changed_only_where_that_gains(precision, asked, used):
     model = tiny(MAEForPreTraining, attn_implementation=asked)
-    tune_for_cpu(model, precision)
+    tune_for_device(model, CPU, precision)
     assert model.config._attn_implementation == used
 
 

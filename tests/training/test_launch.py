@@ -1,8 +1,6 @@
 """Runs on several processes: torchrun and accelerate launch over gloo, on CPUs."""
 
-import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +9,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from processes import TORCHRUN, derived, ends, fork, free_port, last_step, ranks_of, torchrun
+from processes import TORCHRUN, derived, ends, fork, free_port, last_step, nothing_left, ranks_of, torchrun
 from runs import (
     REPOSITORY,
     arguments,
     checkpoints,
+    cut_off,
     environment,
     evaluations,
     events,
@@ -52,7 +51,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.state import PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from hf_mae import cli
-from hf_mae.training import setup
+from hf_mae.training import devices
 
 class Sharding(Accelerator):
     def __init__(self, **options):
@@ -63,16 +62,9 @@ class Sharding(Accelerator):
         PartialState._shared_state["distributed_type"] = self.state.distributed_type = DistributedType.FSDP
         self.state.fsdp_plugin = plugin
 
-setup.Accelerator = Sharding
+devices.Accelerator = Sharding
 sys.exit(cli.main(sys.argv[1:]))
 """
-
-
-def without_last_checkpoint(whole: Path, output_dir: Path) -> Path:
-    shutil.copytree(whole, output_dir)
-    shutil.rmtree(output_dir / "checkpoint-8")
-    (output_dir / "model.safetensors").unlink()
-    return output_dir
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +108,7 @@ def test_one_of_two_processes_talks(double):
 
 @pytest.mark.slow
 def test_two_processes_go_on_exactly(double, tmp_path):
-    output_dir = without_last_checkpoint(double[0], tmp_path / "run")
+    output_dir = cut_off(double[0], 4, tmp_path / "run")
     torchrun(output_dir, resume="auto", per_device_batch_size=8, **OPTIONS)
     assert weights_hash(output_dir) == weights_hash(double[0])
     assert losses(output_dir) == losses(double[0])
@@ -125,7 +117,7 @@ def test_two_processes_go_on_exactly(double, tmp_path):
 
 @pytest.mark.slow
 def test_one_process_goes_on_where_two_stopped(double, tmp_path):
-    output_dir = without_last_checkpoint(double[0], tmp_path / "run")
+    output_dir = cut_off(double[0], 4, tmp_path / "run")
     run(output_dir, resume="auto", num_workers=2, **OPTIONS)
     assert derived(output_dir)["processes"] == 1
     assert losses(output_dir) == pytest.approx(losses(double[0]), rel=1e-5)
@@ -134,7 +126,7 @@ def test_one_process_goes_on_where_two_stopped(double, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_go_on_where_one_stopped(single, tmp_path):
-    output_dir = without_last_checkpoint(single, tmp_path / "run")
+    output_dir = cut_off(single, 4, tmp_path / "run")
     torchrun(output_dir, resume="auto", **OPTIONS)
     assert losses(output_dir) == pytest.approx(losses(single), rel=1e-5)
     assert weights_difference(output_dir, single) < 1e-5
@@ -147,19 +139,6 @@ def start_torchrun(output_dir: Path, *flags: str, **keys):
     """A run on two processes that goes on while the test does something to it."""
     command = [*TORCHRUN, *flags, "-m", "hf_mae.cli", *arguments(output_dir, **keys)]
     return spawn(command, output_dir.parent / "log", ACCELERATE_USE_CPU="true")
-
-
-@contextlib.contextmanager
-def nothing_left(process: subprocess.Popen):
-    """In the end all processes are gone, whatever the test found."""
-    try:
-        yield
-    finally:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for child in psutil.Process(process.pid).children(recursive=True):
-                child.kill()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.mark.slow
@@ -207,7 +186,7 @@ def test_a_signal_to_some_of_the_processes_lets_all_of_them_save_and_end_well(tm
 
 
 @pytest.mark.slow
-def test_a_run_of_which_a_rank_was_killed_goes_on_by_torchruns_restarts_and_ends_as_ever(tmp_path):
+def test_a_run_with_a_killed_rank_is_restarted_by_torchrun_and_ends_the_same(tmp_path):
     options = {**OPTIONS, "total_steps": 120, "save_steps": 10, "eval_steps": 120, "keep_checkpoints": 2}
     whole, output_dir = tmp_path / "whole", tmp_path / "run"
     torchrun(whole, **options)
@@ -247,11 +226,11 @@ def test_sharded_weights_take_the_steps_of_whole_ones_and_are_saved_whole(sharde
 
 @pytest.mark.slow
 def test_a_sharded_run_goes_on_exactly_and_unsharded_too(sharded, tmp_path):
-    output_dir = without_last_checkpoint(sharded / "run", tmp_path / "run")
+    output_dir = cut_off(sharded / "run", 4, tmp_path / "run")
     torchrun(output_dir, [sharded / "sharding.py"], resume="auto", **OPTIONS)
     assert weights_hash(output_dir) == weights_hash(sharded / "run")
     assert losses(output_dir) == losses(sharded / "run")
-    output_dir = without_last_checkpoint(sharded / "run", tmp_path / "other")
+    output_dir = cut_off(sharded / "run", 4, tmp_path / "other")
     run(output_dir, resume="auto", **OPTIONS)
     assert losses(output_dir) == pytest.approx(losses(sharded / "run"), rel=1e-5)
     assert weights_difference(output_dir, sharded / "run") < 1e-5
@@ -301,7 +280,7 @@ SLURM = {
 
 
 @pytest.mark.slow
-def test_the_slurm_script_saves_and_queues_again_before_the_time_limit_and_then_goes_on(tmp_path):
+def test_the_slurm_script_saves_and_requeues_before_the_time_limit_and_resumes(tmp_path):
     for name, text in SLURM.items():  # what a cluster has
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)

@@ -1,14 +1,92 @@
+"""Parameter groups: what decays, which layer learns how fast, and which learns at all."""
+
 import itertools
 import re
 
 import pytest
 import torch
 from golden import GOLDEN
-from tiny import pixels, tiny
+from tiny import draw_noise, pixels, tiny
+from torch import nn
 
-from hf_mae import MAEConfig, MAEForImageClassification
+from hf_mae import MAEConfig, MAEForImageClassification, MAEForPreTraining
 from hf_mae.configuration_mae import SIZES
-from hf_mae.optim.groups import layer_decay_groups, train_last_blocks
+from hf_mae.optim.groups import adamw, layer_decay_groups, parameter_groups, train_last_blocks
+
+
+def test_all_but_one_dimensional_parameters_are_decayed_tokens_among_them():
+    model = MAEForPreTraining(tiny(MAEForPreTraining).config)
+    groups = parameter_groups(model, 0.05)
+    assert [group["weight_decay"] for group in groups] == [0.05, 0.0]
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, spared = ([name_of[id(parameter)] for parameter in group["params"]] for group in groups)
+    assert sorted(decayed + spared) == sorted(name_of.values())
+    # By name, the other way round: weights of linear layers and of the patch projection, and the two tokens.
+    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
+    assert set(decayed) == linear | {"mae.embeddings.cls_token", "decoder.mask_token"}
+    assert all(name.endswith(".bias") or "norm" in name for name in spared)
+    assert any("norm" in name and name.endswith(".weight") for name in spared)
+
+
+def test_frozen_parameters_are_left_out_and_so_is_an_empty_group():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1, bias=False))
+    model[0].weight.requires_grad_(False)
+    groups = parameter_groups(model, 0.1)
+    assert [[p.shape for p in group["params"]] for group in groups] == [[(1, 3)], [(3,)]]
+    model[0].bias.requires_grad_(False)
+    (group,) = parameter_groups(model, 0.1)
+    assert group["weight_decay"] == 0.1
+
+
+def test_trainable_positions_are_decayed_and_fixed_ones_are_not_trained():
+    for trainable in (False, True):
+        model = tiny(MAEForPreTraining, trainable_positions=trainable)
+        tables = [p for name, p in model.named_parameters() if "position" in name and p.requires_grad]
+        decayed = {id(p) for p in parameter_groups(model, 0.05)[0]["params"]}
+        assert len(tables) == trainable
+        assert all(id(table) in decayed for table in tables)
+
+
+def test_steps_of_the_optimizer_are_adamws_formula():
+    model = tiny(MAEForPreTraining)
+    optimizer = adamw(model, (0.9, 0.95), 0.05)
+    assert all(group["betas"] == (0.9, 0.95) for group in optimizer.param_groups)
+    by_hand = {name: p.detach().double() for name, p in model.named_parameters() if p.requires_grad}
+    before = {name: value.clone() for name, value in by_hand.items()}
+    first = {name: torch.zeros_like(value) for name, value in by_hand.items()}
+    second = {name: torch.zeros_like(value) for name, value in by_hand.items()}
+    for step, lr in enumerate((1e-2, 3e-2, 2e-2), start=1):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        model(pixels(seed=step), noise=draw_noise()).loss.backward()
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            gradient = parameter.grad.double()
+            first[name] = 0.9 * first[name] + 0.1 * gradient
+            second[name] = 0.95 * second[name] + 0.05 * gradient**2
+            update = first[name] / (1 - 0.9**step) / ((second[name] / (1 - 0.95**step)).sqrt() + 1e-8)
+            decay = 0.05 if parameter.ndim > 1 else 0.0
+            by_hand[name] = by_hand[name] * (1 - lr * decay) - lr * update
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert torch.allclose(parameter.double(), by_hand[name], atol=2e-6, rtol=1e-5), name
+            assert (by_hand[name] - before[name]).abs().max() > 1e-2, name
+
+
+def test_a_learning_rate_that_nobody_set_changes_nothing():
+    model = tiny(MAEForPreTraining)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    optimizer = adamw(model, (0.9, 0.95), 0.05)
+    model(pixels(), noise=draw_noise()).loss.backward()
+    optimizer.step()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+# ------------------------------------------------------------------------------------------ layer-wise learning rates
+
 
 OURS = {
     "cls_token": "mae.embeddings.cls_token",
@@ -85,7 +163,10 @@ def test_the_first_group_is_the_heads_and_a_decay_of_one_is_one_rate():
 
 # ------------------------------------------------------------------------------------------ partial fine-tuning
 
+
 HEAD = {"classifier.weight", "classifier.bias", "fc_norm.weight", "fc_norm.bias"}
+
+
 HALF = {f"mae.layers.3.{name}" for name in (
     "norm2.weight", "norm2.bias", "mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias"
 )}  # fmt: skip
@@ -103,6 +184,8 @@ EMBEDDING = {
     "mae.embeddings.patch_embed.bias",
     "mae.embeddings.position_embeddings.table",
 }
+
+
 TRAINED = {
     "0": HEAD,
     "0.5": HEAD | HALF,

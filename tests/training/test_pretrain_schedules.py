@@ -8,7 +8,6 @@ from runs import arguments, evaluations, load_pretrain_recipe, losses, run, star
 from hf_mae import MAEConfig, MAEForPreTraining
 from hf_mae.errors import UserError
 from hf_mae.layers_mae import sincos_table
-from hf_mae.optim.schedule import read_points, stages, value_at
 from hf_mae.training.pretrain import PretrainRun
 
 # 12 steps: 1 to 3 at 4 pixels, 4 to 8 at 6 x 8, 9 to 12 at 8.
@@ -19,14 +18,6 @@ OPTIONS = {**GROWING, "save_steps": 1, "eval_steps": 6, "keep_checkpoints": 12}
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     return run(tmp_path_factory.mktemp("runs") / "growing", **OPTIONS)
-
-
-def test_a_value_holds_from_its_part_of_the_run_on():
-    points = read_points(["0:7", "0.25:8", "0.5:9"], int)
-    assert points == [(0.0, 7), (0.25, 8), (0.5, 9)]
-    assert [value_at(stages(points, 8), step) for step in range(8)] == [7, 7, 8, 8, 9, 9, 9, 9]
-    assert [value_at(stages(points, 5), step) for step in range(5)] == [7, 7, 8, 9, 9]
-    assert [value_at(stages(points, 1), step) for step in range(1)] == [7]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -220,7 +220,7 @@ def damage_row_group(path: Path, group: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_rows_that_a_shard_can_not_give_are_named_with_the_reason_and_the_others_seen(tmp_path, workers):
+def test_rows_that_a_shard_can_not_give_are_named_and_the_others_seen(tmp_path, workers):
     cases = [Case(f"{i}.png", encoded(Image.new("RGB", (WIDTH, HEIGHT), (i, 0, 0)))) for i in range(60)]
     secret = tmp_path / "secret.png"
     secret.write_bytes(cases[0].data)
@@ -340,7 +340,7 @@ def test_mutated_files_end_no_process_and_every_clean_id_is_seen_once_an_epoch(e
 
 
 @pytest.mark.parametrize("each", [25, pytest.param(600, marks=pytest.mark.slow)])
-def test_mutated_jpegs_end_no_process_and_the_extra_decoder_judges_and_shows_them_as_pillow(each, monkeypatch):
+def test_mutated_jpegs_end_no_process_and_both_decoders_agree_on_them(each, monkeypatch):
     pytest.importorskip("simplejpeg", reason="without simplejpeg, Pillow decodes everything")
     picture = Image.fromarray(noise(40, 30)).resize((160, 120), Image.Resampling.BICUBIC)
     kinds = [

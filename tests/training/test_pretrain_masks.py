@@ -15,8 +15,6 @@ from runs import (
     weights_hash,
 )
 
-from hf_mae.errors import UserError
-from hf_mae.optim.batch import micro_batch
 from hf_mae.training.pretrain import PretrainRun
 
 TWICE = {"masks_per_image": 2, "save_steps": 3, "eval_steps": 12}
@@ -30,7 +28,7 @@ def whole(tmp_path_factory):
 def test_the_loss_of_a_step_is_the_mean_over_the_masks_of_each_image(tmp_path):
     words = arguments(tmp_path, masks_per_image=4, total_batch_size=32, per_device_batch_size=16)[1:]
     step = PretrainRun(load_pretrain_recipe(words))
-    first, second = (next(batches) for batches in [step._batches(0)] for _ in range(2))
+    first, second = (next(batches) for batches in [step.batches] for _ in range(2))
     assert len(first.images) == len(second.images) == 4
     assert first.noise.shape == (16, 16)
     assert len(torch.unique(torch.cat([first.noise, second.noise]), dim=0)) == 32
@@ -82,11 +80,3 @@ def test_a_run_with_one_number_of_masks_is_not_gone_on_with_another(whole, tmp_p
     words = arguments(tmp_path / "run", resume=whole / "checkpoint-6", **{**TWICE, "masks_per_image": 4})
     assert start(*words) == 2
     assert "with masks_per_image 2, not 4" in capfd.readouterr().err
-
-
-def test_micro_batches_hold_all_masks_of_an_image():
-    assert micro_batch(96, None, 2, masks=4) == (48, 1)
-    assert micro_batch(960, None, 1, masks=10) == (60, 16)
-    assert micro_batch(640, None, 1, masks=128) == (128, 5)
-    with pytest.raises(UserError, match=r"can't be dealt to 5 processes; use \[1, 2, 3, 4\] .* multiple of 20 images"):
-        micro_batch(96, None, 5, masks=4)

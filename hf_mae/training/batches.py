@@ -1,0 +1,60 @@
+"""Micro-batches of a pretraining run on the device, and the account of what was read for them."""
+
+from collections.abc import Generator
+from contextlib import closing
+
+import torch
+from accelerate.utils import gather_object
+
+from ..data.loader import Batch, TrainingStream, each_batch, make_loader
+
+
+class MicroBatches:
+    """An iterator over this process's micro-batches. Loader workers start at the first one and end with `close`.
+
+    Args:
+        stream: this process's share of the data.
+        images: decoded images in a micro-batch.
+        masks: of each image.
+        num_workers: loader processes.
+        device: where the micro-batches go.
+    """
+
+    def __init__(self, stream: TrainingStream, images: int, masks: int, num_workers: int, device: torch.device):
+        self.stream, self.images, self.masks = stream, images, masks
+        self.num_workers, self.device = num_workers, device
+        self._read_up_to: dict[int, int] = {}
+        self._bad: list[tuple[str, str]] = []
+        self._batches = self._generate()
+
+    def __next__(self) -> Batch:
+        return next(self._batches)
+
+    def close(self) -> None:
+        self._batches.close()
+
+    def _generate(self) -> Generator[Batch]:
+        loader = make_loader(self.stream, self.num_workers, self.device.type == "cuda")
+        with closing(each_batch(loader)) as items:
+            for item in items:
+                self._read_up_to.update(item.positions)
+                self._bad += item.bad
+                for start in range(0, len(item.keys), self.images):
+                    part = slice(start, start + self.images)
+                    noise = item.noise[self.masks * part.start : self.masks * part.stop]
+                    yield Batch(
+                        images=item.images[part].to(self.device, non_blocking=True),
+                        noise=noise.to(self.device, non_blocking=True),
+                        keys=item.keys[part],
+                        labels=item.labels[part],
+                    )
+
+    def positions(self) -> dict[int, int]:
+        """Stream number -> rows read, of the streams of all processes that have moved; every process calls it."""
+        return {stream: rows for process in gather_object([self._read_up_to]) for stream, rows in process.items()}
+
+    def take_bad(self) -> list[tuple[str, str]]:
+        """(key, reason) of the samples that no process could decode since the last call; every process calls it."""
+        bad = gather_object(self._bad)
+        self._bad = []
+        return bad

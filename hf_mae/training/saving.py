@@ -1,0 +1,92 @@
+"""What a pretraining run saves: its checkpoints and its final model. Every process takes part, the main one writes."""
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import nn
+
+from ..errors import DiskFullError
+from ..files import replace_files
+from ..image_processing_mae import MAEImageProcessor
+from ..modeling_mae import MAEForPreTraining
+from .checkpoint import full_state_dict, load_tensors, optimizer_tensors, same_tensors, save_tensors, write_checkpoint
+from .state import RunState
+
+MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+
+
+class Saver:
+    """Writes checkpoints and the final model of a run into its folder.
+
+    Args:
+        accelerator: of the run.
+        model: wrapped as it is trained.
+        optimizer: PyTorch's own, not wrapped.
+        processor: the model's image processor.
+        output_dir: folder of the run.
+        keep: checkpoints that stay.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        processor: MAEImageProcessor,
+        output_dir: Path,
+        keep: int,
+    ):
+        self.accelerator, self.optimizer, self.processor = accelerator, optimizer, processor
+        self.model: MAEForPreTraining = accelerator.unwrap_model(model)
+        self.output_dir, self.keep = output_dir, keep
+        self.saved_before = False
+
+    def checkpoint(self, state: RunState) -> str | None:
+        """Write `checkpoint-STEP`.
+
+        Returns:
+            None, or, on every process, that there was no room for it.
+
+        Raises:
+            CheckpointError: if what was written is not what is read back.
+        """
+        weights, moments = full_state_dict(self.model), optimizer_tensors(self.model, self.optimizer)
+        failure: list[str | None] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                self._write(weights, moments, state)
+            except DiskFullError as error:
+                failure = [str(error)]
+        # The others wait here for the main process, and learn how it went.
+        broadcast_object_list(failure)
+        return failure[0]
+
+    def _write(self, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], state: RunState) -> None:
+        def write(folder: Path) -> None:
+            self._write_model(weights, folder)
+            save_tensors(moments, folder / OPTIMIZER)
+            state.write(folder)
+
+        def read_back(folder: Path) -> bool:
+            return RunState.read(folder) == state and all(
+                same_tensors(tensors, load_tensors(folder / name))
+                for tensors, name in ((weights, MODEL), (moments, OPTIMIZER))
+            )
+
+        # The first one shows whether this machine's disk and these versions give back what they get.
+        check = None if self.saved_before else read_back
+        write_checkpoint(self.output_dir, state.step, write, self.keep, check)
+        self.saved_before = True
+
+    def final(self) -> None:
+        """Write the model and its image processor into the run's own folder."""
+        weights = full_state_dict(self.model)
+        if self.accelerator.is_main_process:
+            replace_files(self.output_dir, lambda folder: self._write_model(weights, folder))
+
+    def _write_model(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
+        # save_pretrained empties the dict it gets, so pass a copy.
+        self.model.save_pretrained(folder, state_dict=dict(weights))
+        self.processor.save_pretrained(folder)

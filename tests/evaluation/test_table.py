@@ -1,0 +1,97 @@
+"""RankMe, samples, class numbers and top-k of feature tables."""
+
+import numpy as np
+import pytest
+import torch
+from memory_source import MemorySource, noise_images
+
+from hf_mae.data.labels import class_numbers, common_classes
+from hf_mae.data.order import Rows
+from hf_mae.data.sources import DataError
+from hf_mae.evaluation.fast_linear import fast_linear_accuracy
+from hf_mae.evaluation.knn import knn_accuracy
+from hf_mae.evaluation.table import Features, rankme, top_k_correct
+
+
+def test_rankme_by_hand():
+    # Singular values 3 and 1: shares 3/4 and 1/4, exp(entropy) = (4/3)^(3/4) * 4^(1/4).
+    values = torch.tensor([[3.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    assert rankme(values) == pytest.approx((4 / 3) ** 0.75 * 4**0.25, abs=1e-5)
+    assert rankme(torch.outer(torch.arange(1.0, 8), torch.arange(1.0, 6))) == pytest.approx(1, abs=1e-4)
+    orthogonal = torch.linalg.qr(torch.randn(40, 5, generator=torch.Generator().manual_seed(0)))[0]
+    assert rankme(2.5 * orthogonal) == pytest.approx(5, abs=1e-4)
+
+
+def test_a_sample_is_a_part_without_repetition_and_differs_by_seed():
+    table = Features(torch.arange(100.0).unsqueeze(1), torch.arange(100))
+    first, again, other = table.sample(0.2, 0), table.sample(0.2, 0), table.sample(0.2, 1)
+    assert len(set(first.labels.tolist())) == 20
+    assert torch.equal(first.labels, again.labels)
+    assert not torch.equal(first.labels, other.labels)
+    assert torch.equal(first.values[:, 0].long(), first.labels)
+
+
+def rows_of(labels, names=None) -> Rows:
+    source = MemorySource(noise_images([len(labels)]), labels=labels)
+    source.label_names = names
+    return Rows(source)
+
+
+def numbered(train, test, **options):
+    rows, eval_rows = rows_of(train, options.pop("names", None)), rows_of(test, options.pop("eval_names", None))
+    classes = common_classes(train, rows, test, eval_rows, **options)
+    return class_numbers(train, classes).tolist(), class_numbers(test, classes).tolist()
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ([700, 3, 10**12], [3, 700]),  # gaps
+        ([2.0, 1.0, 3.0], [1, 2]),  # whole numbers as floats
+        (["dog", "cat", "eel"], ["cat", "dog"]),
+        ([np.int64(5), np.int16(-1), np.int8(7)], [-1, 5]),  # no names: -1 is a class
+        ([True, False, 2], [False, True]),
+    ],
+)
+def test_classes_of_any_kind_are_numbered_without_gaps(train, test):
+    found, asked = numbered(train, test)
+    assert sorted(found) == [0, 1, 2]
+    assert asked == [found[train.index(label)] for label in test]
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "options", "words"),
+    [
+        ([0, None, 1], [0], {}, ["1 of 3 images", "no label", "--label_column"]),
+        ([0, 1], [float("nan")], {}, ["1 of 1 images", "no label"]),
+        ([0, 1], [-1, -1], {"eval_names": ["a", "b"]}, ["2 of 2 images", "no label"]),
+        ([0.37, 1.0], [1], {}, ["label 0.37", "no class"]),
+        ([[0, 1], [1, 0]], [[0, 1]], {}, ["label [0, 1]", "no class"]),
+        ([float("inf"), 1.0], [1], {}, ["label inf", "no class"]),
+        ([4, 4, 4], [4], {}, ["3 images", "one class only (4)", "two or more"]),
+        ([0, 1], [0, 5, 6], {}, ["2 of 3 classes", "the first 5", "the 2 of", "more images"]),
+        ([0, 1], [0, 1], {"names": ["cat", "dog"], "eval_names": ["cat", "eel"]}, ["class 1 is 'dog'", "'eel'"]),
+        ([0, 1], [0, 1], {"names": ["cat", "dog"], "eval_names": ["cat"]}, ["class 1 is 'dog'", "None"]),
+    ],
+)  # fmt: skip
+def test_labels_that_will_not_do_get_one_line(train, test, options, words):
+    with pytest.raises(DataError) as raised:
+        numbered(train, test, **options)
+    message = str(raised.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_classes_that_can_not_be_learnt_may_be_allowed_and_are_wrong():
+    (found, asked) = numbered([3, 5], [9, 3], all_known=False)
+    assert (found, asked) == ([0, 1], [2, 0])
+    train = Features(torch.eye(2), torch.tensor(found))
+    test = Features(torch.eye(2), torch.tensor(asked))
+    assert knn_accuracy(train, test, ks=(2,)) == {"knn_top1_k2": 0.0}
+    assert fast_linear_accuracy(train, test)["linear_top1"] == 0
+
+
+def test_a_label_is_among_the_first_k_by_hand():
+    scores, labels = torch.tensor([[0.1, 0.9, 0.5], [0.9, 0.5, 0.1]]), torch.tensor([2, 2])
+    assert [top_k_correct(scores, labels, k) for k in (1, 2, 3, 9)] == [0, 1, 2, 2]
