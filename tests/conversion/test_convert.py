@@ -589,6 +589,24 @@ def test_a_cross_attention_decoder_stays_and_its_encoder_goes_elsewhere(tmp_path
         torch.testing.assert_close(copied(pixels()).last_hidden_state, expected, atol=1e-5, rtol=0)
 
 
+def test_the_same_conversion_writes_the_same_bytes(tmp_path):
+    save_ours(tiny(MAEForPreTraining), tmp_path / "ours")
+    for number in range(4):  # safetensors shuffles its metadata
+        assert convert(tmp_path / "ours", tmp_path / str(number), to="original") == 0
+    files = [(tmp_path / str(number) / "model.safetensors").read_bytes() for number in range(4)]
+    assert len(set(files)) == 1
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"licence": "cc-b'])
+def test_a_broken_record_of_a_conversion_is_an_error_as_the_licence_would_get_lost(tmp_path, capsys, content):
+    save_ours(tiny(MAEModel), tmp_path / "ours")
+    (tmp_path / "ours" / "conversion.json").write_text(content)
+    assert convert(tmp_path / "ours", tmp_path / "dest") == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "conversion.json" in error
+    assert error.endswith("if you know the licence of the weights, remove it")
+
+
 def test_what_can_not_be_expressed_is_refused_in_one_line(tmp_path, capsys):
     save_ours(tiny(MAEForImageClassification, num_labels=5), tmp_path / "mean")
     save_ours(tiny(MAEForPreTraining, mask_cell=2), tmp_path / "cells")

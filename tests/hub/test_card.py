@@ -255,6 +255,13 @@ def test_weights_keep_the_licence_of_what_they_come_from(full, bare, tmp_path):
     assert "from mae.pth" not in Card.read(converted).text()
 
 
+@pytest.mark.parametrize("content", ["", "[1]", '{"licence": "cc-b'])
+def test_weights_whose_record_of_conversion_is_broken_get_no_other_licence(full, content):
+    (full / "conversion.json").write_text(content)
+    assert licence_of(full) is None
+    assert "licence of these weights is not recorded" in section(Card.read(full).text(), "Licence")
+
+
 # ------------------------------------------------------------------------------------------ the Hub's rules
 
 

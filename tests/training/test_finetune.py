@@ -19,6 +19,7 @@ from tunings import arguments, parts_of, results, tune
 from hf_mae import MAEImageProcessor
 from hf_mae.errors import UserError
 from hf_mae.keys.finetune_keys import FinetuneRecipe
+from hf_mae.run_folder import add_result, read_results
 from hf_mae.training.finetune import trainer_parts
 
 
@@ -282,6 +283,23 @@ def test_mistakes_get_one_line_with_the_remedy(keys, message, pretrained, tmp_pa
     words = arguments(tmp_path / "out", **{"model": pretrained, **keys})
     assert message in mistake(capsys, "finetune", *words)
     assert not (tmp_path / "out").exists()
+
+
+def test_results_that_cannot_be_added_to_are_reported_before_the_training(pretrained, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "results.json").write_text("mine")
+    assert "is no list of results of hf-mae; move it away" in mistake(
+        capsys, "finetune", *arguments(out, model=pretrained)
+    )
+    assert [path.name for path in out.iterdir()] == ["results.json"]
+
+
+def test_other_results_in_the_folder_are_not_taken_for_those_of_the_run(pretrained, tmp_path):
+    other = {"protocol": {"name": "knn"}, "data": {}, "checkpoint": {}, "figures": {"knn_top1": 50.0}}
+    add_result(other, tmp_path / "out" / "results.json")
+    out = tune(tmp_path / "out", model=pretrained, resume="auto", total_steps=1)
+    assert [entry["protocol"]["name"] for entry in read_results(out / "results.json")] == ["knn", "fine-tuning"]
 
 
 def test_data_that_does_not_fit_gets_one_line_with_the_remedy(colourful, pretrained, tmp_path, capsys):
