@@ -27,7 +27,7 @@ def is_disk_full(error: Exception) -> bool:
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """Write a file that is the old or the new one at every instant: yields the temporary file to write instead."""
-    temporary = path.with_name(f".tmp-{path.name}")
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")  # other processes may write the same file
     try:
         yield temporary
         with temporary.open("rb") as file:
@@ -35,6 +35,12 @@ def replaced(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
+    """Write a file, the old or the new one at every instant."""
+    with replaced(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:

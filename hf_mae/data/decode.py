@@ -212,14 +212,14 @@ def _decode_fast(data: bytes, num_channels: int, min_pixels: int) -> np.ndarray 
     try:
         header: Any = simplejpeg.decode_jpeg_header(data)
         height, width, color, _ = header
-        wanted = {("YCbCr", 3): "RGB", ("Gray", 3): "RGB", ("Gray", 1): "GRAY"}.get((color, num_channels))
-        if wanted is None:
+        colorspace = {("YCbCr", 3): "RGB", ("Gray", 3): "RGB", ("Gray", 1): "GRAY"}.get((color, num_channels))
+        if colorspace is None:
             return None
         _check_size(width, height, data)
         factor = _factor(width, height, min_pixels)
         least = (height // factor, width // factor) if factor > 1 else (0, 0)
         # strict: what libjpeg only warns of is an error.
-        return simplejpeg.decode_jpeg(data, wanted, min_height=least[0], min_width=least[1], strict=True)
+        return simplejpeg.decode_jpeg(data, colorspace, min_height=least[0], min_width=least[1], strict=True)
     except BadImage:
         raise
     except ValueError:

@@ -78,7 +78,7 @@ class LabelledImages(Dataset):
             DataError: if the image, and ten random others, can't be decoded.
         """
         index = int(self.order[index])
-        row = self._row(index)
+        row = self.rows.read_one(index)
         if self.seed is None:
             image = decode_image(row.image, self.spec.num_channels, self.spec.dtype)
             pixels = evaluation_view(image, self.spec.eval_resize, self.spec.size)
@@ -93,9 +93,6 @@ class LabelledImages(Dataset):
             pixel_values = self.erase(pixel_values, rng)
         return {"pixel_values": pixel_values, "labels": self.targets[index], "rng": rng}
 
-    def _row(self, index: int) -> Row:
-        return next(self.rows.read(self.rows.index[index : index + 1]))
-
     def _decode_or_replace(self, row: Row, index: int, rng: np.random.Generator) -> tuple[Any, int]:
         """The image, or a random other one, and the index of the one taken."""
         message = ""
@@ -106,7 +103,7 @@ class LabelledImages(Dataset):
                 message = f"{row.key}: {error}"
                 self._note(row.key, error)
             index = int(rng.integers(len(self.rows)))
-            row = self._row(index)
+            row = self.rows.read_one(index)
         name = self.rows.source.name
         raise DataError(f"{TRIES} random images of {name} in a row can't be decoded ({message}); check the data")
 
@@ -146,7 +143,7 @@ class _Reasons(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> BadSample | None:
-        row = next(self.rows.read(self.rows.index[index : index + 1]))
+        row = self.rows.read_one(index)
         try:
             decode_image(row.image, self.spec.num_channels, self.spec.dtype)
         except BadImage as error:

@@ -1,7 +1,7 @@
 """What a data set's labels mean to a classifier: names of the classes, and a target for every image."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from numbers import Real
@@ -13,6 +13,7 @@ from ..errors import DataError
 from .order import Rows
 from .shards import Source
 
+LABELS_AT_ONCE = 256  # rows; their images are in memory meanwhile
 Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 
@@ -79,19 +80,22 @@ def find_labels(rows: Rows, problem: Problem) -> Labels:
     elif multiple and _is_multi_hot(values):
         names = [str(i) for i in range(len(values[0]))]
     else:
-        found = {value for row in values for value in row} if multiple else set(values)
+        classes = {value for row in values for value in row} if multiple else set(values)
         # Numbers in the order of numbers; a mixture of kinds in the order of their names.
-        key = None if len({type(value) for value in found}) == 1 else str
-        names = [str(value) for value in sorted(found, key=key)]
+        key = None if len({type(value) for value in classes}) == 1 else str
+        names = [str(value) for value in sorted(classes, key=key)]
     if len(names) < 2 and not multiple:
         raise DataError(f"{source.name} has one class only ({names[0]}); two or more are needed: check the labels")
     return Labels(problem, tuple(names))
 
 
 def labels_of(rows: Rows) -> list[Any]:
-    """The labels of these rows of a source, in order."""
-    labels = rows.source.read_labels()
-    return [labels[i] for i in rows.index.tolist()]
+    """The labels of these rows, in order. Most sources have to read the images too; none is decoded."""
+    labels = rows.source.known_labels()
+    if labels is not None:
+        return [labels[i] for i in rows.index.tolist()]
+    parts = (rows.index[start : start + LABELS_AT_ONCE] for start in range(0, len(rows), LABELS_AT_ONCE))
+    return [row.label for part in parts for row in rows.read(part)]
 
 
 def _whole(values: Sequence[Any], source: Source) -> Sequence[Any]:
@@ -133,13 +137,6 @@ def _numbers(value: Any, source: Source) -> list[float]:
     return [float(number) for number in row]
 
 
-def read_labels(rows: Rows) -> Iterator[Any]:
-    """The labels of all rows, in their order; images are read along and not decoded."""
-    for start in range(0, len(rows), 1024):
-        for row in rows.read(rows.index[start : start + 1024]):
-            yield row.label
-
-
 def find_classes(labels: Sequence[Any], rows: Rows) -> list[int | str]:
     """The classes of a split, in a fixed order; gaps between their numbers don't matter.
 
@@ -150,23 +147,23 @@ def find_classes(labels: Sequence[Any], rows: Rows) -> list[int | str]:
     Raises:
         DataError: if an image has no label, or one that is no class.
     """
-    found: set[int | str] = set()
-    without = 0
+    classes: set[int | str] = set()
+    missing = 0
     named = rows.source.label_names is not None
     for label in labels:
         # datasets' mark for "no label" in a column of named classes is -1; elsewhere it may be a class.
         if label is None or label != label or (named and label == -1):
-            without += 1
+            missing += 1
         elif isinstance(label, str) or (isinstance(label, Real) and label % 1 == 0):
-            found.add(as_class(label))
+            classes.add(as_class(label))
         else:
             raise DataError(f"label {str(label)[:60]} of {rows.name} is no class; name another --label_column")
-    if without:
+    if missing:
         raise DataError(
-            f"{without} of {len(labels)} images of {rows.name} have no label; name their column by --label_column, "
+            f"{missing} of {len(labels)} images of {rows.name} have no label; name their column by --label_column, "
             "or take a split that has labels"
         )
-    return sorted(found, key=lambda label: (isinstance(label, str), label))
+    return sorted(classes, key=lambda label: (isinstance(label, str), label))
 
 
 def as_class(label: Any) -> int | str:

@@ -163,22 +163,22 @@ def _locate_images(dataset: str, root: str, names: list[str]) -> Place:
     if not names:
         raise DataError(f"no images in {dataset}; expected files ending in {' '.join(IMAGE_EXTENSIONS)}")
     folders = Counter(name.split("/", 1)[0] for name in names if "/" in name)
-    found = {}
+    split_folders: dict[str, str] = {}
     for split, aliases in SPLIT_FOLDERS.items():
         for alias in aliases:
-            if alias in folders and split not in found:
-                found[split] = f"{alias}/"
-    others = [name for name in folders if f"{name}/" not in found.values()]
-    if found and others:
+            if alias in folders and split not in split_folders:
+                split_folders[split] = f"{alias}/"
+    others = [name for name in folders if f"{name}/" not in split_folders.values()]
+    if split_folders and others:
         logger.warning(
             "%s has split folders (%s); its other folders are left out: %s",
             dataset,
-            " ".join(found.values()),
+            " ".join(split_folders.values()),
             ", ".join(sorted(others)[:5]),
         )
-    found = found or {"train": ""}
-    splits = {split: [name for name in names if name.startswith(folder)] for split, folder in found.items()}
-    return Place(dataset, "imagefolder", splits, root, found)
+    split_folders = split_folders or {"train": ""}
+    splits = {split: [name for name in names if name.startswith(folder)] for split, folder in split_folders.items()}
+    return Place(dataset, "imagefolder", splits, root, split_folders)
 
 
 def _locate_files(dataset: str, files: list[str]) -> Place:
@@ -211,8 +211,8 @@ def _locate_url(dataset: str) -> Place:
         except (ImportError, ValueError) as error:
             raise DataError(f"cannot open {pattern}: {one_line(error)}") from error
         if glob.has_magic(path):
-            found = with_retries(lambda fs=fs, path=path: fs.glob(path), dataset)
-            files += [fs.unstrip_protocol(file) for file in found]
+            paths = with_retries(lambda fs=fs, path=path: fs.glob(path), dataset)
+            files += [fs.unstrip_protocol(file) for file in paths]
         elif _kind(path):
             files.append(pattern)
         else:
@@ -226,8 +226,8 @@ def _locate_url_folder(dataset: str, fs: Any, path: str) -> Place:
     from datasets.data_files import DataFilesDict, get_data_patterns
 
     root = fs.unstrip_protocol(path).rstrip("/")
-    found = [fs.unstrip_protocol(file) for file in with_retries(lambda: fs.find(path), dataset)]
-    names = sorted(file.removeprefix(f"{root}/") for file in found)
+    urls = [fs.unstrip_protocol(file) for file in with_retries(lambda: fs.find(path), dataset)]
+    names = sorted(url.removeprefix(f"{root}/") for url in urls)
     names = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
     kind = _kind_of_folder(names)
     if kind == "imagefolder" or kind is None:
@@ -280,8 +280,8 @@ def load_builder(dataset: str, path: str, **options: Any) -> Any:
 
 
 def _from_builder(dataset: str, builder: Any) -> Place:
-    found = builder.config.data_files or {str(split): [] for split in builder.info.splits or {}}
-    splits = {str(split): list(dict.fromkeys(map(str, files))) for split, files in found.items()}
+    data_files = builder.config.data_files or {str(split): [] for split in builder.info.splits or {}}
+    splits = {str(split): list(dict.fromkeys(map(str, files))) for split, files in data_files.items()}
     place = Place(dataset, builder.name, splits, builder=builder)
     if builder.repo_id is not None:
         place.revision = builder.hash

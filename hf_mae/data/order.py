@@ -45,6 +45,13 @@ def held_out(shards: np.ndarray, rows: np.ndarray, fraction: float) -> np.ndarra
     return (key ^ (key >> np.uint64(31))).astype(np.float64) / 2.0**64 < fraction
 
 
+def spread(index: np.ndarray, most: int, source: Source) -> np.ndarray:
+    """Up to `most` of these rows: evenly spaced ones where any row is cheap to read, else the first."""
+    if len(index) <= most or not source.random_access:
+        return index[:most]
+    return index[np.linspace(0, len(index) - 1, most).round().astype(np.int64)]
+
+
 class Rows:
     """The rows of a source that one use sees (training, evaluation), and their order in each epoch.
 
@@ -52,7 +59,7 @@ class Rows:
         source: where they come from.
         part: "all", or, of a source without a split of its own for evaluation, "train" or "held_out".
         held_out_fraction: share that `held_out` takes.
-        max_samples: at most so many: evenly spaced ones of a source with random access, else the first.
+        max_samples: maximum number of rows, see `spread`; all of them when omitted.
     """
 
     def __init__(
@@ -65,9 +72,8 @@ class Rows:
         if part != "all":
             out = held_out(*self.place(index), held_out_fraction)
             index = index[out if part == "held_out" else ~out]
-        if max_samples is not None and max_samples < len(index):
-            even = np.linspace(0, len(index) - 1, max_samples).round().astype(np.int64)
-            index = index[even if source.random_access else slice(max_samples)]
+        if max_samples is not None:
+            index = spread(index, max_samples, source)
         if len(index) == 0:
             raise DataError(
                 f"no rows are left of the {int(sizes.sum())} in {source.name} for {part}; give more data, or an "
@@ -91,6 +97,10 @@ class Rows:
         """(shard, row) of rows given by their number in the whole source."""
         shards = np.searchsorted(self.shard_starts, index, side="right") - 1
         return shards, index - self.shard_starts[shards]
+
+    def read_one(self, number: int) -> Row:
+        """The undecoded row of a number below `len(self)`."""
+        return next(self.read(self.index[number : number + 1]))
 
     def read(self, index: np.ndarray) -> Iterator[Row]:
         """Undecoded rows, in the order asked for; runs within one shard are read at once."""
@@ -144,12 +154,12 @@ class LogicalStream:
         self.length = last - self.first
         self._buffer: deque[Row] = deque()
 
-    def next(self, wanted: int) -> tuple[int, Row]:
-        """The epoch and the next undecoded row; `wanted` says how many will be asked for at once."""
+    def next(self, count: int) -> tuple[int, Row]:
+        """The epoch and the next undecoded row; the caller will ask for `count` rows at once."""
         epoch, offset = divmod(self.position, self.length)
         if not self._buffer:
             # A block from the network is fetched once; cheap rows are fetched as they are needed.
-            ahead = min(wanted, self.length - offset) if self.order.rows.source.random_access else self.length - offset
+            ahead = min(count, self.length - offset) if self.order.rows.source.random_access else self.length - offset
             start = self.first + offset
             self._buffer.extend(self.order.rows.read(self.order.segment(epoch, start, start + ahead)))
         self.position += 1

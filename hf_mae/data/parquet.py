@@ -55,8 +55,8 @@ def find_columns(features: Any, image_column: str | None, label_column: str | No
         message = f"column {image_column!r} of {where} holds {features[image_column]}, which is no image"
         raise DataError(f"{message}; choose another --image_column of {', '.join(features)}")
     if image_column is None and len(best) != 1:
-        found = f"several columns of images ({', '.join(best)})" if best else "no column of images"
-        raise DataError(f"{where} has {found} among {', '.join(features)}; choose one with --image_column NAME")
+        candidates = f"several columns of images ({', '.join(best)})" if best else "no column of images"
+        raise DataError(f"{where} has {candidates} among {', '.join(features)}; choose one with --image_column NAME")
     if label_column is None:
         classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
         usual = [name for name in LABEL_NAMES if name in (classes or features)]
@@ -140,8 +140,8 @@ class ArrowSource(Source):
         import pyarrow as pa
 
         super().__init__(name, split, [split], [len(dataset)], random_access=True)
-        wanted = [columns.image] + ([columns.label] if columns.label else [])
-        self._table = dataset.select_columns(wanted).with_format("arrow")
+        names = [columns.image] + ([columns.label] if columns.label else [])
+        self._table = dataset.select_columns(names).with_format("arrow")
         try:
             # Arrow believes a mapped file, and one flipped bit of an offset ends the process at the row. This reads
             # the offsets of all rows and their texts, and none of the images.
@@ -162,7 +162,7 @@ class ArrowSource(Source):
         labels = table[self._columns.label].to_pylist() if self._columns.label else [None] * len(rows)
         return [self._row(shard, row, image_of(images[i]), labels[i]) for i, row in enumerate(rows)]
 
-    def read_labels(self) -> list[Any]:
+    def known_labels(self) -> list[Any]:
         column = self._columns.label
         return self._table.select_columns(column)[:][column].to_pylist() if column else [None] * len(self)
 

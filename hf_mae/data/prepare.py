@@ -13,7 +13,6 @@ was not.
 import hashlib
 import io
 import json
-import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..errors import DataError
-from ..files import sha256
+from ..files import sha256, write_bytes
 from ..image_processing_base_mae import resize_bands
 from ..keys.data_keys import PrepareRecipe
 from .decode import BadImage, as_bad_image, load_image
@@ -61,15 +60,15 @@ def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
         _make_room(folder / "data", {name for shards in parts for name in shards.names})
         for shards in parts:
             name, records = shards.rows.source.split, _write_all(shards, recipe.num_workers)
-            found = [BadSample(name, *sample) for record in records for sample in record.pop("bad")]
-            _check_bad(found, len(shards.rows), recipe)
-            reasons = Counter(sample.reason for sample in found)
+            bad_of_split = [BadSample(name, *sample) for record in records for sample in record.pop("bad")]
+            _check_bad(bad_of_split, len(shards.rows), recipe)
+            reasons = Counter(sample.reason for sample in bad_of_split)
             count = sum(record["rows"] for record in records)
             manifest["splits"][name] = {"rows": count, "bad": dict(sorted(reasons.items())), "shards": records}
-            bad += found
-        _write(folder / "bad_samples.jsonl", "".join(json.dumps(vars(sample)) + "\n" for sample in bad).encode())
-        _write(folder / "README.md", _card(manifest, features).encode())
-        _write(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+            bad += bad_of_split
+        write_bytes(folder / "bad_samples.jsonl", "".join(json.dumps(vars(sample)) + "\n" for sample in bad).encode())
+        write_bytes(folder / "README.md", _card(manifest, features).encode())
+        write_bytes(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
     except OSError as error:
         raise DataError(
             f"{folder} can't be written: {one_line(error)}; free the disk, or name another folder"
@@ -105,7 +104,7 @@ def _find_features(splits: list[Rows]) -> Any:
     import datasets
     import pyarrow as pa
 
-    found: dict[str, Any] = {}
+    label_feature: dict[str, Any] = {}
     for rows in splits:
         if rows.source.label_names is not None:
             label = datasets.ClassLabel(names=rows.source.label_names)
@@ -117,9 +116,9 @@ def _find_features(splits: list[Rows]) -> Any:
             if labels.null_count == len(labels):
                 continue
             label = datasets.Features.from_arrow_schema(pa.schema({"label": labels.type}))["label"]
-        if found.setdefault("label", label) != label:
+        if label_feature.setdefault("label", label) != label:
             raise DataError(f"splits of {rows.source.name} have different labels; prepare each by itself with --split")
-    return datasets.Features({"image": datasets.Image(), **found})
+    return datasets.Features({"image": datasets.Image(), **label_feature})
 
 
 def _mixed_labels(rows: Rows, error: Exception) -> DataError:
@@ -254,14 +253,14 @@ class _Shards(Dataset):
         import pyarrow.parquet as pq
 
         try:
-            said = json.loads(pq.read_schema(path).metadata[b"hf_mae"])
+            record = json.loads(pq.read_schema(path).metadata[b"hf_mae"])
         except (FileNotFoundError, pa.ArrowInvalid, KeyError, TypeError):
             return None
         for key, value in self.settings.items():
-            if said["settings"][key] != value:
-                what = "another source" if key == "source" else f"{key} {said['settings'][key]}, not {value}"
+            if record["settings"][key] != value:
+                what = "another source" if key == "source" else f"{key} {record['settings'][key]}, not {value}"
                 raise DataError(f"{path} was prepared with {what}; name another folder, or remove this one")
-        return said["bad"]
+        return record["bad"]
 
     def _write(self, path: Path, number: int) -> list[tuple[str, str]]:
         import pyarrow as pa
@@ -282,13 +281,13 @@ class _Shards(Dataset):
             images.append({"bytes": content, "path": key})
             labels.append(row.label)
         columns = {"image": images, "label": labels}
-        said = json.dumps({"settings": self.settings, "bad": bad}).encode()
+        record = json.dumps({"settings": self.settings, "bad": bad}).encode()
         table = pa.table([pa.array(columns[column.name], column.type) for column in schema], schema=schema)
-        table = table.replace_schema_metadata({**(schema.metadata or {}), b"hf_mae": said})
+        table = table.replace_schema_metadata({**(schema.metadata or {}), b"hf_mae": record})
         stream = io.BytesIO()
         # The images are compressed as they are.
         pq.write_table(table, stream, row_group_size=ROW_GROUP, compression="none", write_page_checksum=True)
-        _write(path, stream.getbuffer())
+        write_bytes(path, stream.getbuffer())
         return bad
 
 
@@ -309,16 +308,6 @@ def _facts(path: Path) -> dict[str, Any]:
     import pyarrow.parquet as pq
 
     return {"rows": pq.read_metadata(path).num_rows, "bytes": path.stat().st_size, "sha256": sha256(path)}
-
-
-def _write(path: Path, content: bytes | memoryview) -> None:
-    """A file that is whole or not there."""
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _card(manifest: dict[str, Any], features: Any) -> str:

@@ -20,7 +20,6 @@ from .remote import is_remote, open_bytes, read_whole
 logger = logging.getLogger(__name__)
 
 FILES_BLOCK = 64  # remote image files
-LABELS_AT_ONCE = 256  # rows; their images are in memory meanwhile
 THREADS = 16  # requests at the same time, where files are opened or fetched in numbers
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -88,13 +87,9 @@ class Source:
         """
         raise NotImplementedError
 
-    def read_labels(self) -> list[Any]:
-        """The labels of all rows, in order; where the format has no quicker way, by reading every row."""
-        found = []
-        for shard, size in enumerate(self.shard_sizes):
-            for start in range(0, size, LABELS_AT_ONCE):
-                found += [row.label for row in self.read(shard, range(start, min(start + LABELS_AT_ONCE, size)))]
-        return found
+    def known_labels(self) -> list[Any] | None:
+        """The labels of all rows, in order; None where the only way to them is reading the rows."""
+        return None
 
     def __getstate__(self) -> dict[str, Any]:
         # The block that a stream read last is not worth sending to a worker.
@@ -148,7 +143,7 @@ class FileSource(Source):
             for row, image in zip(rows, images, strict=True)
         ]
 
-    def read_labels(self) -> list[Any]:
+    def known_labels(self) -> list[Any]:
         return [None] * len(self) if self._labels is None else self._labels.tolist()
 
 

@@ -169,13 +169,13 @@ def _open_images(place: Place, split: str) -> Source:
     names = place.splits[split]
     sizes: list[int] = []
     if place.revision is None:
-        found = _sizes([f"{place.root}/{name}" for name in names])
-        names = [name for name, size in zip(names, found, strict=True) if size is not None]
-        sizes = [size for size in found if size is not None]
-        if len(names) < len(found):
-            logger.warning("%s: %d links lead nowhere and are left out", place.name, len(found) - len(names))
-    classes = {other: _classes(files, place.class_level[other]) for other, files in place.splits.items()}
-    class_names = sorted({name for found in classes.values() for name in found})
+        all_sizes = _sizes([f"{place.root}/{name}" for name in names])
+        names = [name for name, size in zip(names, all_sizes, strict=True) if size is not None]
+        sizes = [size for size in all_sizes if size is not None]
+        if len(names) < len(all_sizes):
+            logger.warning("%s: %d links lead nowhere and are left out", place.name, len(all_sizes) - len(names))
+    classes = {key: _classes(files, place.class_level[key]) for key, files in place.splits.items()}
+    class_names = sorted({name for of_split in classes.values() for name in of_split})
     labels = None
     if len(class_names) > 1 and classes[split]:
         number = {name: i for i, name in enumerate(class_names)}

@@ -7,7 +7,7 @@ import numpy as np
 
 from ..errors import DataError
 from .decode import BadImage, decode_image, probe_image
-from .order import Rows
+from .order import Rows, spread
 from .transform import RESCALE_FACTORS
 
 logger = logging.getLogger(__name__)
@@ -24,16 +24,16 @@ def probe_rows(rows: Rows, most: int = 16) -> tuple[int, str]:
     Raises:
         DataError: if none can be decoded, or the channel counts don't go together.
     """
-    found: list[tuple[int, str]] = []
+    kinds: list[tuple[int, str]] = []
     last_error = ""
-    for row in rows.read(_spread(rows, most)):
+    for row in rows.read(spread(rows.index, most, rows.source)):
         try:
-            found.append(probe_image(row.image))
+            kinds.append(probe_image(row.image))
         except BadImage as error:
             last_error = f"{row.key}: {error}"
-    if not found:
+    if not kinds:
         raise DataError(f"none of the first images of {rows.source.name} can be decoded ({last_error}); check the data")
-    channels, dtypes = {c for c, _ in found}, {d for _, d in found}
+    channels, dtypes = {c for c, _ in kinds}, {d for _, d in kinds}
     if len(channels) > 1 and channels != {1, 3}:
         raise DataError(
             f"images of {rows.source.name} have {' and '.join(map(str, sorted(channels)))} channels; keep those of "
@@ -49,7 +49,7 @@ def channel_stats(rows: Rows, num_channels: int, dtype: str, max_samples: int = 
         rows: the data.
         num_channels: C.
         dtype: pixel type, see `RESCALE_FACTORS`; the figures are in rescaled units, for uint8 in [0, 1].
-        max_samples: images looked at, evenly spaced ones of a source with random access.
+        max_samples: maximum number of images that are read, see `spread`.
 
     Returns:
         `image_mean` and `image_std` (C numbers each), `rescale_factor`, `num_images`, `num_bad`.
@@ -59,7 +59,7 @@ def channel_stats(rows: Rows, num_channels: int, dtype: str, max_samples: int = 
     """
     count, bad, last_error = 0.0, 0, ""
     mean, squares = np.zeros(num_channels), np.zeros(num_channels)
-    index = _spread(rows, max_samples)
+    index = spread(rows.index, max_samples, rows.source)
     for row in rows.read(index):
         try:
             image = np.asarray(decode_image(row.image, num_channels, dtype), dtype=np.float64)
@@ -85,10 +85,3 @@ def channel_stats(rows: Rows, num_channels: int, dtype: str, max_samples: int = 
         "num_images": len(index) - bad,
         "num_bad": bad,
     }
-
-
-def _spread(rows: Rows, most: int) -> np.ndarray:
-    """Up to `most` rows: evenly spaced ones where any row is cheap to read, else the first."""
-    if not rows.source.random_access:
-        return rows.index[:most]
-    return rows.index[np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(np.int64)]

@@ -4,11 +4,10 @@ Member names are untrusted. They group members into samples and tell image from 
 """
 
 import hashlib
+import io
 import json
 import logging
-import os
 import tarfile
-import tempfile
 import time
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..errors import DataError
+from ..files import write_bytes
 from .decode import BadImage
 from .locate import IMAGE_EXTENSIONS
 from .remote import is_remote, one_line, open_bytes, with_retries
@@ -166,9 +166,9 @@ def _load_index(url: str, image_column: str | None, label_column: str | None) ->
     if cached is not None and time.monotonic() - started > INDEX_CACHE_SECONDS:
         try:
             cached.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=cached.parent, suffix=".npy", delete=False) as file:
-                np.save(file, index)
-            os.replace(file.name, cached)
+            content = io.BytesIO()
+            np.save(content, index)
+            write_bytes(cached, content.getbuffer())
         except OSError as error:
             logger.warning("the index of %s is not kept (%s)", url, one_line(error))
     return index
@@ -211,8 +211,8 @@ def _make_index(url: str, image_column: str | None, label_column: str | None) ->
             else:
                 images = [field for field in members if f".{field}".endswith(IMAGE_EXTENSIONS)]
             if len(images) > 1:
-                found = ", ".join(sorted(images))
-                raise DataError(f"{url} has several images a sample ({found}); choose one with --image_column NAME")
+                names = ", ".join(sorted(images))
+                raise DataError(f"{url} has several images a sample ({names}); choose one with --image_column NAME")
             if not images:
                 continue
             field = (label_column or "cls").lower()

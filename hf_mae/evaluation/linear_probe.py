@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data.labels import class_numbers, common_classes, read_labels
+from ..data.labels import class_numbers, common_classes, labels_of
 from ..data.loader import TrainingStream, each_batch, make_loader
 from ..data.order import Rows, StreamPlan
 from ..errors import UserError
@@ -124,7 +124,7 @@ def _evaluate_paper(recipe: LinearProbeRecipe) -> dict[str, Any] | None:
             "per_device_batch_size 1 leaves BatchNorm nothing to normalise; choose a total_batch_size that "
             "larger ones divide"
         )
-    classes = common_classes(list(read_labels(rows)), rows, list(read_labels(eval_rows)), eval_rows)
+    classes = common_classes(labels_of(rows), rows, labels_of(eval_rows), eval_rows)
     runs: list[dict[str, float]] = []
     evaluated, bad = 0, {}
     for seed in range(recipe.seed, recipe.seed + recipe.seeds):

@@ -152,10 +152,10 @@ def test_labels_of_every_kind_of_source_are_those_of_its_rows(tmp_path):
     expected = {"images": [0, 1, 1], "table.parquet": [1, 0, 1], "saved": [1, 0, 1], "shard.tar": [5, 3, 5]}
     for name, labels in expected.items():
         source = open_source(str(tmp_path / name))
-        assert source.read_labels() == labels, name
+        assert labels_of(Rows(source)) == labels, name
         assert [row.label for row in source.read(0, range(3))] == labels, name
-    assert open_source(str(tmp_path / "table.parquet"), streaming=True).read_labels() == [1, 0, 1]
-    assert open_source("digits").read_labels()[:5] == [0, 1, 2, 3, 4]
+    assert labels_of(Rows(open_source(str(tmp_path / "table.parquet"), streaming=True))) == [1, 0, 1]
+    assert labels_of(Rows(open_source("digits")))[:5] == [0, 1, 2, 3, 4]
 
 
 def test_labels_of_part_of_a_source_are_those_of_its_rows():

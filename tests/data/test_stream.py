@@ -211,7 +211,7 @@ def test_every_row_comes_exactly_once_an_epoch_in_the_order_written_down(sizes, 
         seen = []
         for stream in streams:
             for _ in range(stream.length):
-                at, row = stream.next(wanted=7)
+                at, row = stream.next(count=7)
                 assert at == epoch
                 seen.append(int(rows.shard_starts[row.shard]) + row.row)
         assert sorted(seen) == list(range(sum(sizes)))
@@ -226,7 +226,7 @@ def test_streams_may_read_in_turns_and_be_epochs_apart():
     expected = [itertools.islice(obvious_stream(rows, 1, n, 3), p, None) for n, p in enumerate((0, 200, 999))]
     for turn in range(600):
         number = turn * turn % 3
-        epoch, row = streams[number].next(wanted=2)
+        epoch, row = streams[number].next(count=2)
         assert (epoch, int(rows.shard_starts[row.shard]) + row.row) == next(expected[number])
 
 
@@ -257,7 +257,7 @@ def test_a_block_of_a_streaming_source_is_read_once_an_epoch_by_each_stream_that
         for turn in range(max(lengths)):
             for stream in streams:
                 if turn < stream.length:
-                    stream.next(wanted=2)
+                    stream.next(count=2)
         places = [(shard, row) for shard, read in rows.source.reads for row in read]
         assert sorted(places) == [(shard, row) for shard, size in enumerate(sizes) for row in range(size)]
         # Where two streams meet within a block, both read their part of it; nothing else is read in two goes.
