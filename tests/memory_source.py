@@ -45,6 +45,11 @@ def noise_images(sizes: Sequence[int], shape: tuple[int, ...] = (6, 5, 1), dtype
     return [(rng.random((size, *shape)) * top).astype(dtype) for size in sizes]
 
 
+def random_image(height: int, width: int, channels: int = 3, dtype: Any = np.uint8) -> np.ndarray:
+    """Random pixels; always the same for one size."""
+    return np.random.default_rng([height, width]).integers(0, np.iinfo(dtype).max, (height, width, channels), dtype)
+
+
 def memory_rows(sizes: Sequence[int], block: int | None = None, **options: Any) -> Rows:
     """Rows of random gray images of 6 x 5 pixels."""
     return Rows(MemorySource(noise_images(sizes), block), **options)

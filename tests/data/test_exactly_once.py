@@ -1,6 +1,6 @@
 """The samples of a run, in their order: exact, on any grid of ranks and workers, and each once an epoch.
 
-Everything is compared with `written_down`, which deals whole epochs of keys by slicing, as the top of stream.py says
+Everything is compared with `written_down`, which deals whole epochs of keys by slicing, as the top of order.py says
 it. An image's pixels are all its own number, so that what reaches the model says itself which image it is.
 """
 
@@ -200,7 +200,7 @@ def order_only(monkeypatch):
 @pytest.mark.usefixtures("order_only")
 @pytest.mark.parametrize("block", [None, 9])
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])
-def test_a_run_interrupted_after_any_step_goes_on_exactly_on_the_same_grid_and_on_others(ranks, block, played):
+def test_a_run_interrupted_after_any_step_continues_exactly_on_any_grid(ranks, block, played):
     rows, last = memory_rows([61, 3, 80, 29], block), 68
     expected = written_down(rows.source, PLAN, last)
     assert last * 16 > 6 * len(rows)  # epochs
@@ -219,7 +219,7 @@ def test_a_run_interrupted_after_any_step_goes_on_exactly_on_the_same_grid_and_o
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tars", "parquet"])
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: "{}x{}".format(*grid))
-def test_real_workers_ended_while_they_read_ahead_lose_nothing_on_the_same_grid_and_on_another(kind, grid, open_kind):
+def test_real_workers_ended_while_reading_ahead_lose_nothing_on_any_grid(kind, grid, open_kind):
     source, number = open_kind(kind, 7), GRIDS.index(grid)
     rows, k = Rows(source), 2 + 5 * number + (kind == "parquet")
     expected, keys = written_down(source, PLAN, k + 16), all_keys(source)
@@ -432,9 +432,7 @@ def test_the_first_batch_after_a_resume_costs_that_batch_whatever_came_before(op
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2, 4])
-def test_real_workers_decode_no_more_before_the_first_resumed_batch_than_they_read_ahead(
-    workers, open_kind, monkeypatch
-):
+def test_real_workers_decode_only_what_they_read_ahead_before_a_resumed_batch(workers, open_kind, monkeypatch):
     rows, decoded = Rows(open_kind("parquet", 7)), multiprocessing.Value("i", 0)
 
     def counting(*arguments):

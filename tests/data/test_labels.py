@@ -58,7 +58,7 @@ def test_another_split_is_matched_by_name_not_by_number():
         labels.targets([0, 1], other.source)
 
 
-def test_numbers_without_names_are_the_numbers_of_named_classes_but_never_of_numbered_ones():
+def test_unnamed_numbers_match_named_classes_but_never_numbered_ones():
     unnamed = rows([0, 1]).source
     assert Labels(SINGLE, ("cat", "dog")).targets([1, 0], unnamed).tolist() == [1, 0]
     with pytest.raises(DataError, match="has the label 2, which is none of the model's 2 classes"):

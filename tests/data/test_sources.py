@@ -520,7 +520,7 @@ def test_a_corrupt_row_group_costs_its_own_rows_only(tmp_path, caplog, monkeypat
     assert len(opened) == (6 if in_bucket else 5)  # a transfer may have corrupted it: fetched once more
 
 
-def test_local_parquet_with_a_corrupt_page_is_read_in_place_for_the_sake_of_its_other_rows(tmp_path, caplog):
+def test_local_parquet_with_a_corrupt_page_is_read_in_place_for_its_other_rows(tmp_path, caplog):
     folder = write_parquet(tmp_path / "d", files=1)
     damage_row_group(folder / "train-00000-of-00001.parquet", 2)
     rows = read_all(open_source(str(folder)))

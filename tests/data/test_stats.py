@@ -55,7 +55,7 @@ def test_small_differences_of_large_numbers_are_not_lost():
     assert 0.01 < stats["image_std"][0] < 0.03
 
 
-def test_a_channel_that_never_changes_gets_the_standard_deviation_1_and_a_faint_one_keeps_its_own():
+def test_a_constant_channel_gets_deviation_1_and_a_faint_one_keeps_its_own():
     images = [np.full((6, 5, 4), 0.0, np.float32) for _ in range(3)]
     for number, image in enumerate(images):
         image[..., 1] = 0.1
