@@ -1,1 +1,1 @@
-"""From what the user typed to batches of images: sources, decoding, augmentation, order."""
+"""From the name of a data set to batches of images: locating, reading, decoding, transforms, order."""

@@ -1,7 +1,7 @@
-"""Crop and flip: the training view of an image, drawn from its own random numbers, and the evaluation view.
+"""Crop and flip: the training view of an image, drawn from its own random numbers.
 
 The paper pretrains with random resized crops and flips and nothing else (Appendix A.1; no colour changes, Table 1e).
-What fine-tuning adds comes last: RandAugment, random erasing, mixup and cutmix (Table 9).
+What fine-tuning adds is in mix.py, the evaluation view in transform.py.
 """
 
 import math
@@ -76,7 +76,7 @@ def training_view(
 ) -> np.ndarray:
     """Random resized crop (bicubic, antialiased) and horizontal flip.
 
-    As in torchvision, what lies outside the crop has no part in it. Pixels of 8 bits are resized by torch, whose vector
+    As in torchvision, pixels outside the crop don't influence it. Pixels of 8 bits are resized by torch, whose vector
     instructions need a quarter of Pillow's time; where a filter overshoots 0 or 255 the two differ, elsewhere by 1.
 
     Args:
@@ -108,6 +108,3 @@ def _crop_and_resize(
         return torch.from_numpy(resize_bands(crop, size, BICUBIC)).permute(2, 0, 1).contiguous()
     pixels = torch.from_numpy(crop if crop.ndim == 3 else crop[:, :, None]).permute(2, 0, 1)
     return F.interpolate(pixels[None], size, mode="bicubic", antialias=True)[0].contiguous()
-
-
-# ---------------------------------------------------------------------------------------------- fine-tuning

@@ -2,7 +2,7 @@
 
 Pillow decodes every common format. Its C libraries fail with an exception where torchvision's decoders end the
 process on one flipped bit, so torchvision is not used. simplejpeg (an extra) decodes JPEGs for training crops, with the
-same bits and fewer copies; whatever it finds a fault with, Pillow judges. numpy reads `.npy`, and tifffile (an extra)
+same bits and fewer copies; files that it rejects go to Pillow. numpy reads `.npy`, and tifffile (an extra)
 the TIFF files that Pillow has no mode for: several bands, or colours of more than 8 bits.
 """
 
@@ -69,7 +69,7 @@ class BadImage(ValueError):
 def decode_image(
     data: bytes | np.ndarray | BadImage, num_channels: int, dtype: str = "uint8", min_pixels: int | None = None
 ) -> Image.Image | np.ndarray:
-    """Decode one sample, whatever it was stored as.
+    """Decode one sample: an encoded file or an array.
 
     Colour becomes gray and gray becomes colour for encoded images, as `PIL.Image.convert` does it; transparency is
     composited on white, as our image processors do; an animation gives its first frame, and EXIF orientation is not
@@ -82,7 +82,7 @@ def decode_image(
             where it has none, to be raised here.
         num_channels: channels wanted. A one-band array is repeated for 3.
         dtype: `uint8` in [0, 255], `uint16` in [0, 65535], or `float32` with the values of the file.
-        min_pixels: a JPEG may be decoded at a half, a quarter or an eighth of its sides, as long as it keeps so many
+        min_pixels: a JPEG may be decoded at a half, a quarter or an eighth of its sides, as long as it keeps this many
             pixels, and may come as an array. All of it when omitted.
 
     Returns:
@@ -114,8 +114,8 @@ def load_image(data: bytes | np.ndarray | BadImage, least: int) -> Image.Image |
 
     Args:
         data: as for `decode_image`.
-        least: a JPEG may be decoded at a half, a quarter or an eighth of its sides, as long as the shorter one keeps so
-            many pixels.
+        least: a JPEG may be decoded at a half, a quarter or an eighth of its sides, as long as the shorter one keeps
+            this many pixels.
 
     Raises:
         BadImage: for every fault of the data.

@@ -18,7 +18,7 @@ from .order import Rows
 from .shards import Row
 from .transform import ImageSpec, evaluation_view, make_normalizer
 
-# A data set of which so many random rows in a row are bad is not one with a few bad images.
+# A data set with only a few bad images doesn't give this many of them in a row.
 TRIES = 10
 
 BadSample = tuple[str, str]  # key and reason

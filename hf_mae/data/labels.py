@@ -1,4 +1,9 @@
-"""What a data set's labels mean to a classifier: names of the classes, and a target for every image."""
+"""Labels of any kind -> classes.
+
+Fine-tuning (`Labels`, `find_labels`) stores the names of the classes in the model, and matches other data sets to them
+by name. Evaluating frozen features (`common_classes`, `class_numbers`) only numbers the classes that two splits of one
+data set have.
+"""
 
 import math
 from collections.abc import Sequence
@@ -36,7 +41,7 @@ class Labels:
             (n,) int64 class indices; (n, classes) float32 of 0 and 1; or (n, numbers) float32.
 
         Raises:
-            DataError: if a label is missing, is none of these classes, or is no number.
+            DataError: if a label is missing, isn't one of these classes, or isn't a number.
         """
         values = _whole(values, source)
         if self.problem == "regression":
@@ -145,7 +150,7 @@ def find_classes(labels: Sequence[Any], rows: Rows) -> list[int | str]:
         rows: of the split.
 
     Raises:
-        DataError: if an image has no label, or one that is no class.
+        DataError: if an image has no label, or a label that can't be a class.
     """
     classes: set[int | str] = set()
     missing = 0

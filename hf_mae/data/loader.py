@@ -1,4 +1,8 @@
-"""Batches in the source's dtype: training streams, evaluation sets and their worker processes."""
+"""Rows -> batches in the source's dtype: the training stream, evaluation sets, and worker processes.
+
+Workers decode and crop. Scaling and normalisation happen on the device, so a batch of common images is uint8. Every
+random number of a sample is a function of (seed, epoch, shard, row), see `sample_rng`.
+"""
 
 import contextlib
 import signal
@@ -26,7 +30,7 @@ class Batch:
         images: (b, C, H, W) in the source's dtype.
         noise: (b * masks, N) float32 mask noise from U[0, 1), the masks of an image side by side.
         keys: (b,) places of the samples, for people.
-        labels: (b,) whatever the source has.
+        labels: (b,) as the source has them.
         positions: of the streams that gave rows to this batch: stream number -> rows read.
         bad: (key, reason) of the samples that were skipped on the way.
     """
@@ -174,7 +178,7 @@ class EvaluationSet(IterableDataset):
 
 
 def ignore_termination(worker_id: int) -> None:
-    """Start-up of a loader worker: the signals are for the training process, which saves and then ends its workers."""
+    """Start-up of a loader worker: the training process gets the signals, saves, and then ends its workers."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     # A worker decodes on one core; more threads only get in the way of the others.
@@ -197,7 +201,7 @@ def make_loader(
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Tell the errors of a loader's worker in one line: they have the worker's traceback for a message."""
+    """Cut errors of a loader's worker down to one line: their message is the worker's whole traceback."""
     try:
         yield
     except (DataError, MissingPackage) as error:
@@ -206,7 +210,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def each_batch(loader: DataLoader) -> Generator[Batch]:
-    """The batches of a loader. Its workers are ended whatever happens, and their errors are told in one line."""
+    """The batches of a loader. Its workers always end with it, and their errors have one line."""
     batches = iter(loader)
     try:
         with one_line_errors():

@@ -1,4 +1,4 @@
-"""What the user typed as a data set: which files it means, of what kind, in which splits. No row is read."""
+"""The name of a data set -> its files, their kind and the splits, found once. No row is read."""
 
 import glob
 import json

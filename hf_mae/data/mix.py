@@ -1,4 +1,8 @@
-"""What fine-tuning adds to crops and flips: RandAugment, random erasing, mixup and cutmix (Table 9)."""
+"""What fine-tuning adds to crops and flips: RandAugment, random erasing, mixup and cutmix (arXiv:2111.06377, Table 9).
+
+timm and torchvision make the changes. Both draw from global random generators, so `seeded` replaces those for a moment
+by the sample's own: the result is a function of (seed, epoch, shard, row) here too.
+"""
 
 import contextlib
 import random

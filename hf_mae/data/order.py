@@ -1,9 +1,9 @@
 """The order of samples, exactly resumable on any number of ranks and workers.
 
-An epoch's order is a pure function of (seed, epoch): the source's blocks in random order, and within each its rows in
-random order (a source with random access is one block, so its order is a full permutation). L logical streams read
-L equal parts of that order, each epoch after epoch, and the batch of a step is put together from chunks of some of
-them. So the only state is one integer per stream, how many rows it has read, and the batches don't depend on who
+An epoch's order is a pure function of (seed, epoch): the source's blocks in random order, and the rows of each block in
+random order. A source with random access is one block, so its order is a full permutation. L logical streams read
+L equal parts of that order, epoch after epoch. The batch of a step is put together from chunks of some of the streams.
+So the only state is one integer a stream, the number of rows it has read, and batches don't depend on which process
 reads which stream.
 
     step t takes chunk j, for j = 0..c-1, from stream (t % n) * c + j        L = n * c streams
@@ -28,7 +28,7 @@ _BLOCKS, _ROWS = 1, 2
 
 
 def held_out(shards: np.ndarray, rows: np.ndarray, fraction: float) -> np.ndarray:
-    """Which rows are held out for evaluation, by a hash of their place, whatever the seed.
+    """Which rows are held out for evaluation: chosen by a hash of their place, the same for every seed.
 
     Args:
         shards: (n,) index of each row's shard.
@@ -142,9 +142,9 @@ class EpochOrder:
 
 
 class LogicalStream:
-    """Stream `number` of `count`: its part of each epoch, for ever.
+    """Stream `number` of `count`: its part of each epoch, epoch after epoch without end.
 
-    `position` counts the rows read since the start of the run; it is all that has to be saved.
+    `position` counts the rows read since the start of the run. A checkpoint saves nothing else.
     """
 
     def __init__(self, order: EpochOrder, number: int, count: int, position: int = 0):
@@ -207,7 +207,7 @@ class StreamPlan:
         return cls(total_batch_size, chunks, groups)
 
     def items_per_step(self, ranks: int, workers: int, grad_accum_steps: int) -> int:
-        """Into how many items a rank's part of a step is cut: as many as there are micro-batches, if chunks allow.
+        """The number of items that a rank's part of a step is cut into: one a micro-batch, if the chunks allow it.
 
         Raises:
             DataError: if ranks or workers don't divide the streams; it names those that do.

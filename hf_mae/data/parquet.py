@@ -1,4 +1,8 @@
-"""Readers of tables: Arrow tables on the local disk, and parquet files in place."""
+"""Rows of tables: Arrow tables mapped from the local disk, and parquet files read in place.
+
+`find_columns` chooses the columns of image and label for both. A parquet file is read one row group at a time, and a
+corrupt row group costs its own rows only; a mapped table is checked once, when it is opened.
+"""
 
 import itertools
 import logging
@@ -67,7 +71,7 @@ def find_columns(features: Any, image_column: str | None, label_column: str | No
 
 
 def _image_rank(feature: Any) -> int | None:
-    """0 for images, 1 for bytes, 2 for nested numbers, None for what is no image."""
+    """0 for images, 1 for bytes, 2 for nested numbers; None for a column that can't hold images."""
     import datasets
 
     if isinstance(feature, datasets.Image):

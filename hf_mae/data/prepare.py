@@ -1,8 +1,8 @@
 """`hf-mae prepare`: a data set re-encoded once, at the size that training needs, to sharded parquet as the Hub has it.
 
-Each shard is a pure function of the source, the settings and its range of rows, and says in its own footer which those
-were. So whoever finds one knows whether it is done, and a run that was interrupted ends with the bytes of one that
-was not.
+Each shard is a pure function of the source, the settings and its range of rows, and its own footer names them. So a
+shard that exists is known to be complete and the right one, and an interrupted run, started again, ends with the same
+bytes as one that was never interrupted.
 
     DST/README.md                          what `datasets` and the Hub read: features, splits
     DST/data/train-00000-of-00012.parquet  image (bytes, and its key in the source), label
@@ -36,7 +36,7 @@ from .sources import open_split
 from .transform import BICUBIC, height_width
 
 ROW_GROUP = 100  # rows; what is fetched at once where the data is streamed
-TYPE_ROWS = 100  # of which the type of a label column is found
+TYPE_ROWS = 100  # the type of a label column is found from these
 
 
 def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def reencode(data: bytes | np.ndarray | BadImage, short_side: int, quality: int)
             return _encoded(_as_picture(_resize_array(image, size)), None)
         plain = image.mode in ("L", "RGB", "CMYK") and not image.has_transparency_data
         if not plain and image.mode not in ("LA", "RGBA"):
-            # Pixels of which a mean can be taken.
+            # Resizing takes means, which palette indices and single bits don't have.
             image = image.convert("RGBA" if image.has_transparency_data else "L" if image.mode == "1" else "RGB")
         return _encoded(image.resize((size[1], size[0]), BICUBIC), quality if plain else None)
 

@@ -1,7 +1,8 @@
-"""Readers of rows: arrays, image files, Arrow tables and parquet files, all undecoded (tars: tars.py).
+"""`Source`: what every reader of undecoded rows has in common; and the readers of arrays and of image files.
 
-No reader keeps a file open between calls, only names, sizes and offsets. So every one can be pickled to a spawned
-worker or used after a fork, and two processes never share a file position.
+The readers of tables are in parquet.py, those of tars in tars.py. No reader keeps a file open between calls, only
+names, sizes and offsets. So each can be pickled to a spawned worker or used after a fork, and two processes never share
+a file position.
 """
 
 import itertools
@@ -35,7 +36,7 @@ class Row:
         key: the place for people: `train-00000-of-00008.parquet#17`, or a file's path relative to its folder.
         image: the encoded file's bytes, or an array; or, where the source has the row and can't give its image, a
             `BadImage` that says why. `decode_image` takes all three, and raises the last.
-        label: a class index where there are classes; whatever the label column holds otherwise; None without one.
+        label: a class index where there are classes, else the value of the label column; None without one.
     """
 
     shard: int

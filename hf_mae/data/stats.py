@@ -1,4 +1,4 @@
-"""Per-channel mean and standard deviation of a data set, as the image processor needs them."""
+"""What an image processor has to know of a data set: channels, pixel type, mean and standard deviation."""
 
 import logging
 from typing import Any

@@ -111,7 +111,7 @@ class ImageSpec:
 
 
 def pixels_needed(size: tuple[int, int], scale: Sequence[float]) -> int:
-    """Pixels of an image of which every random crop has the output's height and width, so that none is enlarged."""
+    """How many pixels an image needs so that no random crop has to be enlarged to the output's size."""
     return math.ceil(size[0] * size[1] * RATIO[1] / scale[0])
 
 
