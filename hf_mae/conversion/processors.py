@@ -6,7 +6,7 @@ from typing import Any
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..configuration_mae import MAEConfig
-from ..data.transform import crop_settings, default_crop_pct, stored_crop_pct
+from ..data.transform import crop_settings, default_crop_pct
 from ..files import read_json
 from ..image_processing_mae import MAEImageProcessor
 
@@ -74,10 +74,12 @@ def read_timm_processor(pretrained: dict[str, Any], config: MAEConfig) -> MAEIma
 
 def timm_settings(processor: MAEImageProcessor, config: MAEConfig) -> dict[str, Any]:
     """What timm's `pretrained_cfg` says of images."""
+    size = dict(processor.size)
+    edge = size.get("shortest_edge") or size["height"]
     names = {number: name for name, number in INTERPOLATION.items()}
     return {
         "input_size": [config.num_channels, *config.image_height_width],
-        "crop_pct": stored_crop_pct(processor),
+        "crop_pct": config.image_height_width[0] / edge,
         "interpolation": names.get(int(processor.resample), "bicubic"),
         "mean": list(processor.image_mean),
         "std": list(processor.image_std),
