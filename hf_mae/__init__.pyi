@@ -13,6 +13,7 @@ from .data.order import StreamPlan as StreamPlan
 from .data.prepare import prepare as prepare
 from .data.sources import open_source as open_source
 from .data.transform import ImageSpec as ImageSpec
+from .data.transform import crop_settings as crop_settings
 from .errors import UserError as UserError
 from .evaluation.metrics import Top1 as Top1
 from .evaluation.metrics import Top5 as Top5

@@ -25,7 +25,7 @@ def evaluation_processor(config: MAEConfig, crop_pct: float | None = None, **set
         **settings: what else is known; mean and standard deviation are ImageNet's when omitted.
     """
     size = config.image_height_width
-    crop = crop_settings(size, crop_pct or default_crop_pct(size), floor=True)  # as the original and timm do
+    crop = crop_settings(size, crop_pct or default_crop_pct(size))
     normalization = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
     processor: Any = MAEImageProcessor
     processor = processor(num_channels=config.num_channels, **{**crop, **normalization, **settings})

@@ -36,22 +36,23 @@ def default_crop_pct(size: tuple[int, int]) -> float:
     return 0.875 if max(size) <= 224 else 1.0
 
 
-def resize_before_crop(size: tuple[int, int], crop_pct: float, floor: bool = False) -> int | tuple[int, int]:
+def resize_before_crop(size: tuple[int, int], crop_pct: float) -> int | tuple[int, int]:
     """What to resize to before the centre crop: the shorter side for square crops, else (height, width).
+
+    Rounded down, as the original and timm do: 32 pixels at 0.875 are cut out of 36.
 
     Args:
         size: (height, width) of the crop in pixels.
         crop_pct: the crop's share of the resized side, in (0, 1]: 0.875 is 224 of 256.
-        floor: round down instead of to the nearest.
     """
     # 224 / (224 / 248) must not become 247.
-    height, width = (math.floor(side / crop_pct + 1e-6) if floor else round(side / crop_pct) for side in size)
+    height, width = (math.floor(side / crop_pct + 1e-6) for side in size)
     return height if size[0] == size[1] else (height, width)
 
 
-def crop_settings(size: tuple[int, int], crop_pct: float, floor: bool = False) -> dict[str, Any]:
+def crop_settings(size: tuple[int, int], crop_pct: float) -> dict[str, Any]:
     """An image processor's settings of the evaluation crop; arguments of `resize_before_crop`."""
-    resize = resize_before_crop(size, crop_pct, floor)
+    resize = resize_before_crop(size, crop_pct)
     return {
         "size": {"shortest_edge": resize} if isinstance(resize, int) else {"height": resize[0], "width": resize[1]},
         "crop_size": {"height": size[0], "width": size[1]},

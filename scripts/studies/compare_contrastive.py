@@ -252,15 +252,13 @@ def plot(rows: list[dict[str, Any]], output_dir: Path) -> None:
 
 def write_settings(options: argparse.Namespace) -> None:
     """The encoder and the image processor of the recipe, which all methods use."""
-    from hf_mae import PretrainRecipe, model_config_of
+    from hf_mae import PretrainRecipe, crop_settings, model_config_of
     from hf_mae.commandline import parse, shipped_recipes
 
     recipe = parse(PretrainRecipe, ["--recipe", options.recipe], "compare_contrastive", recipes=shipped_recipes())
     config = model_config_of(recipe, 3)
-    size = config.image_height_width[0]
-    processor = {"num_channels": 3, "size": {"shortest_edge": round(size / recipe.eval_crop_pct)},
-                 "crop_size": {"height": size, "width": size}, "image_mean": [0.485, 0.456, 0.406],
-                 "image_std": [0.229, 0.224, 0.225]}  # fmt: skip
+    crop = crop_settings(config.image_height_width, recipe.eval_crop_pct)
+    processor = {"num_channels": 3, **crop, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
     settings = {"config": config.to_dict(), "processor": processor}
     (options.output_dir / "settings.json").write_text(json.dumps(settings))
 

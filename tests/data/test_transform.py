@@ -8,7 +8,7 @@ from PIL import Image
 from hf_mae import MAEImageProcessor, MAEImageProcessorPil
 from hf_mae.data import transform
 from hf_mae.data.augment import sample_rng, training_view
-from hf_mae.data.transform import evaluation_view, pixel_dtype, resize_before_crop
+from hf_mae.data.transform import crop_settings, evaluation_view, pixel_dtype, resize_before_crop
 
 
 @pytest.mark.parametrize(
@@ -23,16 +23,11 @@ def test_the_evaluation_view_has_the_bits_of_the_image_processor(height, width, 
         channels, image = 13, random_image(height, width, 13, np.uint16)
     else:
         channels, image = (3, 1)[kind == "L"], Image.fromarray(random_image(height, width)).convert(kind)
-    resize = resize_before_crop(size, crop_pct)
     processor = MAEImageProcessorPil(
-        num_channels=channels,
-        size={"shortest_edge": resize} if isinstance(resize, int) else {"height": resize[0], "width": resize[1]},
-        crop_size={"height": size[0], "width": size[1]},
-        do_rescale=False,
-        do_normalize=False,
+        num_channels=channels, **crop_settings(size, crop_pct), do_rescale=False, do_normalize=False
     )
     expected = processor(image, return_tensors="np")["pixel_values"][0]
-    view = evaluation_view(image, resize, size)
+    view = evaluation_view(image, resize_before_crop(size, crop_pct), size)
     assert view.shape == expected.shape == (channels, *size)
     assert view.dtype == (np.uint16 if channels == 13 else np.uint8)
     assert np.array_equal(view, expected)
@@ -75,6 +70,8 @@ def test_what_is_resized_to_before_the_crop():
     assert resize_before_crop((224, 224), 0.875) == 256
     assert resize_before_crop((448, 448), 1.0) == 448
     assert resize_before_crop((208, 320), 0.8) == (260, 400)
+    assert resize_before_crop((32, 32), 0.875) == 36  # 36.57
+    assert resize_before_crop((224, 224), 224 / 248) == 248
 
 
 @pytest.mark.parametrize(("factor", "dtype"), [(1 / 255, "uint8"), (1 / 65535, "uint16"), (None, "float32")])
