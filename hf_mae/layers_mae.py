@@ -86,23 +86,36 @@ class MAEPositions(nn.Module):
         return torch.cat([self.table[:1].float(), patches.reshape(width, -1).T])
 
 
-class MAEPatchEmbed(nn.Conv2d):
-    """Linear projection of patches, with the weight of a convolution, (D, C, P, Q), as every ViT stores it."""
+class MAEPatchEmbed(nn.Module):
+    """Linear projection of patches, with the weight of a convolution, (D, C, P, Q), as every ViT stores it.
+
+    Not an `nn.Conv2d`: programs that replace every convolution they find by another would put one here that expects
+    images.
+    """
 
     def __init__(self, config: MAEConfig):
-        patch_size = config.patch_height_width
-        super().__init__(config.num_channels, config.hidden_size, kernel_size=patch_size, stride=patch_size)
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.hidden_size, config.num_channels, *config.patch_height_width))
+        self.bias = nn.Parameter(torch.empty(config.hidden_size))
+        # A convolution's default values, for a layer built by itself. A model's seed draws the same weights with them.
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+        bound = self.weight[0].numel() ** -0.5
+        nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(self, patches: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """(B, K, V) -> (B, K, D). Works on patches, not on images, so that removed ones cost nothing."""
         return F.linear(patches, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
 
     def follow(self, config: MAEConfig) -> None:
         """Move to the channels of `config` for good: each gets the mean filter, scaled so that their sum stays."""
-        if self.in_channels != config.num_channels:
-            mean = self.weight.data.mean(1, keepdim=True) * (self.in_channels / config.num_channels)
-            self.weight.data = mean.expand(-1, config.num_channels, -1, -1).contiguous()
-            self.in_channels = config.num_channels
+        old, new = self.weight.shape[1], config.num_channels
+        if old != new:
+            mean = self.weight.data.mean(1, keepdim=True) * (old / new)
+            self.weight.data = mean.expand(-1, new, -1, -1).contiguous()
+
+    def extra_repr(self) -> str:
+        D, C, P, Q = self.weight.shape
+        return f"{D}, channels={C}, patch={P}x{Q}"
 
 
 class MAEEmbeddings(nn.Module):
@@ -367,13 +380,12 @@ class MAECrossDecoder(MAEDecoder):
 
 def initialize(module: nn.Module, config: MAEConfig) -> None:
     """The original's initial values of one layer. Everything goes through `init`, which spares loaded weights."""
-    if isinstance(module, nn.Conv2d):
-        # Xavier as for the linear layer that it is, on (D, V); the bias keeps a convolution's default.
+    if isinstance(module, MAEPatchEmbed):
+        # Xavier as for the linear layer that it is, on (D, V); the bias as a convolution's, as in the original.
         fan_in, fan_out = module.weight[0].numel(), module.weight.shape[0]
         bound = (6 / (fan_in + fan_out)) ** 0.5
         init.uniform_(module.weight, -bound, bound)
-        if module.bias is not None:
-            init.uniform_(module.bias, -(fan_in**-0.5), fan_in**-0.5)
+        init.uniform_(module.bias, -(fan_in**-0.5), fan_in**-0.5)
     elif isinstance(module, nn.ConvTranspose2d):
         # Stride and kernel are equal, so that each pixel is one linear layer's output: Xavier as for that one.
         bound = (6 / (module.in_channels + module.out_channels)) ** 0.5

@@ -66,6 +66,19 @@ def test_the_patch_projection_is_the_convolution_whose_weight_it_has():
     torch.testing.assert_close(embed(patchify(images, (8, 4))), convolved, atol=1e-5, rtol=0)
 
 
+@every_class
+def test_no_module_calls_itself_a_convolution_and_is_none(model_class):
+    """Programs that look for convolutions rebuild them from their numbers, or replace the first one's channels."""
+    model = tiny(model_class, **({"pyramid_scales": [4, 2, 1, 0.5]} if model_class is MAEBackbone else {}))
+    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.modules.conv._ConvNd)}
+    assert bool(found) == (model_class is MAEBackbone)
+    for module in found.values():
+        rebuilt = type(module)(module.in_channels, module.out_channels, module.kernel_size, module.stride)
+        rebuilt.load_state_dict(module.state_dict())
+        maps = torch.randn(2, 48, 4, 4)
+        assert torch.equal(rebuilt(maps), module(maps))
+
+
 # ---------------------------------------------------------------------------------------------- masks
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_mae import MAEConfig, MAEForImageClassification, MAEForPreTraining
 from hf_mae.configuration_mae import SIZES
+from hf_mae.layers_mae import MAEPatchEmbed
 from hf_mae.optim.groups import adamw, layer_decay_groups, parameter_groups, train_last_blocks
 
 
@@ -22,7 +23,9 @@ def test_all_but_one_dimensional_parameters_are_decayed_tokens_among_them():
     decayed, spared = ([name_of[id(parameter)] for parameter in group["params"]] for group in groups)
     assert sorted(decayed + spared) == sorted(name_of.values())
     # By name, the other way round: weights of linear layers and of the patch projection, and the two tokens.
-    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
+    linear = {
+        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, (nn.Linear, MAEPatchEmbed))
+    }
     assert set(decayed) == linear | {"mae.embeddings.cls_token", "decoder.mask_token"}
     assert all(name.endswith(".bias") or "norm" in name for name in spared)
     assert any("norm" in name and name.endswith(".weight") for name in spared)
