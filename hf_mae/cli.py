@@ -25,7 +25,7 @@ from .keys.run_keys import PretrainRecipe
 # Import names of the extras, without which the package still loads and runs models.
 EXTRAS = {
     **dict.fromkeys(
-        ("accelerate", "datasets", "evaluate", "fsspec", "pyarrow", "sklearn", "timm", "tqdm", "yaml"), "train"
+        ("accelerate", "datasets", "evaluate", "fsspec", "jinja2", "pyarrow", "sklearn", "timm", "tqdm"), "train"
     ),
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export"),
     "matplotlib": "viz",
@@ -336,106 +336,74 @@ def _stats(recipe: StatsRecipe) -> None:
 
 COMMANDS: dict[str, Command] = {
     "pretrain": Command(
-        "train a masked autoencoder, from scratch or from a checkpoint",
-        PretrainRecipe,
-        _pretrain,
-        (
-            "hf-mae pretrain --recipe quickstart",
-            "hf-mae pretrain --recipe cifar10_vit_tiny --dataset path/to/images --output_dir outputs/mine",
-            "torchrun --nproc_per_node 8 -m hf_mae.cli pretrain --recipe vit_base_in1k --resume auto",
-        ),
-        recipes="",
+        "train a masked autoencoder, from scratch or from a checkpoint", PretrainRecipe, _pretrain,
+        ("hf-mae pretrain --recipe quickstart",
+        "hf-mae pretrain --recipe cifar10_vit_tiny --dataset path/to/images --output_dir outputs/mine",
+        "torchrun --nproc_per_node 8 -m hf_mae.cli pretrain --recipe vit_base_in1k --resume auto"), recipes="",
     ),
     "finetune": Command(
-        "train a classifier on a pretrained model, with labels",
-        FinetuneRecipe,
-        _finetune,
-        ("hf-mae finetune --recipe finetune_quickstart --model outputs/quickstart",),
-        recipes="finetune_",
+        "train a classifier on a pretrained model, with labels", FinetuneRecipe, _finetune,
+        ("hf-mae finetune --recipe finetune_quickstart --model outputs/quickstart",), recipes="finetune_",
     ),
     "evaluate knn": Command(
-        "classify by the nearest neighbours among frozen features",
-        KnnRecipe,
-        _knn,
+        "classify by the nearest neighbours among frozen features", KnnRecipe, _knn,
         ("hf-mae evaluate knn --model outputs/mine --dataset path/to/images",),
     ),
     "evaluate linear-probe": Command(
-        "train a linear classifier on frozen features",
-        LinearProbeRecipe,
-        _linear_probe,
-        (
-            "hf-mae evaluate linear-probe --model outputs/mine --dataset path/to/images",
-            "hf-mae evaluate linear-probe --recipe linear_probe_vit_base_in1k --model outputs/base",
-        ),
+        "train a linear classifier on frozen features", LinearProbeRecipe, _linear_probe,
+        ("hf-mae evaluate linear-probe --model outputs/mine --dataset path/to/images",
+        "hf-mae evaluate linear-probe --recipe linear_probe_vit_base_in1k --model outputs/base"),
         recipes="linear_probe_",
     ),
     "evaluate classification": Command(
-        "score a fine-tuned model",
-        ClassificationRecipe,
-        _classification,
+        "score a fine-tuned model", ClassificationRecipe, _classification,
         ("hf-mae evaluate classification --model outputs/finetune_quickstart --dataset digits",),
     ),
     "embed": Command(
-        "write frozen features of any data to a parquet or numpy file",
-        EmbedRecipe,
-        _embed,
+        "write frozen features of any data to a parquet or numpy file", EmbedRecipe, _embed,
         ("hf-mae embed --model outputs/mine --dataset path/to/images --output features.parquet",),
     ),
     "reconstruct": Command(
-        "draw original, masked and reconstructed images of a pretrained model",
-        ReconstructRecipe,
-        _reconstruct,
+        "draw original, masked and reconstructed images of a pretrained model", ReconstructRecipe, _reconstruct,
         ("hf-mae reconstruct photo.jpg path/to/images --model outputs/mine --mask_ratios 0.75 --output picture.png",),
     ),
     "report": Command(
-        "write one HTML file about a run, or about several side by side",
-        ReportRecipe,
-        _report,
-        ("hf-mae report outputs/mine", "hf-mae report outputs/a outputs/b --output compared.html"),
+        "write one HTML file about a run, or about several side by side", ReportRecipe, _report,
+        ("hf-mae report outputs/mine",
+        "hf-mae report outputs/a outputs/b --output compared.html"),
     ),
     "demo": Command(
-        "start a page to try a pretrained model on your own photos, or write it as a Space",
-        DemoRecipe,
-        _demo,
+        "start a page to try a pretrained model on your own photos, or write it as a Space", DemoRecipe, _demo,
         ("hf-mae demo --model outputs/mine --gallery path/to/images",),
     ),
     "convert": Command(
         "convert weights of the original (.pth), of transformers' vit_mae and of timm to ours, or back",
-        ConvertRecipe,
-        _convert,
-        ("hf-mae convert facebook/vit-mae-base outputs/base", "hf-mae convert outputs/mine outputs/for_timm --to timm"),
+        ConvertRecipe, _convert,
+        ("hf-mae convert facebook/vit-mae-base outputs/base",
+        "hf-mae convert outputs/mine outputs/for_timm --to timm"),
     ),
     "export": Command(
-        "write an encoder or a classifier as an ONNX file, or as a file of torch.export",
-        ExportRecipe,
-        _export,
+        "write an encoder or a classifier as an ONNX file, or as a file of torch.export", ExportRecipe, _export,
         ("hf-mae export outputs/mine outputs/mine_onnx --to onnx",),
     ),
     "push": Command(
         "publish a model on the Hugging Face Hub with the code that loads it, and check what comes back",
-        PushRecipe,
-        _push,
+        PushRecipe, _push,
         ("hf-mae push outputs/mine --repo_id user/mine --private true",),
     ),
     "card": Command(
-        "write a model's card to a file, as push would publish it",
-        CardRecipe,
-        _card,
+        "write a model's card to a file, as push would publish it", CardRecipe, _card,
         ("hf-mae card outputs/mine cards/mine.md",),
     ),
     "prepare": Command(
-        "re-encode a data set once, at the size that training needs, to sharded parquet",
-        PrepareRecipe,
-        _prepare,
+        "re-encode a data set once, at the size that training needs, to sharded parquet", PrepareRecipe, _prepare,
         ("hf-mae prepare path/to/images outputs/images_256 --short_side 256 --num_workers 8",),
     ),
     "stats": Command(
-        "print a data set's mean and standard deviation per channel",
-        StatsRecipe,
-        _stats,
+        "print a data set's mean and standard deviation per channel", StatsRecipe, _stats,
         ("hf-mae stats --dataset path/to/images",),
     ),
-}
+}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..data.labelled import LabelledImages
@@ -44,7 +45,7 @@ class EMACallback(TrainerCallback):
     """
 
     def __init__(self, decay: float):
-        self.decay, self.average, self.swapped = decay, {}, False
+        self.update, self.average, self.swapped = get_ema_multi_avg_fn(decay), {}, False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         trained = {name: p for name, p in kwargs["model"].named_parameters() if p.requires_grad}
@@ -56,9 +57,8 @@ class EMACallback(TrainerCallback):
 
     @torch.no_grad()
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for name, parameter in kwargs["model"].named_parameters():
-            if name in self.average:
-                self.average[name].lerp_(parameter, 1 - self.decay)
+        trained = [p for name, p in kwargs["model"].named_parameters() if name in self.average]
+        self.update(list(self.average.values()), trained, None)
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         if control.should_evaluate:
