@@ -141,9 +141,11 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
         """
         options = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
         settings, _ = cls.get_config_dict(place, **{key: loading[key] for key in options if key in loading})
-        found = settings.get("model_type", "mae")
-        if found != "mae":
-            raise ValueError(f"{place} is a model of type {found}, not mae; convert it: hf-mae convert {place} FOLDER")
+        model_type = settings.get("model_type", "mae")
+        if model_type != "mae":
+            raise ValueError(
+                f"{place} is a model of type {model_type}, not mae; convert it: hf-mae convert {place} FOLDER"
+            )
         return cls.from_dict(settings)
 
     @property

@@ -129,13 +129,13 @@ class Demo:
         gray = Image.new("RGB", photo.size, (round(255 * GRAY),) * 3)
         processor = self.reconstructor.processor
         psnr, ssim = masked_scores(result, processor.image_mean, processor.image_std)
-        said = [
+        caption = [
             f"{int(session.hidden.sum())} of {len(session.hidden)} patches hidden ({result.mask_ratio:.0%})",
             f"hidden part: {psnr.item():.1f} dB, SSIM {ssim.item():.2f}",
             FOOTERS.get(result.statistics, ""),
         ]
         pictures = [photo, Image.composite(gray, photo, removed), Image.composite(pasted, gray, removed), pasted]
-        return pictures, "  \n".join(line for line in said if line)
+        return pictures, "  \n".join(line for line in caption if line)
 
     @torch.no_grad()
     def attention(self, session: Session, patch: int) -> Image.Image:
@@ -173,8 +173,8 @@ def build(demo: Demo) -> gr.Blocks:
     def show(session: Session | None, statistics: Statistics) -> list[Any]:
         if session is None:
             return [None, None, None, None, None, ""]
-        pictures, said = demo.draw(session, statistics)
-        return [session, *pictures, said]
+        pictures, caption = demo.draw(session, statistics)
+        return [session, *pictures, caption]
 
     def opened(file: str | None, ratio: float, statistics: Statistics) -> list[Any]:
         if file is None:
@@ -219,7 +219,7 @@ def build(demo: Demo) -> gr.Blocks:
                      ("nowhere (raw)", "raw")], value="visible",
                     label="Mean and contrast of hidden patches from", visible=demo.model.config.norm_pix_loss,
                 )  # fmt: skip
-                said = gr.Markdown(elem_id="said")
+                caption = gr.Markdown(elem_id="said")
             with gr.Column(scale=3, min_width=320), gr.Row():
                 shown = [
                     gr.Image(label=label, interactive=False, min_width=240, elem_id=name, buttons=["fullscreen"])
@@ -229,7 +229,7 @@ def build(demo: Demo) -> gr.Blocks:
             label="Nearest in the gallery", columns=NEIGHBOURS, height=160, visible=demo.features is not None,
             elem_id="neighbours",
         )  # fmt: skip
-        pictures, attention = [session, *shown[:4], said], shown[4]
+        pictures, attention = [session, *shown[:4], caption], shown[4]
         file.change(opened, [file, ratio, statistics], [*pictures, attention, neighbours], show_progress="minimal")
         # While the slider is dragged, the newest place of it is what is drawn next.
         ratio.change(

@@ -27,10 +27,10 @@ def code_files(index: str) -> list[Path]:
 def auto_map(index: str) -> dict[str, Any]:
     """Auto class -> "file.Class", of image processors {backend: "file.Class"}, from `AUTO_CLASSES` of the index."""
 
-    def where(found: Any) -> Any:
-        if isinstance(found, dict):
-            return {name: where(one) for name, one in found.items()}
-        return f"{index}.{found.__name__}"
+    def where(target: Any) -> Any:
+        if isinstance(target, dict):
+            return {name: where(one) for name, one in target.items()}
+        return f"{index}.{target.__name__}"
 
     return where(import_module(f".{index}", __package__).AUTO_CLASSES)
 
@@ -57,10 +57,10 @@ class SavedWithCode:
         with self._saving_code(True):
             return super().push_to_hub(*args, **kwargs)
 
-    def _saving_code(self, wanted: bool) -> AbstractContextManager[None]:
+    def _saving_code(self, with_code: bool) -> AbstractContextManager[None]:
         """While it lasts, code is saved if it is wanted or if the class is registered. A model's config sees to it."""
         config: NamesCode = self.config
-        return config._saving_code(wanted or self._auto_class is not None)
+        return config._saving_code(with_code or self._auto_class is not None)
 
 
 class NamesCode(SavedWithCode):
@@ -74,8 +74,8 @@ class NamesCode(SavedWithCode):
         return "_auto_class" in vars(self)
 
     @contextmanager
-    def _saving_code(self, wanted: bool) -> Iterator[None]:
-        if self._saves_code or not (wanted or self._auto_class):
+    def _saving_code(self, with_code: bool) -> Iterator[None]:
+        if self._saves_code or not (with_code or self._auto_class):
             yield
             return
         # transformers writes its own entries into `auto_map` meanwhile. Those of a loaded file are none of ours.

@@ -200,9 +200,9 @@ def resized_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
         ValueError: if `size` has other keys than "shortest_edge", or "height" and "width"; if a line of pixels
             would become an image that Pillow would not open for its size.
     """
-    wanted = dict(size)
-    if wanted.keys() == {"shortest_edge"}:
-        edge, short = wanted["shortest_edge"], min(height, width)
+    sides = dict(size)
+    if sides.keys() == {"shortest_edge"}:
+        edge, short = sides["shortest_edge"], min(height, width)
         resized = int(edge * height / short), int(edge * width / short)
         if Image.MAX_IMAGE_PIXELS is not None and resized[0] * resized[1] > Image.MAX_IMAGE_PIXELS:
             raise ValueError(
@@ -210,9 +210,9 @@ def resized_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
                 f"PIL.Image.MAX_IMAGE_PIXELS; cut its middle out first"
             )
         return resized
-    if wanted.keys() == {"height", "width"}:
-        return wanted["height"], wanted["width"]
-    raise ValueError(f"size is {wanted}; pass {{'shortest_edge': N}} or {{'height': H, 'width': W}}")
+    if sides.keys() == {"height", "width"}:
+        return sides["height"], sides["width"]
+    raise ValueError(f"size is {sides}; pass {{'shortest_edge': N}} or {{'height': H, 'width': W}}")
 
 
 def center_spans(
@@ -226,16 +226,16 @@ def center_spans(
     Raises:
         ValueError: if `crop_size` has other keys than "height" and "width".
     """
-    wanted = dict(crop_size)
-    if wanted.keys() != {"height", "width"}:
-        raise ValueError(f"crop_size is {wanted}; pass {{'height': H, 'width': W}}")
+    sides = dict(crop_size)
+    if sides.keys() != {"height", "width"}:
+        raise ValueError(f"crop_size is {sides}; pass {{'height': H, 'width': W}}")
 
     def span(length: int, target: int) -> tuple[slice, tuple[int, int]]:
         start, missing = round(max(length - target, 0) / 2), max(target - length, 0)
         return slice(start, start + target), (missing // 2, missing - missing // 2)
 
-    rows, pad_rows = span(height, wanted["height"])
-    columns, pad_columns = span(width, wanted["width"])
+    rows, pad_rows = span(height, sides["height"])
+    columns, pad_columns = span(width, sides["width"])
     return (rows, columns), (pad_rows, pad_columns)
 
 

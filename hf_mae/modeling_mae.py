@@ -136,13 +136,13 @@ class MAEPreTrainedModel(SavedWithCode, PreTrainedModel):  # pyright: ignore[rep
         stored = MAEConfig.of_checkpoint(pretrained_model_name_or_path, **kwargs)
         if isinstance(config, PreTrainedConfig):
             config = copy.deepcopy(config)
-            wanted = {key: getattr(config, key) for key in ("image_size", "num_channels")}
-            for key in wanted:
+            target = {key: getattr(config, key) for key in ("image_size", "num_channels")}
+            for key in target:
                 setattr(config, key, getattr(stored, key))
         else:
-            wanted = {key: kwargs.pop(key, getattr(stored, key)) for key in ("image_size", "num_channels")}
+            target = {key: kwargs.pop(key, getattr(stored, key)) for key in ("image_size", "num_channels")}
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).resize_input(**wanted)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).resize_input(**target)
         return loaded
 
     def resize_input(

@@ -84,13 +84,13 @@ class Run:
     def summary(self) -> dict[str, str]:
         """How far the run came, and the first and last of its figures."""
         steps, total = max((event["step"] for event in self.events), default=0), self.derived.get("total_steps")
-        found = {"steps": f"{steps:,} of {total:,}" if isinstance(total, int) else f"{steps:,}"}
+        figures = {"steps": f"{steps:,} of {total:,}" if isinstance(total, int) else f"{steps:,}"}
         for key in ("eval_loss", "knn_top1", "linear_top1", "top1"):
             if values := [value for _, value in self.curve(key)]:
-                found[CURVES[key][0]] = f"{_number(values[0])} → {_number(values[-1])}"
+                figures[CURVES[key][0]] = f"{_number(values[0])} → {_number(values[-1])}"
         if speeds := sorted(value for _, value in self.curve("images_per_second")):
-            found["Images a second, median"] = _number(speeds[len(speeds) // 2])
-        return found
+            figures["Images a second, median"] = _number(speeds[len(speeds) // 2])
+        return figures
 
     @property
     def shown_pictures(self) -> list[tuple[int, str]]:
@@ -154,12 +154,12 @@ def page(runs: Sequence[Run]) -> str:
 
 def plots(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
     """(title, SVG) of each figure that any run has more than one value of."""
-    found = []
+    drawn = []
     for key, (title, factor) in CURVES.items():
         lines = [[(step, factor * value) for step, value in run.curve(key)] for run in runs]
         if max(map(len, lines)) > 1:
-            found.append((title, _plot(title, lines, [run.name for run in runs])))
-    return found
+            drawn.append((title, _plot(title, lines, [run.name for run in runs])))
+    return drawn
 
 
 def _plot(title: str, lines: Sequence[list[tuple[int, float]]], names: Sequence[str]) -> Markup:

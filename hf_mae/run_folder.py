@@ -106,10 +106,10 @@ class RunFolder:
 
     def pictures(self) -> list[tuple[int, Path]]:
         """(step, file) of each picture that is whole, by step."""
-        found = {path: _picture_step(path) for path in sorted(self.picture_folder.glob("step-*"))}
-        whole = [(step, path) for path, step in found.items() if step is not None and _is_whole_png(path)]
-        if skipped := len(found) - len(whole):
-            first = min(found.keys() - {path for _, path in whole})
+        steps = {path: _picture_step(path) for path in sorted(self.picture_folder.glob("step-*"))}
+        whole = [(step, path) for path, step in steps.items() if step is not None and _is_whole_png(path)]
+        if skipped := len(steps) - len(whole):
+            first = min(steps.keys() - {path for _, path in whole})
             logger.warning("%s: %d files skipped, as no pictures of ours, e.g. %s", self.path, skipped, first.name)
         return sorted(whole)
 
@@ -124,10 +124,10 @@ class RunFolder:
 
     def results(self) -> list[dict[str, Any]]:
         """The entries of results.json that a card or a report can use."""
-        found = _read_or(None, self.results_file, read_json)
-        entries = found if isinstance(found, list) else []
+        content = _read_or(None, self.results_file, read_json)
+        entries = content if isinstance(content, list) else []
         usable = [entry for entry in entries if _is_whole_result(entry)]
-        if found is not None and not (isinstance(found, list) and len(usable) == len(found)):
+        if content is not None and not (isinstance(content, list) and len(usable) == len(content)):
             logger.warning("%s: what is not a result of hf-mae in there is skipped", self.results_file)
         return usable
 
@@ -137,8 +137,10 @@ class RunFolder:
 
     def checkpoints(self, last_step: int | None = None) -> list[Path]:
         """Folders named `checkpoint-STEP`, up to a step if one is given, oldest first, complete or not."""
-        found = [(_checkpoint_step(path), path) for path in self.path.glob("checkpoint-*") if path.is_dir()]
-        steps = [(step, path) for step, path in found if step is not None and (last_step is None or step <= last_step)]
+        folders = [(_checkpoint_step(path), path) for path in self.path.glob("checkpoint-*") if path.is_dir()]
+        steps = [
+            (step, path) for step, path in folders if step is not None and (last_step is None or step <= last_step)
+        ]
         return [path for _, path in sorted(steps)]
 
 
@@ -149,13 +151,13 @@ def run_of(folder: Path) -> tuple[RunFolder, int | None]:
 
 
 def _checkpoint_step(path: Path) -> int | None:
-    found = re.fullmatch(r"checkpoint-(\d+)", path.name)
-    return int(found[1]) if found else None
+    match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+    return int(match[1]) if match else None
 
 
 def _picture_step(path: Path) -> int | None:
-    found = re.fullmatch(r"step-(\d+)\.png", path.name)
-    return int(found[1]) if found else None
+    match = re.fullmatch(r"step-(\d+)\.png", path.name)
+    return int(match[1]) if match else None
 
 
 def _is_whole_png(path: Path) -> bool:
@@ -238,10 +240,10 @@ def _read_table(path: Path, read: Callable[[Path], Any]) -> dict[str, Any]:
     return _table(_read_or({}, path, read), path)
 
 
-def _table(found: Any, path: Path) -> dict[str, Any]:
-    if isinstance(found, dict):
-        return found
-    logger.warning("%s: what should be a table of keys isn't one and is skipped: %.40s", path, found)
+def _table(content: Any, path: Path) -> dict[str, Any]:
+    if isinstance(content, dict):
+        return content
+    logger.warning("%s: what should be a table of keys isn't one and is skipped: %.40s", path, content)
     return {}
 
 

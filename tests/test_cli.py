@@ -146,7 +146,7 @@ def test_help_of_evaluate_lists_its_protocols(words, capsys):
         assert re.search(rf"^  {protocol} +\w", printed, re.MULTILINE)
 
 
-def test_a_program_that_is_called_with_the_name_of_the_command_line_registers_the_classes(tmp_path):
+def test_a_program_called_with_the_name_of_the_command_line_registers_the_classes(tmp_path):
     (tmp_path / "program.py").write_text(
         "import hf_mae\nfrom transformers import AutoConfig\nprint(AutoConfig.for_model('mae').model_type)\n"
     )

@@ -258,7 +258,7 @@ def test_a_positional_key_given_twice_or_a_word_too_many_is_an_error():
         ("--xyzzy", "unknown argument '--xyzzy'"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_one_line_with_key_value_and_what_is_allowed(words, message):
+def test_a_typing_mistake_is_one_line_with_key_value_and_what_is_allowed(words, message):
     assert mistake(*words.split()) == message
 
 
@@ -371,7 +371,7 @@ finally:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_lists_each_key_once_with_a_help_text_and_says_which_are_required(name, capsys, monkeypatch):
+def test_every_command_lists_each_key_once_with_help_and_says_which_are_required(name, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     keys = keys_of(COMMANDS[name].keys)
     text = help_of(capsys, COMMANDS[name].keys)

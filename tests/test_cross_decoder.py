@@ -98,7 +98,7 @@ def test_in_evaluation_all_removed_patches_are_predicted_each_as_if_it_were_alon
     assert output.loss.item() == pytest.approx((errors.sum() / output.mask.sum()).item(), rel=1e-5)
 
 
-def test_a_part_of_the_predictions_changes_neither_encoder_nor_masks_nor_other_predictions():
+def test_predicting_a_part_changes_neither_encoder_nor_masks_nor_other_predictions():
     model, images, noise = tiny(MAEForPreTraining, **CROSS).train(), pixels(), draw_noise()
     whole = model(images, noise=noise)
     model.config.prediction_ratio = 0.25

@@ -46,7 +46,7 @@ def raw(backend, images, num_channels: int, **kwargs) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", [(256, 256), (300, 401), (333, 257), (256, 259), (263, 256), (97, 61), (500, 224)])
-def test_pillow_gives_the_bits_of_the_reference_transform_and_torchvision_is_a_step_away(size):
+def test_pillow_has_the_bits_of_the_reference_transform_torchvision_is_a_step_away(size):
     reference = transforms.Compose(
         [
             transforms.Resize(256, interpolation=transforms.InterpolationMode.BICUBIC),
@@ -66,7 +66,7 @@ def test_pillow_gives_the_bits_of_the_reference_transform_and_torchvision_is_a_s
 
 @both_backends
 @pytest.mark.parametrize("size", [(256, 259), (227, 231), (224, 225), (100, 300), (223, 151), (224, 224)])
-def test_the_centre_crop_is_that_of_torchvision_where_margins_are_odd_and_where_zeros_are_added(backend, size):
+def test_the_centre_crop_is_torchvisions_at_odd_margins_and_with_zeros_added(backend, size):
     image = photo(*size)
     expected = transforms.PILToTensor()(transforms.CenterCrop((224, 224))(image))
     assert torch.equal(pixels(backend(**RAW | {"do_center_crop": True}), image)[0], expected)
@@ -132,7 +132,7 @@ def test_the_backends_agree_on_noise_of_six_bands_up_to_one_step(dtype):
 
 
 @both_backends
-def test_where_both_ends_have_the_band_count_the_first_is_taken_unless_told_otherwise(backend):
+def test_if_both_ends_have_the_band_count_the_first_is_taken_unless_stated(backend):
     image = np.arange(36, dtype=np.uint8).reshape(3, 4, 3)
     assert np.array_equal(raw(backend, image, 3)[0], image)
     last = raw(backend, image, 3, input_data_format="channels_last")[0]
@@ -351,7 +351,7 @@ def test_the_number_of_channels_may_be_set_for_one_call(backend):
 
 
 @both_backends
-def test_the_defaults_are_those_of_the_reference_and_a_file_without_num_channels_means_three(backend, tmp_path):
+def test_the_defaults_are_the_references_and_no_num_channels_means_three(backend, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text('{"feature_extractor_type": "ViT", "size": 224}')
     old = backend.from_pretrained(tmp_path)
     assert (old.num_channels, dict(old.size), dict(old.crop_size)) == (

@@ -68,8 +68,8 @@ def load_layout(model: nn.Module, theirs: dict[str, torch.Tensor], layout: str) 
     Raises:
         UserError: if one is missing, left over or of another shape; it names the first.
     """
-    wanted = {name: their_names(name, layout) for name in model.state_dict()}
-    expected = {their for names in wanted.values() for their in names}
+    names_of = {name: their_names(name, layout) for name in model.state_dict()}
+    expected = {their for names in names_of.values() for their in names}
     for what, keys in (("lacks", expected - theirs.keys()), ("has", theirs.keys() - expected)):
         if keys:
             raise UserError(
@@ -78,11 +78,11 @@ def load_layout(model: nn.Module, theirs: dict[str, torch.Tensor], layout: str) 
             )
     ours = {}
     for name, value in model.state_dict().items():
-        tensor = torch.cat([theirs[their] for their in wanted[name]])
+        tensor = torch.cat([theirs[their] for their in names_of[name]])
         ours[name] = tensor[0] if name.endswith(".table") else tensor
         if ours[name].shape != value.shape:
             raise UserError(
-                f"the source's {wanted[name][0]} has shape {tuple(ours[name].shape)} where {tuple(value.shape)} fits; "
+                f"the source's {names_of[name][0]} has shape {tuple(ours[name].shape)} where {tuple(value.shape)} fits; "
                 "check --image_size and the numbers of heads"
             )
     model.load_state_dict(ours)

@@ -48,17 +48,17 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as file:
-                weights, said = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+                weights, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is no whole .safetensors file ({error}); fetch it again") from error
     else:
         content = read_pth(path)
         inner = content.get("model", content) if isinstance(content, dict) else content
         options = content.get("args") if inner is not content else None
-        weights, said = inner, vars(options) if isinstance(options, argparse.Namespace) else {}
+        weights, metadata = inner, vars(options) if isinstance(options, argparse.Namespace) else {}
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise UserError(f"{path} doesn't hold a model's weights by name; give a file that does")
-    return {key: value.detach().float().contiguous() for key, value in weights.items()}, said
+    return {key: value.detach().float().contiguous() for key, value in weights.items()}, metadata
 
 
 def _what_else(path: str | Path) -> str:

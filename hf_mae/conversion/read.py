@@ -62,18 +62,18 @@ def open_source(source: str, numbers: Numbers) -> Source:
     if path.is_dir() and not (path / "config.json").exists() and (path / "model.safetensors").exists():
         path = path / "model.safetensors"
     if path.is_dir():
-        folder, found = path, _read_folder(path, source, numbers)
+        folder, result = path, _read_folder(path, source, numbers)
         files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".pth"))
     else:
-        folder, found = path.parent, _read_original(path, numbers)
+        folder, result = path.parent, _read_original(path, numbers)
         files = [path]
-    found.revision = folder.name if not Path(source).exists() else None  # snapshots/COMMIT, in the Hub's cache
-    found.sha256 = {file.name: sha256(file) for file in files}
+    result.revision = folder.name if not Path(source).exists() else None  # snapshots/COMMIT, in the Hub's cache
+    result.sha256 = {file.name: sha256(file) for file in files}
     # Nothing that we wrote is a .pth, whatever lies beside it.
     record = _record(folder) if path.is_dir() or path.suffix == ".safetensors" else None
     if record is not None:
-        found.before, found.licence = record, record.get("licence")
-    return found
+        result.before, result.licence = record, record.get("licence")
+    return result
 
 
 def _read_folder(folder: Path, source: str, numbers: Numbers) -> Source:
@@ -93,10 +93,10 @@ def _read_folder(folder: Path, source: str, numbers: Numbers) -> Source:
     }
     if kind not in readers:
         raise UserError(f"{source} is a model of type {kind}; there are {', '.join(readers)}, and .pth files")
-    found = readers[kind](folder, config)
+    result = readers[kind](folder, config)
     if any(_FACEBOOKS.search(str(name)) for name in (source, config.get("_name_or_path"))):
-        found.licence = NON_COMMERCIAL
-    return found
+        result.licence = NON_COMMERCIAL
+    return result
 
 
 def _local(source: str) -> Path:
@@ -190,7 +190,7 @@ def _read_transformers(folder: Path, config: dict[str, Any]) -> Source:
 
 
 def _read_original(path: Path, numbers: Numbers) -> Source:
-    weights, said = read_weights(path)
+    weights, metadata = read_weights(path)
     if not {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"} <= weights.keys():
         raise UserError(
             f"{path} has no weights of an MAE by the original's names, but e.g. {', '.join(sorted(weights)[:3])}; "
@@ -198,9 +198,9 @@ def _read_original(path: Path, numbers: Numbers) -> Source:
         )
     settings, model_class = _config_from(weights, numbers.image_size), _class_of(weights)
     for prefix in ("", "decoder_") if model_class is MAEForPreTraining else ("",):
-        settings[f"{prefix}num_attention_heads"] = _heads(settings, prefix, numbers, said)
+        settings[f"{prefix}num_attention_heads"] = _heads(settings, prefix, numbers, metadata)
     if model_class is MAEForPreTraining:
-        settings["norm_pix_loss"] = _norm_pix_loss(path, numbers, said)
+        settings["norm_pix_loss"] = _norm_pix_loss(path, numbers, metadata)
     model = make_model(model_class, settings, weights, "original")
     beside = RunFolder(path.parent).conversion_file.exists() and path.suffix == ".safetensors"
     processor = read_processor(path.parent, model.config) if beside else evaluation_processor(model.config)
@@ -278,22 +278,22 @@ def _depth(weights: dict[str, torch.Tensor], name: str) -> int:
     return 1 + max(int(key.split(".")[1]) for key in weights if key.startswith(f"{name}."))
 
 
-def _heads(settings: dict[str, Any], prefix: str, numbers: Numbers, said: dict[str, Any]) -> int:
+def _heads(settings: dict[str, Any], prefix: str, numbers: Numbers, metadata: dict[str, Any]) -> int:
     key, width = f"{prefix}num_attention_heads", settings[f"{prefix}hidden_size"]
     # Encoders of the table of sizes; the decoder that they all have is 512 wide with 16 heads.
     known = {512: 16} if prefix else {size["hidden_size"]: size["num_attention_heads"] for size in SIZES.values()}
-    heads = getattr(numbers, key) or said.get(key) or known.get(width)
+    heads = getattr(numbers, key) or metadata.get(key) or known.get(width)
     if not heads:
         raise UserError(f"the number of heads of a width of {width} is in no file and no table; give --{key} NUMBER")
     return int(heads)
 
 
-def _norm_pix_loss(path: Path, numbers: Numbers, said: dict[str, Any]) -> bool:
+def _norm_pix_loss(path: Path, numbers: Numbers, metadata: dict[str, Any]) -> bool:
     """Asked for; or recorded; or known of the files that the original's authors published (their README)."""
     if numbers.norm_pix_loss is not None:
         return numbers.norm_pix_loss
-    if "norm_pix_loss" in said:
-        return str(said["norm_pix_loss"]).lower() == "true"
+    if "norm_pix_loss" in metadata:
+        return str(metadata["norm_pix_loss"]).lower() == "true"
     if path.name.startswith(("mae_pretrain_vit_", "mae_visualize_vit_")):
         return path.name.startswith("mae_pretrain_vit_")
     raise UserError(f"{path} doesn't say what its decoder predicts; give --norm_pix_loss true or false")

@@ -108,11 +108,11 @@ def write_original(model: Any, processor: MAEImageProcessor, folder: Path) -> Ru
     _refuse_other_activations(model, "the original")
     _refuse_cross_attention(model, "the original")
     weights, config = to_layout(model.state_dict(), "original"), model.config
-    said = {"num_attention_heads": str(config.num_attention_heads)}
+    metadata = {"num_attention_heads": str(config.num_attention_heads)}
     if isinstance(model, MAEForPreTraining):
-        said["decoder_num_attention_heads"] = str(config.decoder_num_attention_heads)
-        said["norm_pix_loss"] = str(config.norm_pix_loss).lower()
-    _save(weights, folder, said)
+        metadata["decoder_num_attention_heads"] = str(config.decoder_num_attention_heads)
+        metadata["norm_pix_loss"] = str(config.norm_pix_loss).lower()
+    _save(weights, folder, metadata)
     processor.save_pretrained(folder)
     return run_original(load_file(folder / "model.safetensors"), config)
 
@@ -178,10 +178,10 @@ def _write_transformers(
     return run_transformers(peer_class.from_pretrained(folder, **options).eval())
 
 
-def _save(weights: dict[str, torch.Tensor], folder: Path, said: dict[str, str] | None = None) -> None:
+def _save(weights: dict[str, torch.Tensor], folder: Path, metadata: dict[str, str] | None = None) -> None:
     contiguous = {key: value.detach().contiguous() for key, value in weights.items()}
     file = folder / "model.safetensors"
-    save_file(contiguous, file, {"format": "pt", **(said or {})})
+    save_file(contiguous, file, {"format": "pt", **(metadata or {})})
     _sort_metadata(file)
 
 

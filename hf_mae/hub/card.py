@@ -196,8 +196,8 @@ def licence_of(folder: str | Path) -> str | None:
 
 def _licence_of(model: RunFolder, conversion: dict[str, Any], recipe: dict[str, Any]) -> str | None:
     if model.conversion_file.exists():  # even if nothing can be read there: these weights come from elsewhere
-        found = re.sub(r"[\s_]+", "-", str(conversion.get("licence") or "")).lower()
-        return "cc-by-nc-4.0" if found.startswith("cc-by-nc") else found or None
+        licence = re.sub(r"[\s_]+", "-", str(conversion.get("licence") or "")).lower()
+        return "cc-by-nc-4.0" if licence.startswith("cc-by-nc") else licence or None
     if not recipe:
         return None
     if not recipe.get("model"):

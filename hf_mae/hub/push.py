@@ -154,8 +154,8 @@ class BackgroundPush:
         """Wait for the push that is under way, if any, and tell how it ended."""
         if self.process:
             lines = self.process.communicate()[0].splitlines()
-            told = [line for line in lines if line.startswith(("published", "hf-mae: error:"))]
-            self.say((told or lines or ["the push said nothing"])[-1])
+            outcomes = [line for line in lines if line.startswith(("published", "hf-mae: error:"))]
+            self.say((outcomes or lines or ["the push said nothing"])[-1])
             self.process = None
 
 
@@ -200,10 +200,10 @@ def _whole_folder(folder: str | Path) -> AbstractContextManager[None]:
 def _open_repository(api: HfApi, repo_id: str, private: bool, revision: str | None) -> None:
     """Make the repository and the branch, or see that what is there may be pushed to."""
     api.create_repo(repo_id, private=private or None, exist_ok=True)
-    found = api.model_info(repo_id)
-    if private and not found.private:
+    repository = api.model_info(repo_id)
+    if private and not repository.private:
         raise UserError(f"{repo_id} is there already and public; make it private on the Hub, or choose another name")
-    names = {sibling.rfilename for sibling in found.siblings or []}
+    names = {sibling.rfilename for sibling in repository.siblings or []}
     if names - {".gitattributes", "README.md", "LICENSE"} and not names & set(check.CODE):
         some = ", ".join(sorted(names)[:3])
         raise UserError(f"{repo_id} is taken by something else ({some}); choose another name, or empty it first")

@@ -102,18 +102,18 @@ def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
     if resume != "auto":
         verify_checkpoint(Path(resume))
         return Path(resume)
-    found = RunFolder(output_dir).checkpoints()
-    for path in reversed(found):
+    checkpoints = RunFolder(output_dir).checkpoints()
+    for path in reversed(checkpoints):
         try:
             verify_checkpoint(path)
         except CheckpointError as error:
             logger.warning("%s; falling back to the one before", error)
         else:
             return path
-    if found:
+    if checkpoints:
         raise CheckpointError(
-            f"none of the {len(found)} checkpoints in {output_dir} is whole; bring one back, or start anew in another "
-            "--output_dir"
+            f"none of the {len(checkpoints)} checkpoints in {output_dir} is whole; bring one back, or start anew in "
+            "another --output_dir"
         )
     return None
 

@@ -115,7 +115,7 @@ def test_sizes_may_be_two_numbers(text):
         ("num_hidden_layers", "3", 3),
     ],
 )
-def test_values_of_the_configuration_have_their_type_on_the_command_line_and_in_a_file(key, text, value, recipe_file):
+def test_values_of_the_configuration_have_their_type_when_typed_and_in_a_file(key, text, value, recipe_file):
     for arguments in ([f"--{key}", text], ["--recipe", recipe_file(f"{key}: {text}")]):
         found = load_pretrain_recipe(arguments).given_model_keys()[key]
         assert found == value
@@ -321,7 +321,7 @@ def test_the_papers_recipes_are_table_8(name, sizes, millions):
 
 
 @pytest.mark.parametrize("name", ["cifar10_vit_tiny", "vit_base_in1k", "vit_large_in1k"])
-def test_the_fast_recipes_differ_by_the_decoder_and_by_the_learning_rate_that_goes_with_it(name):
+def test_the_fast_recipes_differ_by_decoder_and_the_learning_rate_that_goes_with_it(name):
     usual, fast = shipped_recipe(name), shipped_recipe(f"{name}_fast")
     differing = {key: fast[key] for key in fast if fast[key] != usual.get(key)}
     blr, depth = differing.pop("blr"), differing.pop("decoder_num_hidden_layers", None)
