@@ -397,7 +397,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "prepare": Command(
         "re-encode a data set once, at the size that training needs, to sharded parquet", PrepareRecipe, _prepare,
-        ("hf-mae prepare path/to/images outputs/images_256 --short_side 256 --num_workers 8",),
+        ("hf-mae prepare path/to/images outputs/images_256 --shortest_edge 256 --num_workers 8",),
     ),
     "stats": Command(
         "print a data set's mean and standard deviation per channel", StatsRecipe, _stats,

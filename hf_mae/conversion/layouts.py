@@ -82,7 +82,7 @@ def load_layout(model: nn.Module, theirs: dict[str, torch.Tensor], layout: str) 
         ours[name] = tensor[0] if name.endswith(".table") else tensor
         if ours[name].shape != value.shape:
             raise UserError(
-                f"the source's {names_of[name][0]} has shape {tuple(ours[name].shape)} where {tuple(value.shape)} fits; "
-                "check --image_size and the numbers of heads"
+                f"the source's {names_of[name][0]} has shape {tuple(ours[name].shape)} where {tuple(value.shape)} "
+                "fits; check --image_size and the numbers of heads"
             )
     model.load_state_dict(ours)

@@ -53,7 +53,7 @@ def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
     place = locate(recipe)
     splits = [Rows(open_split(place, split)) for split in ([recipe.split] if recipe.split else place.splits)]
     features = _find_features(splits)
-    manifest: dict[str, Any] = {"short_side": recipe.short_side, "quality": recipe.quality, "splits": {}}
+    manifest: dict[str, Any] = {"shortest_edge": recipe.shortest_edge, "quality": recipe.quality, "splits": {}}
     bad: list[BadSample] = []
     try:
         parts = [_Shards(rows, features, folder, recipe) for rows in splits]
@@ -136,7 +136,7 @@ def _check_bad(bad: list[BadSample], count: int, recipe: PrepareRecipe) -> None:
 # ------------------------------------------------------------------------------------------ an image
 
 
-def reencode(data: bytes | np.ndarray | BadImage, short_side: int, quality: int) -> bytes:
+def reencode(data: bytes | np.ndarray | BadImage, shortest_edge: int, quality: int) -> bytes:
     """Make an image as small as it need be, after a look whether it can be decoded at all.
 
     Encoded images that are not larger stay the bytes that they are. Of others, 8-bit colour (RGB, CMYK) and gray become
@@ -145,22 +145,22 @@ def reencode(data: bytes | np.ndarray | BadImage, short_side: int, quality: int)
 
     Args:
         data: as for `decode_image`.
-        short_side: pixels of the shorter side.
+        shortest_edge: pixels of the shorter side.
         quality: of JPEG.
 
     Raises:
         BadImage: for every fault of the data.
         MissingPackage: where tifffile is needed and not installed.
     """
-    image = load_image(data, 2 * short_side)
+    image = load_image(data, 2 * shortest_edge)
     with as_bad_image():
         if isinstance(image, np.ndarray):
             image = _as_picture(_bands_last(image))
         height, width = height_width(image)
         short = min(height, width)
-        if short <= short_side:
+        if short <= shortest_edge:
             return data if isinstance(data, bytes) else _encoded(image, None)
-        size = round(height * short_side / short), round(width * short_side / short)
+        size = round(height * shortest_edge / short), round(width * shortest_edge / short)
         if isinstance(image, Image.Image) and image.mode.startswith(("F", "I")):
             array = np.asarray(image)
             # 32 bits are what 16-bit files come as where Pillow has no 16-bit mode for them.
@@ -229,7 +229,7 @@ class _Shards(Dataset):
         source = json.dumps(rows.source.fingerprint, sort_keys=True).encode(errors="surrogateescape")
         self.settings = {
             "source": hashlib.sha256(source).hexdigest(),
-            **{key: getattr(recipe, key) for key in ("short_side", "quality", "rows_per_shard")},
+            **{key: getattr(recipe, key) for key in ("shortest_edge", "quality", "rows_per_shard")},
         }
 
     def __len__(self) -> int:
@@ -273,7 +273,7 @@ class _Shards(Dataset):
         labels, bad = [], []
         for row in self.rows.read(index):
             try:
-                content = reencode(row.image, self.recipe.short_side, self.recipe.quality)
+                content = reencode(row.image, self.recipe.shortest_edge, self.recipe.quality)
             except BadImage as error:
                 bad.append((row.key, error.reason))
                 continue
@@ -329,10 +329,11 @@ def _card(manifest: dict[str, Any], features: Any) -> str:
         f"| {name} | {split['rows']:,} | {len(split['shards'])} | {sum(split['bad'].values())} |\n"
         for name, split in manifest["splits"].items()
     )
+    side = manifest["shortest_edge"]
     return (
-        f"---\n{data.to_yaml()}\n---\n\n# Images of {manifest['short_side']} pixels\n\nRe-encoded by `hf-mae prepare "
-        f"--short_side {manifest['short_side']} --quality {manifest['quality']}`: the shorter side is at most "
-        f"{manifest['short_side']} pixels; smaller images are the source's bytes. The licence is the source's.\n\n"
+        f"---\n{data.to_yaml()}\n---\n\n# Images of {side} pixels\n\nRe-encoded by `hf-mae prepare "
+        f"--shortest_edge {side} --quality {manifest['quality']}`: the shorter side is at most "
+        f"{side} pixels; smaller images are the source's bytes. The licence is the source's.\n\n"
         f"| split | images | shards | left out, as they can't be decoded |\n|---|---|---|---|\n{table}\n"
         "`manifest.json` has the rows, bytes and sha256 of each shard, `bad_samples.jsonl` what was left out and why.\n"
     )

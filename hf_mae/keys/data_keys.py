@@ -70,7 +70,7 @@ class PrepareRecipe(SourceKeys):
     dataset: str = inherit(SourceKeys, "dataset", positional=True, metavar="SRC")
     output_dir: str = key(help_text="folder to write", group="output", positional=True, metavar="DST")
     split: str | None = key(None, "the only split to prepare", group="data", metavar="NAME", shown="all splits")
-    short_side: int = key(
+    shortest_edge: int = key(
         256, "pixels of the shorter side; smaller images keep their size and their bytes", group="output"
     )
     quality: int = key(90, "JPEG quality, 1 to 95", group="output")
@@ -80,7 +80,12 @@ class PrepareRecipe(SourceKeys):
 
     def check(self) -> None:
         """Raise a DataError for a value that can't be used."""
-        limits = {"short_side": (1, 65_535), "quality": (1, 95), "rows_per_shard": (1, 10**9), "num_workers": (0, 1000)}
+        limits = {
+            "shortest_edge": (1, 65_535),
+            "quality": (1, 95),
+            "rows_per_shard": (1, 10**9),
+            "num_workers": (0, 1000),
+        }
         for name, (low, high) in {**limits, "max_bad_fraction": (0, 1)}.items():
             if not low <= getattr(self, name) <= high:
                 raise DataError(f"{name} {getattr(self, name)} is out of range; give {low} to {high}")

@@ -57,7 +57,7 @@ def folder(tmp_path) -> Path:
 
 
 def options(source, dest, **keys) -> PrepareRecipe:
-    keys = {"short_side": 16, "rows_per_shard": 7, "num_workers": 0, "max_bad_fraction": 0.1, **keys}
+    keys = {"shortest_edge": 16, "rows_per_shard": 7, "num_workers": 0, "max_bad_fraction": 0.1, **keys}
     return PrepareRecipe(dataset=str(source), output_dir=str(dest), **keys)
 
 
@@ -236,7 +236,7 @@ def test_what_is_there_is_not_done_again_and_what_is_missing_or_broken_is(folder
 def test_a_folder_of_another_preparation_is_refused(folder, tmp_path):
     prepare(options(folder, tmp_path / "out"))
     for changed, said in (
-        ({"short_side": 12}, "short_side 16, not 12"),
+        ({"shortest_edge": 12}, "shortest_edge 16, not 12"),
         ({"quality": 50}, "quality 90, not 50"),
         ({"rows_per_shard": 9}, "of something else"),
         ({"split": "validation"}, "of something else"),
@@ -291,7 +291,7 @@ def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_bytes(tmp_path):
     for number in range(40):
         (folder / f"{number:02d}.jpg").write_bytes(encoded(photo(1200 + number, 900), "JPEG"))
     prepare(options(folder, tmp_path / "whole", rows_per_shard=2))
-    command = ["-m", "hf_mae.cli", "prepare", folder, out, "--short_side", 16, "--rows_per_shard", 2]
+    command = ["-m", "hf_mae.cli", "prepare", folder, out, "--shortest_edge", 16, "--rows_per_shard", 2]
     kills = 0
     for attempt in range(30):
         process = spawn([*command, "--num_workers", 1 + attempt % 2], tmp_path / "log")
