@@ -49,6 +49,18 @@ def scripts(monkeypatch):
     return folder
 
 
+@pytest.fixture
+def recipe_file(tmp_path):
+    """Writes a recipe; its path."""
+
+    def write(text: str) -> str:
+        path = tmp_path / "mine.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
 @pytest.fixture(scope="session")
 def browser():
     """A headless Chromium."""

@@ -14,7 +14,7 @@ from hf_mae.data.order import Rows
 from hf_mae.evaluation.encoder import FrozenEncoder
 from hf_mae.evaluation.linear_probe import PaperProbe, ProbeRun
 from hf_mae.evaluation.online import OnlineEvaluator
-from hf_mae.evaluation.table import extract_table
+from hf_mae.evaluation.table import encoded_batches, extract_table
 
 
 def bright_rows(n: int, seed: int = 0, labels: bool = True, classes: int = 3) -> Rows:
@@ -41,7 +41,7 @@ def measure(folder: str, accelerator: Accelerator, per_device: int) -> dict:
     rows, eval_rows = bright_rows(900), bright_rows(101, 1)
     run = ProbeRun(encoder, rows, {0: 0, 7: 1, 14: 2}, probe, per_device, 0, 0, accelerator)
     run.train()
-    table = extract_table(encoder, eval_rows, encoder.spec, 16, 0, accelerator)
+    table = extract_table(eval_rows, encoded_batches(encoder, eval_rows, encoder.spec, 16, 0, accelerator))
     quality = quality_of(folder, accelerator, rows, eval_rows, samples=201)
     found = {
         "weights": accelerator.unwrap_model(run.head)[1].weight.tolist(),

@@ -72,21 +72,11 @@ def mistake(*words: str, kind: type = Keys, recipes: Any = None) -> str:
     return str(caught.value)
 
 
-@pytest.fixture
-def recipe(tmp_path):
-    def write(text: str) -> str:
-        path = tmp_path / "mine.yaml"
-        path.write_text(text)
-        return str(path)
-
-    return write
-
-
 # ------------------------------------------------------------------------------------------ where values come from
 
 
-def test_a_recipe_overrides_defaults_and_the_command_line_overrides_the_recipe(recipe):
-    path = recipe("seed: 3\nflip: false\nsteps: 7")
+def test_a_recipe_overrides_defaults_and_the_command_line_overrides_the_recipe(recipe_file):
+    path = recipe_file("seed: 3\nflip: false\nsteps: 7")
     for words in (
         ["--recipe", path, "--seed", "4"],
         ["--seed", "4", "--config", path],
@@ -96,13 +86,13 @@ def test_a_recipe_overrides_defaults_and_the_command_line_overrides_the_recipe(r
         assert (keys.epochs, keys.flip, keys.steps, keys.seed, keys.recipe) == (800, False, 7, 4, path)
 
 
-def test_the_command_line_overrides_a_recipe_with_the_default_itself_and_with_none(recipe):
-    keys = read("--recipe", recipe("seed: 3\nepochs: 100"), "--seed", "0", "--epochs", "none")
+def test_the_command_line_overrides_a_recipe_with_the_default_itself_and_with_none(recipe_file):
+    keys = read("--recipe", recipe_file("seed: 3\nepochs: 100"), "--seed", "0", "--epochs", "none")
     assert (keys.seed, keys.epochs) == (0, None)
 
 
-def test_a_recipe_may_give_a_required_key_and_be_found_by_name(recipe, tmp_path):
-    recipe("model: there")
+def test_a_recipe_may_give_a_required_key_and_be_found_by_name(recipe_file, tmp_path):
+    recipe_file("model: there")
     keys = parse(Keys, ["--recipe", "mine"], "hf-mae try", recipes={"mine": tmp_path / "mine.yaml"})
     assert (keys.model, keys.recipe) == ("there", "mine")
 
@@ -141,8 +131,8 @@ def test_lists_of_defaults_are_not_shared():
         ("mask_ratio_schedule: ['0:0.6', '0.5:0.75']", "mask_ratio_schedule", ["0:0.6", "0.5:0.75"]),
     ],
 )
-def test_values_of_a_recipe_are_read_as_words_of_the_command_line(text, name, value, recipe):
-    found = getattr(read("--recipe", recipe(text)), name)
+def test_values_of_a_recipe_are_read_as_words_of_the_command_line(text, name, value, recipe_file):
+    found = getattr(read("--recipe", recipe_file(text)), name)
     assert found == value
     assert type(found) is type(value)
 
@@ -281,13 +271,13 @@ def test_a_typing_mistake_is_one_line_with_key_value_and_what_is_allowed(words, 
         ("- seed", "recipe FILE is not a table of keys; write lines such as 'epochs: 800'"),
     ],
 )
-def test_a_mistake_in_a_recipe_is_one_line_that_names_the_recipe(text, message, recipe):
-    path = recipe(text)
+def test_a_mistake_in_a_recipe_is_one_line_that_names_the_recipe(text, message, recipe_file):
+    path = recipe_file(text)
     assert mistake("--recipe", path).replace(path, "FILE") == message
 
 
-def test_a_recipe_that_is_missing_or_broken_is_named(recipe, tmp_path):
-    assert re.match(r"recipe .*mine.yaml is not YAML: ", mistake("--recipe", recipe("seed: [")))
+def test_a_recipe_that_is_missing_or_broken_is_named(recipe_file, tmp_path):
+    assert re.match(r"recipe .*mine.yaml is not YAML: ", mistake("--recipe", recipe_file("seed: [")))
     (tmp_path / "mine.yaml").write_bytes(b"\xff\xfe\x00")
     assert re.match(r"recipe .*mine.yaml is not YAML: ", mistake("--recipe", str(tmp_path / "mine.yaml")))
     recipes = {"quickstart": tmp_path / "mine.yaml", "base": tmp_path / "mine.yaml"}

@@ -15,7 +15,7 @@ from ..pretrained import load_with_processor
 from ..run_folder import add_result
 from .metrics import make_compute_metrics
 from .results import check_results_file, make_result
-from .table import extract_table, report_bad
+from .table import encoded_batches, extract_table, report_bad
 
 
 def evaluate_classification(recipe: ClassificationRecipe) -> dict[str, Any] | None:
@@ -46,7 +46,8 @@ def evaluate_classification(recipe: ClassificationRecipe) -> dict[str, Any] | No
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.mixed_precision == "bf16"):
             return model(normalize(images)).logits
 
-    table = extract_table(logits, rows, spec, recipe.batch_size, recipe.num_workers, accelerator)
+    batches = encoded_batches(logits, rows, spec, recipe.batch_size, recipe.num_workers, accelerator)
+    table = extract_table(rows, batches)
     report_bad(len(table.keys), rows, table.bad, recipe.max_bad_fraction)
     if not accelerator.is_main_process:
         return None

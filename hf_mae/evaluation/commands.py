@@ -12,7 +12,7 @@ from ..keys.evaluation_keys import EvaluateRecipe, Pooling
 from ..run_folder import add_result
 from .encoder import FrozenEncoder
 from .results import check_results_file, make_result, named_data
-from .table import Features, extract_table, report_bad, with_class_numbers
+from .table import Features, encoded_batches, extract_table, report_bad, with_class_numbers
 
 
 class Evaluation:
@@ -40,11 +40,14 @@ class Evaluation:
 
     def tables(self) -> tuple[Features, Features]:
         """Features and class numbers of the split that is learnt from and of the one that is classified."""
-        recipe = self.recipe
+        recipe, encoder = self.recipe, self.encoder
         splits = (("training images", self.rows), ("evaluation images", self.eval_rows))
         train, test = (
             extract_table(
-                self.encoder, rows, self.encoder.spec, recipe.batch_size, recipe.num_workers, self.accelerator, name
+                rows,
+                encoded_batches(
+                    encoder, rows, encoder.spec, recipe.batch_size, recipe.num_workers, self.accelerator, name
+                ),
             )
             for name, rows in splits
         )

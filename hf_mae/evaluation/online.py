@@ -15,7 +15,7 @@ from ..data.transform import ImageSpec
 from ..errors import DataError
 from .fast_linear import fast_linear_accuracy
 from .knn import knn_accuracy
-from .table import Table, extract_table, rankme, with_class_numbers
+from .table import Table, encoded_batches, extract_table, rankme, with_class_numbers
 
 NEIGHBOURS = 20
 
@@ -49,8 +49,8 @@ class OnlineEvaluator:
         samples: int = 2000,
     ):
         self.bank_rows, self.query_rows = subset(bank_rows, samples), subset(query_rows, max(1, samples // 2))
-        self.spec, self.normalize, self.batch_size = spec, normalize, batch_size
-        self.num_workers, self.accelerator = num_workers, accelerator
+        self.normalize, self.accelerator = normalize, accelerator
+        self.loading = spec, batch_size, num_workers, accelerator
         self.notice: str | None = None
 
     def measure(self, model: nn.Module) -> dict[str, float]:
@@ -78,7 +78,7 @@ class OnlineEvaluator:
         register_fsdp_forward_method(unwrapped, "encode")
         try:
             bank, queries = (
-                extract_table(unwrapped.encode, rows, self.spec, self.batch_size, self.num_workers, self.accelerator)
+                extract_table(rows, encoded_batches(unwrapped.encode, rows, *self.loading))
                 for rows in (self.bank_rows, self.query_rows)
             )
         finally:

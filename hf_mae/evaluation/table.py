@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -98,23 +98,19 @@ def encoded_batches(
                 yield batch, values[: len(batch.keys)]
 
 
-def extract_table(
-    encode: Callable[[torch.Tensor], torch.Tensor],
-    rows: Rows,
-    spec: ImageSpec,
-    batch_size: int,
-    num_workers: int,
-    accelerator: Accelerator,
-    bar: str | None = None,
-) -> Table:
-    """Features of all rows, in their order, on every process; arguments of `encoded_batches`.
+def extract_table(rows: Rows, batches: Iterable[tuple[Batch, torch.Tensor]]) -> Table:
+    """Features of all rows, in their order, on every process.
+
+    Args:
+        rows: the images.
+        batches: this process's share of them, by `encoded_batches`.
 
     Raises:
         DataError: if no image can be decoded.
     """
     values: list[torch.Tensor] = []
     share = Table(torch.empty(0), [], [], [], len(rows))
-    for batch, encoded in encoded_batches(encode, rows, spec, batch_size, num_workers, accelerator, bar):
+    for batch, encoded in batches:
         values.append(encoded.float().cpu())
         share.labels += batch.labels
         share.keys += batch.keys

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from features import table_of
 from measure_in_processes import bright_rows, quality_of
 from tiny import save_model
 
@@ -12,7 +13,7 @@ from hf_mae.data.labels import class_numbers, common_classes
 from hf_mae.evaluation.encoder import FrozenEncoder
 from hf_mae.evaluation.fast_linear import fast_linear_accuracy
 from hf_mae.evaluation.knn import knn_accuracy
-from hf_mae.evaluation.table import Features, extract_table, rankme
+from hf_mae.evaluation.table import Features, rankme
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def test_the_figures_are_those_of_the_saved_model(folder):
     bank, queries = bright_rows(120), bright_rows(50, 1)
     found, quality, _ = measured(folder, bank, queries)
     encoder = FrozenEncoder(folder, "mean")
-    train, test = (extract_table(encoder, rows, encoder.spec, 16, 0, Accelerator(cpu=True)) for rows in (bank, queries))
+    train, test = (table_of(encoder, rows, 16) for rows in (bank, queries))
     classes = common_classes(train.labels, bank, test.labels, queries)
     tables = [Features(table.values, class_numbers(table.labels, classes)) for table in (train, test)]
     assert found == {

@@ -14,17 +14,6 @@ from hf_mae.keys.model_keys import MODEL_KEYS
 from hf_mae.keys.run_keys import PretrainRecipe, PretrainRunKeys, RunRecipe
 from hf_mae.training.build import model_config_of
 
-
-@pytest.fixture
-def recipe_file(tmp_path):
-    def write(text: str) -> str:
-        path = tmp_path / "mine.yaml"
-        path.write_text(text)
-        return str(path)
-
-    return write
-
-
 # ------------------------------------------------------------------------------------------ where values come from
 
 
