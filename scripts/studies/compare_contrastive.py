@@ -1,6 +1,6 @@
 """MAE against contrastive learning: the same ViT, data and minutes, at a small and a large batch.
 
-    pip install 'hf-mae[train,eval,viz,studies]'
+    pip install 'hf-mae[studies]'
     python scripts/studies/compare_contrastive.py --dataset DATA --minutes 10
 
 SimCLR (arXiv:2002.05709) and MoCo v3 (arXiv:2104.02057) with lightly's transforms, heads and SimCLR loss; the encoder
