@@ -495,7 +495,7 @@ def test_convert_loads_nothing_of_training():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("package", ["accelerate", "datasets", "yaml", "sklearn"])
+@pytest.mark.parametrize("package", ["accelerate", "datasets", "sklearn"])
 def test_a_process_without_a_package_of_an_extra_ends_with_one_line(tmp_path, package):
     script = tmp_path / "hf-mae"
     script.write_text(
