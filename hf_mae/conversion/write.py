@@ -26,7 +26,6 @@ Writer = Callable[[Any, MAEImageProcessor, Path], Run]
 
 def write_ours(model: Any, processor: MAEImageProcessor, folder: Path) -> Run:
     """A model folder of this package."""
-    vars(model.config).pop("auto_map", None)  # of a source that brought its code along; it isn't copied
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return run_ours(type(model).from_pretrained(folder).eval())

@@ -59,7 +59,9 @@ class ScoreRecipe(FeatureRecipe, SplitKeys):
         """File that the result is added to: by default beside the weights, if these are local."""
         if self.results:
             return None if self.results == "none" else Path(self.results)
-        return Path(self.model) / "results.json" if Path(self.model).is_dir() else None
+        from ..run_folder import RunFolder  # not at the top: `--help` needs no locks
+
+        return RunFolder(self.model).results_file if Path(self.model).is_dir() else None
 
 
 @dataclass
