@@ -26,7 +26,7 @@ def evaluation_processor(config: MAEConfig, crop_pct: float | None = None, **set
     """
     size = config.image_height_width
     crop = crop_settings(size, crop_pct or default_crop_pct(size))
-    normalization = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
+    normalization: dict[str, Any] = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
     return adapt_channels(MAEImageProcessor(**(crop | normalization | settings)), config.num_channels)
 
 
