@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from functools import partial
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
@@ -31,6 +32,7 @@ KINDS: dict[Any, tuple[str, str]] = {
 def key(
     default: Any = MISSING,
     help_text: str = "",
+    shown: Any = None,
     *,
     group: str = "",
     free: bool = False,
@@ -38,23 +40,35 @@ def key(
     card: bool = True,
     positional: bool = False,
     metavar: str | None = None,
-    shown: Any = None,
 ) -> Any:
     """A field of a dataclass that is a key of a command.
 
     Args:
         default: value when nobody gives one; a key without a default is required.
         help_text: what the key does, in one line with its unit; the help adds choices and default.
+        shown: what the help prints as the default where the field's is None, e.g. "found by type".
         group: heading under which the help lists it, see `GROUPS`.
         free: whether a resumed run may change it.
         place: whether a resumed run may change it as long as the data's fingerprint is the same.
         card: whether a model's card shows it; not if it says how a run was started instead of what it computed.
         positional: whether words without a flag give it, in the order of the fields.
         metavar: what stands for the value in the help, such as DIR; chosen by type when omitted.
-        shown: what the help prints as the default where the field's is None, e.g. "found by type".
     """
     marks = {"free": free, "place": place, "card": card, "positional": positional}
     return _field(default, {"help": help_text, "group": group, "metavar": metavar, "shown": shown, **marks})
+
+
+# A key of one group of the help. A resumed run may change those of the last four, unless they say free=False: they say
+# how a run is computed, watched and kept, not what it computes.
+data_key = partial(key, group="data")
+model_key = partial(key, group="model")
+masking_key = partial(key, group="masking")
+optimization_key = partial(key, group="optimization")
+output_key = partial(key, group="output")
+evaluation_key = partial(key, group="evaluation", free=True)
+checkpoint_key = partial(key, group="checkpoints", free=True)
+log_key = partial(key, group="logging", free=True)
+hardware_key = partial(key, group="hardware", free=True)
 
 
 def inherit(kind: Any, name: str, default: Any = MISSING, help_text: str | None = None, **changes: Any) -> Any:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ..errors import UserError
-from . import ImageSize, inherit, key
+from . import ImageSize, data_key, evaluation_key, inherit, model_key, optimization_key
 from .run_keys import RunRecipe, check_crop_pct
 
 
@@ -20,43 +20,38 @@ class FinetuneRecipe(RunRecipe):
     # data
     max_eval_samples: int | None = inherit(RunRecipe, "max_eval_samples", None)
     crop_scale: list[float] = inherit(RunRecipe, "crop_scale", [0.08, 1.0])
-    eval_crop_pct: float | None = key(
+    eval_crop_pct: float | None = evaluation_key(
         None,
         "fraction of the resized side that the evaluation crop keeps",
-        group="evaluation",
-        shown="0.875, as 224 of 256; 1 above 224 pixels",
+        "0.875, as 224 of 256; 1 above 224 pixels",
+        free=False,
     )
-    rand_augment: str = key(
-        "none", "RandAugment in timm's notation, such as rand-m9-mstd0.5-inc1; 8-bit images only", group="data"
+    rand_augment: str = data_key(
+        "none", "RandAugment in timm's notation, such as rand-m9-mstd0.5-inc1; 8-bit images only"
     )
-    random_erasing: float = key(0.0, "probability of erasing a random rectangle of an image", group="data")
-    mixup: float = key(0.0, "parameter of mixup's Beta distribution; 0 turns it off", group="data")
-    cutmix: float = key(0.0, "parameter of cutmix's Beta distribution; 0 turns it off", group="data")
-    label_smoothing: float = key(
-        0.0, "fraction of each label that is spread evenly over all classes", group="optimization"
-    )
+    random_erasing: float = data_key(0.0, "probability of erasing a random rectangle of an image")
+    mixup: float = data_key(0.0, "parameter of mixup's Beta distribution; 0 turns it off")
+    cutmix: float = data_key(0.0, "parameter of cutmix's Beta distribution; 0 turns it off")
+    label_smoothing: float = optimization_key(0.0, "fraction of each label that is spread evenly over all classes")
     # model
-    model: str = key(help_text="folder or Hub id of a pretrained or fine-tuned model", group="model", metavar="DIR|ID")
-    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] = key(
-        "single_label_classification", "one class per image, any number of classes, or numbers", group="model"
+    model: str = model_key(help_text="folder or Hub id of a pretrained or fine-tuned model", metavar="DIR|ID")
+    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] = model_key(
+        "single_label_classification", "one class per image, any number of classes, or numbers"
     )
-    image_size: ImageSize | None = key(
-        None, "size of the images in pixels, such as 224 or 208x320", group="model", shown="the model's"
+    image_size: ImageSize | None = model_key(
+        None, "size of the images in pixels, such as 224 or 208x320", "the model's"
     )
-    pooling: Literal["mean", "cls"] = key(
-        "mean", "input of the head: mean of the patch tokens, or class token", group="model"
+    pooling: Literal["mean", "cls"] = model_key("mean", "input of the head: mean of the patch tokens, or class token")
+    drop_path_rate: float = model_key(
+        0.1, "probability of skipping the last encoder block; rises linearly from 0 at the first"
     )
-    drop_path_rate: float = key(
-        0.1, "probability of skipping the last encoder block; rises linearly from 0 at the first", group="model"
-    )
-    trainable_positions: bool = key(True, "train the position table too", group="model")
-    trainable_blocks: str = key(
+    trainable_positions: bool = model_key(True, "train the position table too")
+    trainable_blocks: str = model_key(
         "all",
         "number of last blocks to train besides the head, such as 0, 0.5 (the last MLP) or 1",
-        group="model",
         metavar="all|NUMBER",
     )
-    reset_head: bool = key(False, "start with a new head, even if the model has one for these classes", group="model")
+    reset_head: bool = model_key(False, "start with a new head, even if the model has one for these classes")
     # optimization
     seed: int = inherit(RunRecipe, "seed", 0, "random seed of a new head, order, crops, flips and mixing")
     total_batch_size: int = inherit(RunRecipe, "total_batch_size", 256)
@@ -64,15 +59,10 @@ class FinetuneRecipe(RunRecipe):
     warmup_epochs: float = inherit(RunRecipe, "warmup_epochs", 5)
     blr: float = inherit(RunRecipe, "blr", 1e-3)
     min_lr: float = inherit(RunRecipe, "min_lr", 1e-6)
-    layer_decay: float = key(
-        0.75, "learning rate of a layer relative to that of the layer above it", group="optimization"
-    )
+    layer_decay: float = optimization_key(0.75, "learning rate of a layer relative to that of the layer above it")
     adam_beta2: float = inherit(RunRecipe, "adam_beta2", 0.999)
-    ema_decay: float | None = key(
-        None,
-        "decay of a running average of the weights, such as 0.9999, which is evaluated and saved",
-        group="optimization",
-        shown="no average",
+    ema_decay: float | None = optimization_key(
+        None, "decay of a running average of the weights, such as 0.9999, which is evaluated and saved", "no average"
     )
 
     def check(self) -> None:
