@@ -55,7 +55,7 @@ def key(
         metavar: what stands for the value in the help, such as DIR; chosen by type when omitted.
     """
     marks = {"free": free, "place": place, "card": card, "positional": positional}
-    return _field(default, {"help": help_text, "group": group, "metavar": metavar, "shown": shown, **marks})
+    return _field(default, {"help": help_text, "shown": shown, "group": group, "metavar": metavar, **marks})
 
 
 # A key of one group of the help. A resumed run may change those of the last four, unless they say free=False: they say
@@ -104,12 +104,17 @@ class Recipe:
             if (value := getattr(self, name)) is not None and value < least:
                 raise UserError(f"{name} {value} is too small; give {least} or more")
 
-    def check_range(self, name: str, low: float, high: float = math.inf) -> None:
+    def check_range(self, *names: str, low: float = 0, high: float = math.inf) -> None:
         """Raise a UserError for a number that is not finite or not in [low, high]; None passes."""
-        value = getattr(self, name)
-        if value is not None and not (math.isfinite(value) and low <= value <= high):
-            limits = f"{low} or more" if high == math.inf else f"in [{low}, {high}]"
-            raise UserError(f"{name} {value} is out of range; give a number {limits}")
+        limits = f"{low} or more" if high == math.inf else f"in [{low}, {high}]"
+        for name in names:
+            if (value := getattr(self, name)) is not None and not (math.isfinite(value) and low <= value <= high):
+                raise UserError(f"{name} {value} is out of range; give a number {limits}")
+
+    def check_fraction(self, name: str, remedy: str) -> None:
+        """Raise a UserError for a number outside (0, 1]; None passes."""
+        if (value := getattr(self, name)) is not None and not 0 < value <= 1:
+            raise UserError(f"{name} {value} lies outside (0, 1]; {remedy}")
 
 
 class BadValue(Exception):
@@ -207,11 +212,7 @@ def _sides(word: str) -> list[int]:
 
 
 def read_size(word: str) -> int | list[int]:
-    """An image size from one word, such as 224, 208x320 or 208,320.
-
-    Raises:
-        ValueError: if it is not a size.
-    """
+    """An image size from one word, such as 224, 208x320 or 208,320; a ValueError for anything else."""
     sides = _sides(word)
     if len(sides) > 2:
         raise ValueError(f"{word} has more than a height and a width")

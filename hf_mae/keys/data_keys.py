@@ -61,13 +61,10 @@ class PrepareRecipe(SourceKeys):
 
     def check(self) -> None:
         """Raise a DataError for a value that can't be used."""
-        limits = {
-            "shortest_edge": (1, 65_535),
-            "quality": (1, 95),
-            "rows_per_shard": (1, 10**9),
-            "num_workers": (0, 1000),
-        }
-        for name, (low, high) in {**limits, "max_bad_fraction": (0, 1)}.items():
+        for name, low, high in (
+            ("shortest_edge", 1, 65_535), ("quality", 1, 95), ("rows_per_shard", 1, 10**9), ("num_workers", 0, 1000),
+            ("max_bad_fraction", 0, 1),
+        ):  # fmt: skip
             if not low <= getattr(self, name) <= high:
                 raise DataError(f"{name} {getattr(self, name)} is out of range; give {low} to {high}")
 

@@ -87,8 +87,7 @@ class EvaluateRecipe(ScoreRecipe):
     def check(self) -> None:
         super().check()
         self.check_least(seeds=1)
-        if not 0 < self.fraction <= 1:
-            raise UserError(f"fraction {self.fraction} lies outside (0, 1]; give e.g. 0.2")
+        self.check_fraction("fraction", "give e.g. 0.2")
 
 
 @dataclass

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from ..errors import UserError
 from . import ImageSize, data_key, evaluation_key, inherit, model_key, optimization_key
-from .run_keys import RunRecipe, check_crop_pct
+from .run_keys import RunRecipe
 
 
 @dataclass
@@ -67,14 +67,11 @@ class FinetuneRecipe(RunRecipe):
 
     def check(self) -> None:
         super().check()
-        if self.eval_crop_pct is not None:
-            check_crop_pct(self.eval_crop_pct)
+        self.check_fraction("eval_crop_pct", "0.875 is the usual one")
         if self.blr <= 0:
             raise UserError(f"blr {self.blr} is not positive; the paper's recipes have 5e-4 and 1e-3")
-        for name in ("mixup", "cutmix"):
-            self.check_range(name, 0)
-        for name in ("random_erasing", "label_smoothing", "drop_path_rate", "layer_decay", "ema_decay"):
-            self.check_range(name, 0, 1)
+        self.check_range("mixup", "cutmix")
+        self.check_range("random_erasing", "label_smoothing", "drop_path_rate", "layer_decay", "ema_decay", high=1)
         mixed = [name for name in ("mixup", "cutmix", "label_smoothing") if getattr(self, name)]
         if mixed and self.problem_type != "single_label_classification":
             raise UserError(f"{mixed[0]} is for one class an image, not for {self.problem_type}; pass --{mixed[0]} 0")

@@ -32,6 +32,7 @@ class RunRecipe(SplitKeys):
     """The keys that every training run has, and what is derived from them; the defaults are pretraining's."""
 
     command: ClassVar[str]
+    masks_per_image = 1  # a key of pretraining only
 
     recipe: str | None = key(
         None, "recipe to start from: a name of the package, or a YAML file", free=True, card=False, metavar="NAME|FILE"
@@ -93,7 +94,7 @@ class RunRecipe(SplitKeys):
     @property
     def images_per_step(self) -> int:
         """Images that an optimizer step decodes, over all processes."""
-        return self.total_batch_size
+        return self.total_batch_size // self.masks_per_image
 
     def steps(self, num_samples: int) -> tuple[int, int]:
         """Optimizer steps of the run and of its warm-up.
@@ -121,7 +122,7 @@ class RunRecipe(SplitKeys):
         Raises:
             UserError: if they don't make up the total; it names the sizes that do.
         """
-        return micro_batch(self.total_batch_size, self.per_device_batch_size, ranks)
+        return micro_batch(self.total_batch_size, self.per_device_batch_size, ranks, masks=self.masks_per_image)
 
     def to_dict(self) -> dict[str, Any]:
         """All keys, flat, as a recipe file has them."""
@@ -143,10 +144,9 @@ class RunRecipe(SplitKeys):
             raise UserError(f"seed {self.seed} is negative; give 0 or more")
         if self.num_workers < 0:
             raise UserError(f"num_workers {self.num_workers} is negative; 0 loads in the training process")
-        for name in ("blr", "min_lr", "weight_decay", "clip_grad", "warmup_epochs", "warmup_steps"):
-            self.check_range(name, 0)
-        for name, high in (("adam_beta1", 0.9999), ("adam_beta2", 0.999999)):
-            self.check_range(name, 0, high)
+        self.check_range("blr", "min_lr", "weight_decay", "clip_grad", "warmup_epochs", "warmup_steps")
+        self.check_range("adam_beta1", high=0.9999)
+        self.check_range("adam_beta2", high=0.999999)
         if len(self.crop_scale) not in (1, 2) or not 0 < self.crop_scale[0] <= self.crop_scale[-1] <= 1:
             raise UserError(f"crop_scale {self.crop_scale} is not 0 < smallest <= largest <= 1; the paper has 0.2 1.0")
 
@@ -193,10 +193,6 @@ class PretrainRecipe(ModelKeys, PretrainRunKeys):
     command: ClassVar[str] = "pretrain"
 
     @property
-    def images_per_step(self) -> int:
-        return self.total_batch_size // self.masks_per_image
-
-    @property
     def image_sizes(self) -> list[tuple[float, Any]]:
         """(fraction of the run, image size) as `image_size_schedule` says; empty without one."""
         return _points("image_size_schedule", self.image_size_schedule, read_size)
@@ -206,26 +202,23 @@ class PretrainRecipe(ModelKeys, PretrainRunKeys):
         """(fraction of the run, mask ratio) as `mask_ratio_schedule` says; empty without one."""
         return _points("mask_ratio_schedule", self.mask_ratio_schedule, float)
 
-    def micro_batch(self, ranks: int) -> tuple[int, int]:
-        return micro_batch(self.total_batch_size, self.per_device_batch_size, ranks, masks=self.masks_per_image)
-
     def to_dict(self) -> dict[str, Any]:
         """All keys, flat, as a recipe file has them; those of the model only if they were given."""
         return {name: value for name, value in asdict(self).items() if value is not None or name not in MODEL_KEYS}
 
     def check(self) -> None:
         super().check()
-        check_crop_pct(self.eval_crop_pct)
+        self.check_fraction("eval_crop_pct", "0.875 is the usual one")
         _ = self.image_sizes, self.mask_ratios  # raise if they can't be read
-        self.check_range("masks_per_image", 1)
+        self.check_range("masks_per_image", low=1)
         if self.total_batch_size % self.masks_per_image:
             raise UserError(
                 f"total_batch_size {self.total_batch_size} is not a multiple of masks_per_image "
                 f"{self.masks_per_image}; it counts each image as often as it is masked"
             )
-        self.check_range("max_bad_fraction", 0, 1)
-        self.check_range("quality_steps", 0)
-        self.check_range("quality_samples", 2)
+        self.check_range("max_bad_fraction", high=1)
+        self.check_range("quality_steps")
+        self.check_range("quality_samples", low=2)
 
 
 def _points(name: str, words: list[str] | None, read: Callable[[str], T]) -> list[tuple[float, T]]:
@@ -233,9 +226,3 @@ def _points(name: str, words: list[str] | None, read: Callable[[str], T]) -> lis
         return read_points(words, read) if words is not None else []
     except ValueError as error:
         raise UserError(f"{name} {error}") from error
-
-
-def check_crop_pct(eval_crop_pct: float) -> None:
-    """Raise a UserError for a fraction outside (0, 1]."""
-    if not 0 < eval_crop_pct <= 1:
-        raise UserError(f"eval_crop_pct {eval_crop_pct} lies outside (0, 1]; 0.875 is the usual one")
