@@ -4,11 +4,10 @@ The fields of the dataclass, made by `key`, are the command's flags. jsonargpars
 how a value of each type is typed, and makes one line of every mistake.
 """
 
-import difflib
 import re
 import shutil
 from argparse import SUPPRESS, ArgumentError, RawDescriptionHelpFormatter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -18,7 +17,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from .errors import UserError
+from .errors import UserError, nearest
 from .keys import BOOLEANS, BadValue, Key, keys_of
 
 T = TypeVar("T")
@@ -93,7 +92,7 @@ def read_recipe(name: str, recipes: Mapping[str, Traversable]) -> dict[str, Any]
     try:
         if not (file.name.endswith((".yaml", ".yml")) and file.is_file()):
             known = f"there are {', '.join(recipes)}, or a .yaml file" if recipes else "give a .yaml file that exists"
-            raise UserError(f"unknown recipe '{name}'{_nearest(name, recipes)}; {known}")
+            raise UserError(f"unknown recipe '{name}'{nearest(name, recipes)}; {known}")
         values = yaml.load(file.read_text(encoding="utf-8"), _Words)
     except OSError as error:
         raise UserError(f"recipe {name} can't be read: {error.strerror}; check its name and permissions") from error
@@ -156,7 +155,7 @@ def _parse_recipe(
 ) -> Namespace:
     values = read_recipe(name, recipes)
     for unknown in (one for one in values if one not in keys):
-        raise UserError(f"unknown key '{unknown}' in recipe {name}{_nearest(str(unknown), keys)}")
+        raise UserError(f"unknown key '{unknown}' in recipe {name}{nearest(str(unknown), keys)}")
     try:
         given = parser.parse_object({one: keys[one].to_words(value) for one, value in values.items()})
         for one, value in vars(given).items():
@@ -214,9 +213,4 @@ def _check_flags(words: Sequence[str], flags: Sequence[str]) -> None:
     for word in words:
         flag = word.partition("=")[0]
         if flag not in flags and _is_flag(flag):
-            raise UserError(f"unknown argument '{word}'{_nearest(flag, flags)}")
-
-
-def _nearest(word: str, words: Iterable[str]) -> str:
-    match = difflib.get_close_matches(word, list(words), n=1)
-    return f"; did you mean '{match[0]}'?" if match else ""
+            raise UserError(f"unknown argument '{word}'{nearest(flag, flags)}")
