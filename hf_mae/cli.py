@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from . import __version__, register
 from .errors import UserError, nearest
 from .keys import Recipe
 from .keys.data_keys import PrepareRecipe, StatsRecipe
@@ -83,8 +84,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(USAGE.format(commands=_list_commands(COMMANDS)))
         return 0
     if words[0] == "--version":
-        from . import __version__
-
         print(__version__)
         return 0
     if words[0] == "evaluate" and words[1:2] in (["-h"], ["--help"]):
@@ -117,11 +116,7 @@ class Command:
 
 
 def find_command(words: list[str]) -> tuple[str, list[str]]:
-    """The name of a command in `COMMANDS`, and the words that follow it.
-
-    Raises:
-        UserError: if there is none of this name.
-    """
+    """The name of a command in `COMMANDS`, and the words that follow it; a UserError if there is none of this name."""
     name, *rest = words
     if name == "evaluate":
         if not rest or rest[0].startswith("-"):
@@ -140,11 +135,7 @@ def _hint(word: str, words: list[str]) -> str:
 
 
 def read_keys(name: str, words: list[str]) -> Any:
-    """The keys of a command from its words, checked; `--help` exits with status 0.
-
-    Raises:
-        UserError: for an unknown key, or a value that it can't have.
-    """
+    """The keys of a command from its words, checked; a UserError for an unknown key, or a value that it can't have."""
     from .commandline import parse, shipped_recipes
 
     command = COMMANDS[name]
@@ -172,8 +163,6 @@ def _run(name: str, words: list[str]) -> int:
 def _prepare_transformers() -> None:
     from transformers.utils import logging as transformers_logging
 
-    from . import register
-
     register()
     # One bar, ours: not another one for each file that a library writes.
     transformers_logging.disable_progress_bar()
@@ -197,10 +186,8 @@ def _pretrain(recipe: PretrainRecipe) -> None:
 
     summary = pretrain(recipe)
     if summary["picture"]:  # only the main process has one
-        first, last = (
-            "not finite" if loss is None else f"{loss:.4f}"
-            for loss in (summary["first_eval_loss"], summary["last_eval_loss"])
-        )
+        losses = summary["first_eval_loss"], summary["last_eval_loss"]
+        first, last = ("not finite" if loss is None else f"{loss:.4f}" for loss in losses)
         shown = {"knn_top1": "kNN {:.1f} %", "linear_top1": "linear {:.1f} %", "rankme": "RankMe {:.1f}"}
         figures = [text.format(summary["quality"][key]) for key, text in shown.items() if key in summary["quality"]]
         quality = f"features {', '.join(figures)}\n" if figures else ""

@@ -22,8 +22,9 @@ from .keys import BOOLEANS, BadValue, Key, keys_of
 
 T = TypeVar("T")
 
-# Order of the groups in the help; others follow in the order of their first key.
+# The groups of keys, in the order of the help.
 GROUPS = ["data", "model", "masking", "optimization", "evaluation", "output", "checkpoints", "logging", "hardware"]
+HELP = ["--help", "-h"]
 # What the names of recipes start with that are not for pretraining.
 PREFIXES = ("finetune_", "linear_probe_")
 
@@ -52,7 +53,6 @@ def parse(
     """
     keys = keys_of(kind)
     parser = _build_parser(keys, prog, description, examples)
-    _check_flags(words, [*(flag for one in keys.values() for flag in one.flags), "--help", "-h"])
     flags = _name_positionals(keys, words, prog)
     try:
         given = parser.parse_args(flags)
@@ -71,19 +71,14 @@ def shipped_recipes(prefix: str = "") -> dict[str, Traversable]:
     """The package's recipes of one command: those whose names start with `prefix`, or those of pretraining."""
     files = (resources.files("hf_mae") / "recipes").iterdir()
     names = {file.name.removesuffix(".yaml"): file for file in files if file.name.endswith(".yaml")}
-    return {
-        name: names[name]
-        for name in sorted(names)
-        if (name.startswith(prefix) if prefix else not name.startswith(PREFIXES))
-    }
+    return {name: names[name] for name in sorted(names) if name.startswith(prefix or PREFIXES) == bool(prefix)}
 
 
 def read_recipe(name: str, recipes: Mapping[str, Traversable]) -> dict[str, Any]:
     """The keys of a recipe as they are written: words, lists or tables of words, or None.
 
     Args:
-        name: one of `recipes`, or the path of a YAML file.
-        recipes: files by name.
+        name: one of `recipes` (files by name), or the path of a YAML file.
 
     Raises:
         UserError: if there is none, naming the nearest, or the file is not a table of keys.
@@ -137,9 +132,8 @@ def _build_parser(keys: dict[str, Key], prog: str, description: str, examples: S
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
-    names = dict.fromkeys(one.metadata["group"] for one in keys.values())
-    order = sorted(filter(None, names), key=lambda name: GROUPS.index(name) if name in GROUPS else len(GROUPS))
-    groups = {name: parser.add_argument_group(name) for name in order} | {"": parser}
+    used = {one.metadata["group"] for one in keys.values()}
+    groups = {name: parser.add_argument_group(name) for name in GROUPS if name in used} | {"": parser}
     for one in keys.values():
         nargs: dict[str, Any] = (
             {"nargs": "?", "const": True} if one.base is bool else {"nargs": "+"} if one.several else {}
@@ -195,6 +189,8 @@ def _part_words(keys: dict[str, Key], words: Sequence[str], first: bool) -> tupl
         if _is_flag(word):
             name, equals, _ = word.partition("=")
             taking = by_flag.get(name)
+            if taking is None and name not in HELP:
+                raise UserError(f"unknown argument '{word}'{nearest(name, [*by_flag, *HELP])}")
             room = 0 if taking is None or equals else len(words) if taking.several else 1
             flags.append(word)
         elif room and not (first and taking and taking.base is bool and word.lower() not in (*BOOLEANS, "none")):
@@ -207,10 +203,3 @@ def _part_words(keys: dict[str, Key], words: Sequence[str], first: bool) -> tupl
 
 def _is_flag(word: str) -> bool:
     return word.startswith("--") or (word[:1] == "-" and word[1:2].isalpha())
-
-
-def _check_flags(words: Sequence[str], flags: Sequence[str]) -> None:
-    for word in words:
-        flag = word.partition("=")[0]
-        if flag not in flags and _is_flag(flag):
-            raise UserError(f"unknown argument '{word}'{nearest(flag, flags)}")

@@ -90,11 +90,7 @@ class Recipe:
         """Raise a UserError for a value that can't be used; needs neither torch nor the data."""
 
     def finish(self) -> Self:
-        """Check all values, after filling in what follows from others.
-
-        Raises:
-            UserError: as `check`.
-        """
+        """Fill in what follows from other keys, and check all values: a UserError as from `check`."""
         self.check()
         return self
 

@@ -17,7 +17,6 @@ class FinetuneRecipe(RunRecipe):
 
     command: ClassVar[str] = "finetune"
 
-    # data
     max_eval_samples: int | None = inherit(RunRecipe, "max_eval_samples", None)
     crop_scale: list[float] = inherit(RunRecipe, "crop_scale", [0.08, 1.0])
     eval_crop_pct: float | None = evaluation_key(
@@ -33,7 +32,6 @@ class FinetuneRecipe(RunRecipe):
     mixup: float = data_key(0.0, "parameter of mixup's Beta distribution; 0 turns it off")
     cutmix: float = data_key(0.0, "parameter of cutmix's Beta distribution; 0 turns it off")
     label_smoothing: float = optimization_key(0.0, "fraction of each label that is spread evenly over all classes")
-    # model
     model: str = model_key(help_text="folder or Hub id of a pretrained or fine-tuned model", metavar="DIR|ID")
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] = model_key(
         "single_label_classification", "one class per image, any number of classes, or numbers"
@@ -52,7 +50,6 @@ class FinetuneRecipe(RunRecipe):
         metavar="all|NUMBER",
     )
     reset_head: bool = model_key(False, "start with a new head, even if the model has one for these classes")
-    # optimization
     seed: int = inherit(RunRecipe, "seed", 0, "random seed of a new head, order, crops, flips and mixing")
     total_batch_size: int = inherit(RunRecipe, "total_batch_size", 256)
     epochs: float | None = inherit(RunRecipe, "epochs", 50)

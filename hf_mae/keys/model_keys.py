@@ -74,8 +74,7 @@ class ModelKeys:
 
     def given_model_keys(self) -> dict[str, Any]:
         """The keys that were given, as `MAEConfig` takes them."""
-        values = {name: getattr(self, name) for name in MODEL_KEYS}
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: value for name in MODEL_KEYS if (value := getattr(self, name)) is not None}
 
 
 MODEL_KEYS = list(ModelKeys.__dataclass_fields__)

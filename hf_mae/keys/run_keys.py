@@ -97,13 +97,9 @@ class RunRecipe(SplitKeys):
         return self.total_batch_size // self.masks_per_image
 
     def steps(self, num_samples: int) -> tuple[int, int]:
-        """Optimizer steps of the run and of its warm-up.
+        """Optimizer steps of the run and of its warm-up, with `num_samples` training images in an epoch.
 
-        Args:
-            num_samples: number of training images in an epoch.
-
-        Raises:
-            UserError: if neither steps nor epochs are given.
+        Raises a UserError if neither steps nor epochs are given.
         """
         per_epoch = num_samples / self.images_per_step
         if self.total_steps is None and self.epochs is None:
@@ -114,13 +110,9 @@ class RunRecipe(SplitKeys):
         return total, min(round(self.warmup_epochs * per_epoch), total // 10)
 
     def micro_batch(self, ranks: int) -> tuple[int, int]:
-        """Images at once on a device, and the number of such micro-batches in a step of one process.
+        """Images at once on a device, and the number of such micro-batches in a step of each of `ranks` processes.
 
-        Args:
-            ranks: number of processes.
-
-        Raises:
-            UserError: if they don't make up the total; it names the sizes that do.
+        Raises a UserError if they don't make up the total; it names the sizes that do.
         """
         return micro_batch(self.total_batch_size, self.per_device_batch_size, ranks, masks=self.masks_per_image)
 
