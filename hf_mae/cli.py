@@ -100,19 +100,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class Command:
-    """A command.
-
-    Args:
-        help: what it does.
-        keys: the dataclass of its keys.
-        run: works with them, and prints the outcome; whatever is slow to import is imported inside.
-        recipes: what the names of its recipes start with; None if it takes no recipe.
-    """
+    """What a command does, in a line of the help, and how."""
 
     help: str
     keys: type[Recipe]
-    run: Callable[[Any], None]
-    recipes: str | None = None
+    run: Callable[[Any], None]  # prints the outcome; whatever is slow to import is imported inside
+    recipes: str | None = None  # what the names of its recipes start with; None if it takes no recipe
 
 
 def find_command(words: list[str]) -> tuple[str, list[str]]:

@@ -186,7 +186,7 @@ def _part_words(keys: dict[str, Key], words: Sequence[str], first: bool) -> tupl
     flags, free, room = [], [], 0
     taking: Key | None = None
     for word in words:
-        if _is_flag(word):
+        if word.startswith("--") or (word[:1] == "-" and word[1:2].isalpha()):
             name, equals, _ = word.partition("=")
             taking = by_flag.get(name)
             if taking is None and name not in HELP:
@@ -199,7 +199,3 @@ def _part_words(keys: dict[str, Key], words: Sequence[str], first: bool) -> tupl
         else:
             free.append(word)
     return flags, free
-
-
-def _is_flag(word: str) -> bool:
-    return word.startswith("--") or (word[:1] == "-" and word[1:2].isalpha())

@@ -62,10 +62,7 @@ def read_json(path: Path) -> Any:
 
 
 def replace_files(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write files into a folder so that each is the old or the new one at every instant.
-
-    `write` gets a temporary folder to write them into.
-    """
+    """Write files, each the old or the new one at every instant; `write` gets a temporary folder to fill."""
     temporary = folder / ".tmp-files"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()

@@ -69,6 +69,8 @@ evaluation_key = partial(key, group="evaluation", free=True)
 checkpoint_key = partial(key, group="checkpoints", free=True)
 log_key = partial(key, group="logging", free=True)
 hardware_key = partial(key, group="hardware", free=True)
+# A required key that the first words give.
+positional_key = partial(key, MISSING, positional=True)
 
 
 def inherit(kind: Any, name: str, default: Any = MISSING, help_text: str | None = None, **changes: Any) -> Any:

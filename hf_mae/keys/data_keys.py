@@ -60,7 +60,6 @@ class PrepareRecipe(SourceKeys):
     max_bad_fraction: float = data_key(0.01, "fail when a larger fraction of the images can't be decoded")
 
     def check(self) -> None:
-        """Raise a DataError for a value that can't be used."""
         for name, low, high in (
             ("shortest_edge", 1, 65_535), ("quality", 1, 95), ("rows_per_shard", 1, 10**9), ("num_workers", 0, 1000),
             ("max_bad_fraction", 0, 1),

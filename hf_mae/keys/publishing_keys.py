@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import UserError
-from . import ImageSize, Recipe, data_key, key, masking_key, model_key, output_key
+from . import ImageSize, Recipe, data_key, key, masking_key, model_key, output_key, positional_key
 from .evaluation_keys import ModelInput
 
 Statistics = Literal["visible", "true", "raw"]
@@ -31,8 +31,8 @@ class Numbers(Recipe):
 class ConvertRecipe(Numbers):
     """Keys of `hf-mae convert SRC DST`."""
 
-    model: str = key(help_text=".pth or .safetensors file, folder, or Hub id", positional=True, metavar="SRC")
-    output_dir: str = key(help_text="folder to write; missing or empty", positional=True, metavar="DST")
+    model: str = positional_key(".pth or .safetensors file, folder, or Hub id", metavar="SRC")
+    output_dir: str = positional_key("folder to write; missing or empty", metavar="DST")
     to: Format = key("mae", "format to write")
     num_channels: int | None = model_key(None, "move to another number of channels", "as it is")
 
@@ -41,10 +41,8 @@ class ConvertRecipe(Numbers):
 class ExportRecipe(Recipe):
     """Keys of `hf-mae export SRC DST`."""
 
-    model: str = key(
-        help_text="folder or Hub id of a model, or any other source of hf-mae convert", positional=True, metavar="SRC"
-    )
-    output_dir: str = key(help_text="folder to write; missing or empty", positional=True, metavar="DST")
+    model: str = positional_key("folder or Hub id of a model, or any other source of hf-mae convert", metavar="SRC")
+    output_dir: str = positional_key("folder to write; missing or empty", metavar="DST")
     to: Graph = key("onnx", "kind of graph to write")
 
 
@@ -52,7 +50,7 @@ class ExportRecipe(Recipe):
 class PushRecipe(ModelInput):
     """Keys of `hf-mae push RUN`."""
 
-    model: str = key(help_text="folder of the model; it is only read", positional=True, metavar="RUN")
+    model: str = positional_key("folder of the model; it is only read", metavar="RUN")
     repo_id: str = key(help_text="repository on the Hub; created if it doesn't exist", metavar="USER/NAME")
     private: bool = key(False, "create the repository as private, and refuse one that is public")
     revision: str | None = key(None, "branch; created if it doesn't exist", "main", metavar="BRANCH")
@@ -62,17 +60,15 @@ class PushRecipe(ModelInput):
 class CardRecipe(ModelInput):
     """Keys of `hf-mae card RUN OUT`."""
 
-    model: str = key(help_text="folder of the model; it is only read", positional=True, metavar="RUN")
-    output: str = key(
-        help_text="file NAME.md to write, with its picture NAME.png beside it", positional=True, metavar="OUT"
-    )
+    model: str = positional_key("folder of the model; it is only read", metavar="RUN")
+    output: str = positional_key("file NAME.md to write, with its picture NAME.png beside it", metavar="OUT")
 
 
 @dataclass
 class ReportRecipe(Recipe):
     """Keys of `hf-mae report RUN [RUN ...]`."""
 
-    runs: list[str] = key(help_text="folders of the runs", positional=True, metavar="RUN")
+    runs: list[str] = positional_key("folders of the runs", metavar="RUN")
     output: str | None = key(None, "HTML file to write", "report.html of the first run", metavar="FILE")
 
 
@@ -94,9 +90,7 @@ class DemoRecipe(ModelInput):
 class ReconstructRecipe(ModelInput):
     """Keys of `hf-mae reconstruct IMAGE [IMAGE ...]`."""
 
-    images: list[str] = data_key(
-        help_text="image files, folders of them, or data sets", positional=True, metavar="IMAGE"
-    )
+    images: list[str] = positional_key("image files, folders of them, or data sets", group="data", metavar="IMAGE")
     output: str = output_key("reconstruction.png", "picture to write", metavar="FILE")
     mask_ratios: list[float] = masking_key([0.75], "fractions of patches to hide, one after the other")
     seed: int = masking_key(0, "random seed of the masks")
