@@ -58,8 +58,8 @@ def key(
     return _field(default, {"help": help_text, "shown": shown, "group": group, "metavar": metavar, **marks})
 
 
-# A key of one group of the help. The last four groups say how a run is computed, watched and kept, not what it computes:
-# a resumed run may change their keys, except those with free=False.
+# A key of one group of the help. The last four groups say how a run is computed, watched and kept, not what it
+# computes: a resumed run may change their keys, except those with free=False.
 data_key = partial(key, group="data")
 model_key = partial(key, group="model")
 masking_key = partial(key, group="masking")
