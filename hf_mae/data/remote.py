@@ -4,7 +4,6 @@ A failed read is tried again with growing pauses, and raises `SourceUnavailable`
 network never passes for a bad sample.
 """
 
-import errno
 import io
 import logging
 import random
@@ -12,7 +11,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, TypeVar, cast
 
+import fsspec
+
 from ..errors import DataError, SourceUnavailable, one_line
+from ..files import is_disk_full
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +51,7 @@ def is_transient(error: BaseException) -> bool:
     if any(_is_broken_connection(cause) for cause in chain):
         return True
     final = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-    disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return isinstance(error, OSError) and not isinstance(error, final) and not disk_full
+    return isinstance(error, OSError) and not isinstance(error, final) and not is_disk_full(error)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -74,11 +75,7 @@ def _is_broken_connection(error: BaseException) -> bool:
 
 
 def with_retries(call: Callable[[], _Result], what: str) -> _Result:
-    """Call, and call again after transient failures: `RETRY_TRIES` times in all.
-
-    Args:
-        call: function without arguments; it must be safe to repeat.
-        what: name for messages, such as a URL.
+    """Call what is safe to repeat, up to `RETRY_TRIES` times while failures are transient; messages say `what` it was.
 
     Raises:
         SourceUnavailable: if every try failed.
@@ -108,11 +105,7 @@ def with_retries(call: Callable[[], _Result], what: str) -> _Result:
 
 
 def open_bytes(url: str, *, read_ahead: bool = False) -> BinaryIO:
-    """Open a local path or an fsspec URL for reading and seeking.
-
-    Args:
-        url: path or URL.
-        read_ahead: for many small reads in order: a request then brings `READ_AHEAD` bytes.
+    """Open a local path or an fsspec URL for reading and seeking; `read_ahead` is for many small reads in order.
 
     Raises:
         DataError: if there is no such file; for a URL, as `with_retries` says.
@@ -127,12 +120,7 @@ def open_bytes(url: str, *, read_ahead: bool = False) -> BinaryIO:
 
 
 def read_whole(fs: Any, url: str) -> bytes:
-    """All bytes of a remote file.
-
-    Args:
-        fs: its fsspec file system.
-        url: the file's URL, with protocol.
-    """
+    """All bytes of the file at a URL of this fsspec file system."""
 
     def call() -> bytes:
         path = fs._strip_protocol(url)
@@ -152,12 +140,9 @@ class RemoteFile(io.RawIOBase):
         super().__init__()
         self.url = url
         self._position = 0
-        self._handle: Any = None
         self.size = with_retries(self._connect, url)
 
     def _connect(self) -> int:
-        import fsspec
-
         fs, path = fsspec.core.url_to_fs(self.url)
         # Readers here know which bytes they need; fsspec's own read-ahead would fetch 5 MB around each.
         self._handle = fs.open(path, "rb", cache_type="none")
@@ -169,7 +154,7 @@ class RemoteFile(io.RawIOBase):
     def _fetch(self, start: int, stop: int) -> bytes:
         if self._handle is None:
             self._connect()
-        handle: Any = self._handle
+        handle = self._handle
         try:
             handle.seek(start)
             data = handle.read(stop - start)
@@ -193,9 +178,6 @@ class RemoteFile(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}[whence]
-        return self._position
-
-    def tell(self) -> int:
         return self._position
 
     def readable(self) -> bool:
