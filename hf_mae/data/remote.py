@@ -48,7 +48,8 @@ def is_transient(error: BaseException) -> bool:
         return True
     if _status(error) is not None:
         return False
-    if any(_is_broken_connection(cause) for cause in chain):
+    names = {base.__name__ for cause in chain for base in type(cause).__mro__}
+    if names & _CONNECTION_ERRORS or any(isinstance(cause, (TimeoutError, ConnectionError)) for cause in chain):
         return True
     final = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
     return isinstance(error, OSError) and not isinstance(error, final) and not is_disk_full(error)
@@ -66,12 +67,6 @@ def _status(error: BaseException) -> int | None:
     """HTTP status, from huggingface_hub and httpx (`response.status_code`) or aiohttp (`status`)."""
     status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status", None)
     return status if isinstance(status, int) else None
-
-
-def _is_broken_connection(error: BaseException) -> bool:
-    return isinstance(error, (TimeoutError, ConnectionError)) or any(
-        base.__name__ in _CONNECTION_ERRORS for base in type(error).__mro__
-    )
 
 
 def with_retries(call: Callable[[], _Result], what: str) -> _Result:

@@ -44,22 +44,14 @@ def open_splits(keys: SplitKeys, streaming: bool | None = None) -> tuple[Rows, R
     """Open the rows to learn from and those to evaluate on.
 
     Without `eval_dataset` and `eval_split`, the evaluation split is found by its name; a data set that has none gets a
-    held-out part, chosen by a hash of each row's place.
-
-    Args:
-        keys: of the data.
-        streaming: see `open_split`; another `eval_dataset` gets the default.
+    held-out part, chosen by a hash of each row's place. `streaming` is for `dataset` alone. Errors are those of
+    `locate` and `open_split`.
 
     Returns:
-        rows: to learn from.
-        eval_rows: to evaluate on.
-        evaluated_on: what those are, for people.
-
-    Raises:
-        DataError: as `locate` and `open_split`.
+        Rows to learn from, rows to evaluate on, and what the latter are, for people.
     """
     place = locate(keys)
-    source, evaluation = open_split(place, keys.split, streaming), None
+    source = open_split(place, keys.split, streaming)
     if keys.eval_dataset:
         other = locate(
             SourceKeys(dataset=keys.eval_dataset, image_column=keys.image_column, label_column=keys.label_column)
@@ -67,7 +59,7 @@ def open_splits(keys: SplitKeys, streaming: bool | None = None) -> tuple[Rows, R
         evaluation = open_split(other, keys.eval_split or "train")
     elif name := keys.eval_split or _evaluation_split(place, keys.split):
         evaluation = open_split(place, name, streaming)
-    if evaluation is None:
+    else:
         rows = Rows(source, "train", max_samples=keys.max_samples)
         eval_rows = Rows(source, "held_out", max_samples=keys.max_eval_samples)
         return rows, eval_rows, f"{HELD_OUT:.0%} of {keys.split}, held out by a hash of each row's place"
@@ -83,10 +75,7 @@ def _evaluation_split(place: Place, training: str) -> str | None:
 def open_split(place: Place, split: str, streaming: bool | None = None) -> Source:
     """Get ready to read the rows of a split.
 
-    Args:
-        place: the data set, as `locate` found it.
-        split: name of the split.
-        streaming: True reads files in place, False downloads and maps them; None streams what is remote.
+    `streaming` True reads files in place, False downloads and maps them; None streams what is remote.
 
     Raises:
         DataError: for what the user can mend; one line that names the remedy.
@@ -259,7 +248,7 @@ def _fingerprint(place: Place, source: Source, files: Any = None) -> dict[str, A
 
 def _sizes(urls: list[str]) -> list[int | None]:
     # A million local files are looked at faster than handed to threads.
-    return in_threads(_size, urls) if is_remote(urls[0]) else [_size(url) for url in urls]
+    return in_threads(_size, urls) if urls and is_remote(urls[0]) else [_size(url) for url in urls]
 
 
 def _size(url: str) -> int | None:
