@@ -264,14 +264,13 @@ def _read_tiff(data: bytes, num_channels: int | None) -> Image.Image | np.ndarra
 
 def _count_frames(image: Image.Image, most: int) -> int:
     """Frames of a file, or `most`: they may be any number, and the time of Pillow's own count grows with its square."""
-    for frame in range(1, most):
-        try:
-            image.seek(frame)
-        except EOFError:
-            most = frame
-            break
+    frames = 1
+    with contextlib.suppress(EOFError):
+        while frames < most:
+            image.seek(frames)
+            frames += 1
     image.seek(0)
-    return most
+    return frames
 
 
 def _read_with_tifffile(data: bytes, num_channels: int | None) -> np.ndarray:
@@ -348,7 +347,9 @@ def _to_channels_last(array: np.ndarray, num_channels: int) -> np.ndarray:
 
 
 def to_native(array: np.ndarray) -> np.ndarray:
-    """In the byte order of this machine, truth values as 0 and 255."""
+    """Numbers in the byte order of this machine, truth values as 0 and 255."""
+    if array.dtype.kind not in "buif":
+        raise BadImage(f"the image holds {array.dtype}, which is no number", "WrongDtype")
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     return array.astype(np.uint8) * 255 if array.dtype == np.bool_ else array
 
@@ -376,13 +377,8 @@ def _to_dtype(array: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _natural_dtype(array: np.ndarray) -> str:
-    """The smallest of our dtypes that keeps every value."""
-    if array.dtype == np.bool_ or array.dtype == np.uint8:
-        return "uint8"
-    if array.dtype.kind not in "uif":
-        raise BadImage(f"the image holds {array.dtype}, which is no number", "WrongDtype")
-    if array.dtype.newbyteorder("=") == np.uint16:
-        return "uint16"
+    """The smallest of our dtypes that keeps every value; 16-bit data stays that, however small its values are."""
+    array = to_native(array)
     if array.dtype.kind == "f" or int(array.min()) < 0 or int(array.max()) > 65_535:
         return "float32"
-    return "uint8" if int(array.max()) <= 255 else "uint16"
+    return "uint8" if int(array.max()) <= 255 and array.dtype != np.uint16 else "uint16"

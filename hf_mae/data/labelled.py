@@ -153,13 +153,11 @@ def without_bad(rows: Rows, spec: ImageSpec, num_workers: int = 0) -> list[BadSa
     Raises:
         DataError: if none is left.
     """
-    reasons: list[BadSample | None] = []
     loader = DataLoader(
         _Reasons(rows, spec), 64, num_workers=num_workers, collate_fn=list, worker_init_fn=ignore_termination
     )
-    batch: Any
-    for batch in each_batch(loader):
-        reasons += batch
+    batches: Any = each_batch(loader)
+    reasons: list[BadSample | None] = [reason for batch in batches for reason in batch]
     bad = [reason for reason in reasons if reason]
     if len(bad) == len(rows):
         key, reason = bad[0]

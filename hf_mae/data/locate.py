@@ -80,8 +80,7 @@ def locate(keys: SourceKeys) -> Place:
 def _locate(dataset: str, config_name: str | None, revision: str | None) -> Place:
     if dataset == "digits":
         return Place(dataset, "digits", {"train": []})
-    on_hub = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/?", dataset)
-    if on_hub:
+    if on_hub := re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/?", dataset):
         return _locate_on_hub(dataset, on_hub[1], config_name, on_hub[2] or revision)
     path = dataset.removeprefix("file://")
     if is_remote(path):
@@ -90,8 +89,7 @@ def _locate(dataset: str, config_name: str | None, revision: str | None) -> Plac
     if os.path.isdir(path):
         return _locate_folder(dataset, path, config_name)
     patterns = _expand_braces(path)
-    files = [file for pattern in patterns for file in _matches(pattern, required=len(patterns) > 1)]
-    if files:
+    if files := [file for pattern in patterns for file in _matches(pattern, required=len(patterns) > 1)]:
         return _locate_files(dataset, files)
     if dataset.startswith((".", "/", "~", "file:")) or dataset.count(os.sep) > 1 or dataset.endswith(_ARCHIVES):
         raise DataError(f"there is no file or folder {dataset}; check the path")

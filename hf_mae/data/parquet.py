@@ -116,12 +116,8 @@ def _nested_array(value: Any) -> np.ndarray | BadImage:
 class ArrowSource(Source):
     """A `datasets.Dataset` on the local disk, mapped into memory: one shard.
 
-    Args:
-        place: the data set.
-        split: name of the split.
-        dataset: the table.
-        follow_paths: read the files that rows name instead of holding bytes. Only for tables that `datasets` itself
-            made from files that it found.
+    `follow_paths` reads the files that rows name instead of holding bytes. Only for tables that `datasets` itself made
+    from files that it found.
 
     Raises:
         DataError: if the table is corrupt.
@@ -177,11 +173,11 @@ class ParquetSource(BlockSource):
         result = []
         for row in rows:
             start, table = self._block(shard, row)
-            if isinstance(table, BadImage):
-                result.append(self._row(shard, row, table, None))
-                continue
-            label = table[self._label][row - start].as_py() if self._label else None
-            result.append(self._row(shard, row, image_of(table[self._image][row - start]), label))
+            image, label = table, None
+            if not isinstance(table, BadImage):
+                image = image_of(table[self._image][row - start])
+                label = table[self._label][row - start].as_py() if self._label else None
+            result.append(self._row(shard, row, image, label))
         return result
 
     def _read_block(self, shard: int, number: int) -> tuple[int, Any]:

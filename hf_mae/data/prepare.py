@@ -158,8 +158,6 @@ def reencode(data: bytes | np.ndarray | BadImage, shortest_edge: int, quality: i
 
 def _bands_last(array: np.ndarray) -> np.ndarray:
     """(H, W), (C, H, W) or (H, W, C) -> (H, W) of one band, (H, W, C) of more."""
-    if array.dtype.kind not in "buif":
-        raise BadImage(f"the image holds {array.dtype}, which is no number", "WrongDtype")
     array = to_native(array)
     if array.ndim == 3 and array.shape[0] <= array.shape[-1]:  # as `probe_image` has it
         array = np.moveaxis(array, 0, -1)

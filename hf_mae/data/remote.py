@@ -90,8 +90,7 @@ def with_retries(call: Callable[[], _Result], what: str) -> _Result:
                 raise
             cause = f"{type(error).__name__}: {one_line(error)}"
             if attempt == RETRY_TRIES:
-                remedy = "check the network, then start again"
-                message = f"{what} could not be read in {attempt} tries ({cause}); {remedy}"
+                message = f"{what} could not be read in {attempt} tries ({cause}); check the network, then start again"
                 raise SourceUnavailable(message) from error
             delay = min(RETRY_FIRST_DELAY * 2 ** (attempt - 1), RETRY_MAX_DELAY) * _jitter.uniform(0.5, 1.0)
             logger.warning("try %d of %d for %s failed, again in %.1f s (%s)", attempt, RETRY_TRIES, what, delay, cause)
@@ -149,10 +148,9 @@ class RemoteFile(io.RawIOBase):
     def _fetch(self, start: int, stop: int) -> bytes:
         if self._handle is None:
             self._connect()
-        handle = self._handle
         try:
-            handle.seek(start)
-            data = handle.read(stop - start)
+            self._handle.seek(start)
+            data = self._handle.read(stop - start)
             if len(data) != stop - start:
                 raise OSError(f"got {len(data)} of {stop - start} bytes")
         except ValueError as error:  # a web server that only sends files from their start
@@ -166,10 +164,9 @@ class RemoteFile(io.RawIOBase):
         start, stop = self._position, min(self._position + len(buffer), self.size)
         if start >= stop:
             return 0
-        data = with_retries(lambda: self._fetch(start, stop), self.url)
-        buffer[: len(data)] = data
+        buffer[: stop - start] = with_retries(lambda: self._fetch(start, stop), self.url)
         self._position = stop
-        return len(data)
+        return stop - start
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}[whence]

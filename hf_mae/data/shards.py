@@ -75,12 +75,9 @@ class Source:
         return sum(self.shard_sizes)
 
     def read(self, shard: int, rows: Sequence[int]) -> list[Row]:
-        """Rows of one shard, in the order asked for.
+        """Rows of one shard, by their numbers in it, in the order asked for.
 
-        Args:
-            shard: index of the shard.
-            rows: row numbers in it; of a source without random access, best all of one block, which is then fetched
-                once.
+        Without random access, best ask for rows of one block at a time: it is then fetched once.
 
         Raises:
             SourceUnavailable: if the network failed at every try.
@@ -109,14 +106,7 @@ class ArraySource(Source):
 
 
 class FileSource(Source):
-    """One image a file, one shard.
-
-    Args:
-        place: the data set.
-        split: name of the split.
-        names: the files' paths relative to `place.root`, in the order of the rows.
-        labels: (n,) class indices, or None.
-    """
+    """One image a file, one shard: `names` are paths relative to `place.root`, `labels` their (n,) class indices."""
 
     def __init__(self, place: Place, split: str, names: list[str], labels: np.ndarray | None):
         super().__init__(place.name, split, [split], [len(names)], random_access=not is_remote(place.root))
@@ -148,11 +138,7 @@ def _read_local(path: str) -> bytes:
 class BlockSource(Source):
     """Rows of files, a shard each, that can be read a block at a time; the last block is kept in memory.
 
-    Args:
-        place: the data set.
-        split: name of the split.
-        edges: of each shard, the first row of every block, and the number of all rows.
-        random_access: see `Source`.
+    `edges` has, for each shard, the first row of every block and, at the end, the number of all rows.
     """
 
     def __init__(self, place: Place, split: str, edges: list[list[int]], random_access: bool = False):
