@@ -70,7 +70,7 @@ def _status(error: BaseException) -> int | None:
 
 
 def with_retries(call: Callable[[], _Result], what: str) -> _Result:
-    """Call what is safe to repeat, up to `RETRY_TRIES` times while failures are transient; messages say `what` it was.
+    """Call a function that is safe to repeat, up to `RETRY_TRIES` times; `what` names it in messages.
 
     Raises:
         SourceUnavailable: if every try failed.
