@@ -58,8 +58,7 @@ def embed(recipe: EmbedRecipe) -> dict[str, Any]:
     path = Path(recipe.output)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write = write_parquet if path.suffix == ".parquet" else write_numpy
-        write(path, batches(), origin)
+        WRITERS[path.suffix](path, batches(), origin)
     except (OSError, pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise UserError(f"{path} can't be written: {' '.join(str(error).split())[:300]}") from error
     width = [encoder.spec.num_patches] if recipe.pooling == "patches" else []
@@ -106,3 +105,6 @@ def write_numpy(path: Path, batches: Batches, origin: dict[str, Any]) -> None:
 def _write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
     file.seek(0)
     np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+
+
+WRITERS = {".parquet": write_parquet, ".npy": write_numpy}
