@@ -8,7 +8,6 @@ where there is a table: datasets and pyarrow are of an extra.
 import itertools
 import logging
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import Any
 
 import datasets
@@ -18,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets.table import embed_table_storage
 
-from ..errors import DataError, one_line
+from ..errors import DataError, nearest, one_line
 from .decode import BadImage
 from .locate import Place
 from .remote import is_remote, open_bytes
@@ -45,9 +44,8 @@ def find_columns(features: datasets.Features, place: Place) -> tuple[str, str | 
     where, image_column, label_column = place.name, place.image_column, place.label_column
     for flag, name in (("--image_column", image_column), ("--label_column", label_column)):
         if name is not None and name not in features:
-            near = get_close_matches(name, list(features), 1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise DataError(f"{where} has no column {name!r} for {flag}; {hint}its columns: {', '.join(features)}")
+            hint = nearest(name, features) or ";"
+            raise DataError(f"{where} has no column {name!r} for {flag}{hint} its columns: {', '.join(features)}")
     ranks = {name: rank for name, feature in features.items() if (rank := _image_rank(feature)) is not None}
     best = [name for name, rank in ranks.items() if rank == min(ranks.values())]
     if image_column is not None and image_column not in ranks:
