@@ -53,9 +53,8 @@ def run_transformers(model: Any, probe: Probe) -> Outputs:
 
 
 def _outputs(output: Any) -> Outputs:
-    return {name: output[name] for name in ("logits", "loss") if name in output} or {
-        "last_hidden_state": output.last_hidden_state
-    }
+    names = ("logits", "loss") if "logits" in output else ("last_hidden_state",)
+    return {name: output[name] for name in names if name in output}
 
 
 def run_timm(model: Any, probe: Probe) -> Outputs:

@@ -43,8 +43,8 @@ def convert(recipe: ConvertRecipe) -> dict[str, Any]:
     model, more = part_for(source.model, recipe.to)
     with new_folder(Path(recipe.output_dir)) as folder:
         written = WRITERS[recipe.to](model, source.processor, folder)
-        ours = partial(run_ours, model)
-        differences["written"] = compare_runs(ours, written, config, f"hf_mae and {recipe.to}")
+        pair = f"hf_mae and {recipe.to}"
+        differences["written"] = compare_runs(partial(run_ours, model), written, config, pair)
         record = _record(source, recipe, differences, changes + more)
         write_json(record, RunFolder(folder).conversion_file)
     return record | {"use": describe_use(recipe.to, model, recipe.output_dir)}

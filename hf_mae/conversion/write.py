@@ -179,9 +179,8 @@ def describe_use(target: str, model: Any, dest: str) -> str:
     if target == "original":
         return f"from safetensors.torch import load_file; model.load_state_dict(load_file('{dest}/model.safetensors'))"
     if target == "mae":
-        package, names = "import hf_mae; ", {kind: name for name, kind in reversed(AUTO_CLASSES.items())}
-    else:
-        package, names = "", PEERS[target]
-    name = names[type(model)]
+        name = next(auto for auto, kind in AUTO_CLASSES.items() if kind is type(model))
+        return f"import hf_mae; from transformers import {name}; model = {name}.from_pretrained({dest!r})"
+    name = PEERS[target][type(model)]
     options = "".join(f", {key}={value}" for key, value in peer_options(name).items())
-    return f"{package}from transformers import {name}; model = {name}.from_pretrained({dest!r}{options})"
+    return f"from transformers import {name}; model = {name}.from_pretrained({dest!r}{options})"

@@ -112,8 +112,8 @@ def _arrange(columns: Sequence[Column], captions: bool, footer: str | None, pair
     if footer:
         # A picture of one image is narrower than the text.
         missing = max(0, 2 * MARGIN + math.ceil(draw.textlength(footer, font_size=12)) - grid.width)
-        place, grid = (MARGIN, grid.height + 2), ImageOps.expand(grid, (0, 0, missing, HEADER), "white")
-        ImageDraw.Draw(grid).text(place, footer, fill="black", font_size=12)
+        grid = ImageOps.expand(grid, (0, 0, missing, HEADER), "white")
+        ImageDraw.Draw(grid).text((MARGIN, grid.height - HEADER + 2), footer, fill="black", font_size=12)
     return grid
 
 

@@ -93,7 +93,6 @@ def reconstruct(
         if statistics == "visible":
             mean_and_std = from_visible_neighbours(mean_and_std, removed, grid_size)
         predicted = predicted * mean_and_std[..., 1:] + mean_and_std[..., :1]
-    pixels = patch_size[0] * patch_size[1]
     masked, predicted, pasted = (
         unpatchify(part, patch_size, grid_size)
         for part in (patches.masked_fill(removed, 0), predicted, torch.where(removed, predicted, patches))
@@ -103,7 +102,7 @@ def reconstruct(
         masked=masked,
         predicted=predicted,
         pasted=pasted,
-        removed=unpatchify(removed.expand(B, -1, pixels), patch_size, grid_size),
+        removed=unpatchify(removed.expand(B, -1, math.prod(patch_size)), patch_size, grid_size),
         mask_ratio=output.mask.mean().item(),
         statistics=statistics if model.config.norm_pix_loss else None,
     )
