@@ -81,8 +81,9 @@ hf-mae stats --dataset path/to/images
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; 0 if it went well, 2 for a mistake that its one-line message names, 130 if interrupted."""
     words = sys.argv[1:] if arguments is None else arguments
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text; stderr does so already
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name need not be text
     if not words or words[0] in ("-h", "--help"):
         print(USAGE.format(commands=_list_commands(COMMANDS)))
         return 0

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import stat
 import subprocess
 import sys
@@ -25,6 +26,14 @@ def test_a_text_is_written_and_nothing_else_is_left(tmp_path):
         files.write_text(tmp_path / "a.txt", text)
         assert (tmp_path / "a.txt").read_text(encoding="utf-8") == text
     assert names(tmp_path) == ["a.txt"]
+
+
+def test_what_utf8_cannot_encode_is_written_as_escapes(tmp_path):
+    text = os.fsdecode(b"a\xff") + " é" + json.loads('"\\ud800"')
+    files.write_text(tmp_path / "a.txt", text)
+    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "a\\udcff é\\ud800"
+    files.write_json([text], tmp_path / "a.json")
+    assert files.read_json(tmp_path / "a.json") == [text]
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):

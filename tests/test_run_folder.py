@@ -1,18 +1,22 @@
 """The files of a run's folder: what is written comes back, and what a crash or another program left does no harm."""
 
+import itertools
 import json
 import logging
+import math
+import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
 from PIL import Image
 from runs import arguments, environment, evaluations, losses, run, start, weights_hash
 
-from hf_mae.errors import DataError
+from hf_mae.errors import DataError, UserError
 from hf_mae.hub.push import stage
 from hf_mae.run_folder import RunFolder, add_result, curve, read_results, run_of
 
@@ -22,9 +26,12 @@ CONFIG = ({"dataset": "digits", "seed": 0}, {"total_steps": 20})
 CONVERSION = {"licence": "cc-by-nc-4.0", "source": "x.pth"}
 
 
+DATA = {"dataset": "d", "evaluated_on": "test", "eval_images": 5, "classes": 2}
+
+
 def entry(name="knn", sha256="0" * 64):
     return {
-        "protocol": {"name": name}, "data": {"dataset": "d", "evaluated_on": "test", "eval_images": 5, "classes": 2},
+        "protocol": {"name": name}, "data": DATA,
         "checkpoint": {"path": "out", "sha256": sha256}, "figures": {"knn_top1": 51.25},
     }  # fmt: skip
 
@@ -124,7 +131,19 @@ def test_a_file_that_was_cut_off_costs_no_more_than_its_end(folder, name):
 
 @pytest.mark.parametrize(
     "line",
-    [b'{"step": 7, "lo', b"3", b"[]", b"null", b'{"loss": 1.0}', b'{"step": "7"}', b'{"step": true}', b"\x80\x00"],
+    [
+        b'{"step": 7, "lo',
+        b"3",
+        b"[]",
+        b"null",
+        b'{"loss": 1.0}',
+        b'{"step": "7"}',
+        b'{"step": true}',
+        b"\x80\x00",
+        b'{"step": -5}',
+        b'{"step": 1%s}' % (b"0" * 30),
+        b'{"step": 1%s}' % (b"0" * 5000),
+    ],
 )
 def test_lines_of_a_log_that_are_no_events_are_skipped_with_one_warning(folder, caplog, line):
     lines = folder.metrics_file.read_bytes().splitlines()
@@ -162,6 +181,12 @@ def test_a_curve_has_the_numbers_of_a_key():
     assert curve([*events, {"step": 5, "loss": 0.5}], "loss") == [(1, 2), (5, 0.5)]
 
 
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-1e400", "1e308", "1" + "0" * 400, "true", "[1]", '{"a": 1}'])
+def test_what_is_not_a_finite_number_of_usual_size_is_not_in_a_curve(folder, value):
+    folder.metrics_file.write_text(f'{{"step": 1, "loss": {value}}}\n{{"step": 2, "loss": -3.4e38}}\n')
+    assert curve(folder.events(), "loss") == [(2, -3.4e38)]
+
+
 @pytest.mark.parametrize("part", ["recipe", "derived"])
 def test_a_part_of_the_settings_that_is_no_table_is_skipped(folder, caplog, part):
     settings = {"recipe": CONFIG[0], "derived": CONFIG[1], part: [1, 2]}
@@ -169,6 +194,47 @@ def test_a_part_of_the_settings_that_is_no_table_is_skipped(folder, caplog, part
     expected = ({}, CONFIG[1]) if part == "recipe" else (CONFIG[0], {})
     assert folder.config() == expected
     assert len(caplog.messages) == 1
+
+
+def test_settings_without_any_table_are_skipped_with_one_warning(folder, caplog):
+    folder.config_file.write_text("recipe: null\nderived: 5\n")
+    assert folder.config() == ({}, {})
+    assert len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("2024-01-02", "2024-01-02"), ("!!binary aGk=", "b'hi'"), ("!!set {a}", "{'a'}"), ("{1: 2}", {"1": 2}),
+        ('"\\uD800"', "\ud800"), ("[1.5, null, true]", [1.5, None, True]),
+    ],
+)  # fmt: skip
+def test_settings_of_any_kind_are_read_as_json_has_them(folder, caplog, written, read):
+    folder.config_file.write_text(f"recipe: {{dataset: {written}}}\n")
+    assert folder.config() == ({"dataset": read}, {})
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "recipe: &a {dataset: *a}", "recipe: {seed: 0x" + "9" * 5000 + "}", "recipe: {seed: " + "9" * 5000 + "}",
+        "recipe: {? [a, b] : 1}", "recipe: {seed: 2024-13-45}", "{a: " * 3000,
+        "a: &a [x]\n" + "".join(f"{b}: &{b} [{f'*{a},' * 20}]\n" for a, b in itertools.pairwise("abcdefghij")),
+    ],
+    ids=["itself", "hexadecimal", "decimal", "key", "no date", "deep", "laughs"],
+)  # fmt: skip
+def test_settings_that_nothing_can_be_done_with_make_none_and_quickly(folder, caplog, text):
+    folder.config_file.write_text(text)
+    started = time.perf_counter()
+    assert folder.config() == ({}, {})
+    assert time.perf_counter() - started < 20
+    assert len(caplog.messages) == 1
+
+
+def test_a_folder_that_cannot_be_made_is_one_line():
+    with pytest.raises(UserError, match=r"/dev/null/x can't be written .*; choose another --output_dir"):
+        RunFolder("/dev/null/x").write_config(*CONFIG)
 
 
 def test_settings_that_name_python_objects_make_none(folder, caplog):
@@ -234,11 +300,17 @@ def test_a_foreign_file_of_results_is_an_error_for_who_adds_to_it(folder, text):
 def test_entries_that_a_card_cannot_use_are_left_out_of_it(folder, caplog):
     for part, value in (
         ("protocol", {}), ("data", {"dataset": "d"}), ("checkpoint", 3), ("figures", {"knn_top1": "high"}),
+        ("figures", {"knn_top1": 10**400}), ("figures", {"knn_top1": math.nan}), ("figures", {"knn_top1": True}),
+        ("data", {**DATA, "train_images": None}), ("data", {**DATA, "train_images": "many"}),
+        ("data", {**DATA, "eval_images": True}), ("data", {**DATA, "classes": -1}), ("data", {**DATA, "config": ["a"]}),
+        ("data", {**DATA, "revision": 5}), ("ranges", None), ("ranges", [1, 2]), ("ranges", {"knn_top1": None}),
+        ("ranges", {"knn_top1": [1]}), ("ranges", {"knn_top1": "ab"}), ("ranges", {"knn_top1": ["a", "b"]}),
     ):  # fmt: skip
+        caplog.clear()
         folder.results_file.write_text(json.dumps([{**entry("other"), part: value}, entry()]))
         assert folder.results() == [entry()]
         assert len(read_results(folder.results_file)) == 2  # and yet nobody's figures are thrown away
-    assert len(caplog.messages) == 4
+        assert len(caplog.messages) == 1
 
 
 def test_a_result_takes_the_place_of_the_same_measurement_of_the_same_weights(folder):
@@ -315,6 +387,29 @@ def test_a_card_a_push_and_a_report_survive_everything_at_once(tmp_path, capsys)
     page = (tmp_path / "report.html").read_text()
     assert re.findall(r"after step (\d+)<", page) == ["0", "6", "12"]
     assert "a.jpg" in page
+
+
+def test_names_that_are_not_utf8_and_entries_that_are_none_survive_a_card_and_a_report(whole, tmp_path, capsys):
+    folder = RunFolder(tmp_path / os.fsdecode(b"r\xff"))
+    shutil.copytree(whole, folder.path)
+    settings = {"recipe": {"dataset": "\ud800", "model": "a" * 5000, "seed": 5}, "derived": {"hardware": "\udc00"}}
+    folder.config_file.write_text(yaml.safe_dump(settings))
+    folder.write_bad_samples([{"key": os.fsdecode(b"\xfe.png"), "reason": "Empty"}])
+    odd = {**entry("odd \ud800", weights_hash(folder.path)), "data": {**DATA, "dataset": "a/" + "b" * 5000}}
+    folder.results_file.write_text(json.dumps([odd, {**odd, "ranges": None}]))
+    assert start("card", folder.path, tmp_path / os.fsdecode(b"c\xff.md")) == 0
+    text = (tmp_path / os.fsdecode(b"c\xff.md")).read_text()
+    assert text.count("**odd \\ud800** on a/bbb") == 1
+    assert "| data | \\ud800 |" in text
+    shutil.copytree(folder.path, tmp_path / "copy")  # safetensors reads from no other folder
+    stage(tmp_path / "copy", tmp_path / "staged", "user/name")
+    assert "| hardware | \\udc00 |" in (tmp_path / "staged" / "README.md").read_text()
+    capsys.readouterr()
+    assert start("report", folder.path, whole, "--output", tmp_path / os.fsdecode(b"r\xff.html")) == 0
+    page = (tmp_path / os.fsdecode(b"r\xff.html")).read_text()
+    assert "\\udcfe.png" in page
+    assert page.count("</span> odd \\ud800</td>") == 1
+    assert capsys.readouterr().out.endswith("r\\udcff.html\n")
 
 
 def test_a_resumed_run_survives_everything_at_once_and_ends_as_the_whole_one(whole, tmp_path, capsys):

@@ -49,19 +49,20 @@ def write_card(folder: str, output: str) -> str | None:
     Raises:
         UserError: if the folder doesn't hold a model of this package, or the card can't be written.
     """
+    file, picture = Path(output), Path(output).with_suffix(".png")
     with _whole_folder(folder):
         card = Card(folder)
-    file, picture = Path(output), Path(output).with_suffix(".png")
-    card.name = file.stem
+        source = card.picture
+        card.name, card.picture = file.stem, picture.name if source else None
+        text = card.text()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        if card.picture:
-            shutil.copyfile(card.picture, picture)
-            card.picture = picture.name
-        write_text(file, card.text())
+        if source:
+            shutil.copyfile(source, picture)
+        write_text(file, text)
     except OSError as error:
         raise UserError(f"{output} can't be written: {error}; name another file") from error
-    return str(picture) if card.picture else None
+    return str(picture) if source else None
 
 
 def push(folder: str, repo_id: str, private: bool = False, revision: str | None = None) -> dict[str, Any]:

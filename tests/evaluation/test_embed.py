@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 
@@ -106,6 +107,20 @@ def test_nothing_is_written_where_too_many_images_are_bad(folder, tmp_path, endi
     embed(folder, tmp_path / "out" / f"features.{ending}", data=data, code=2)
     assert f"{len(broken)} of the 6 images" in capfd.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".npy"])
+def test_names_that_are_not_utf8_are_written_as_escapes(folder, tmp_path, ending):
+    (tmp_path / "images").mkdir()
+    for name in (b"a\xff.png", b"b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / os.fsdecode(name), "PNG")
+    output = tmp_path / f"features{ending}"
+    embed(folder, output, data=tmp_path / "images")
+    if ending == ".parquet":
+        keys = pq.read_table(output)["key"].to_pylist()
+    else:
+        keys = [line["key"] for line in csv.DictReader(output.with_suffix(".csv").open(encoding="utf-8"))]
+    assert keys == ["a\\udcff.png", "b.png"]
 
 
 def test_a_file_that_was_there_stays_as_it_was_if_the_command_fails(folder, tmp_path):

@@ -12,7 +12,7 @@ import yaml
 from hub_server import HubServer
 from huggingface_hub import ModelCard, repocard
 from PIL import Image
-from runs import REPOSITORY, load_finetune_recipe, load_pretrain_recipe, start, tree, weights_hash
+from runs import REPOSITORY, load_finetune_recipe, load_pretrain_recipe, mistake, start, tree, weights_hash
 from tiny import tiny
 
 from hf_mae import MAEForImageClassification, MAEForPreTraining, MAEImageProcessor
@@ -228,6 +228,19 @@ def test_a_pinned_revision_is_in_every_line_that_loads(full):
 
 
 # ------------------------------------------------------------------------------------------ licences
+
+
+def test_models_that_were_trained_from_each_other_have_no_licence(full, bare, caplog):
+    for folder, start_from in ((full, bare), (bare, full), (full, full)):
+        (folder / "run_config.yaml").write_text(yaml.safe_dump({"recipe": {**RECIPE, "model": str(start_from)}}))
+        assert licence_of(folder) is None
+        assert "licence of these weights is not recorded" in section(Card(folder).text(), "Licence")
+    assert caplog.messages == []
+
+
+def test_a_configuration_that_is_no_model_of_ours_is_one_line(full, tmp_path, capsys):
+    (full / "config.json").write_text("{}")
+    assert "is no whole model folder" in mistake(capsys, "card", full, tmp_path / "card.md")
 
 
 def test_weights_keep_the_licence_of_what_they_come_from(full, bare, tmp_path):

@@ -295,6 +295,22 @@ def test_the_newest_complete_one_is_found_and_broken_ones_are_skipped_with_a_war
     assert message.endswith("falling back to the one before")
 
 
+@pytest.mark.parametrize(
+    "text", ["[1]", "null", "{}", '{"a\\u0000b": 1}', '{"../../x": 1}', '{"%s": 1}' % ("a" * 300), '"a"']
+)
+def test_a_manifest_that_lists_no_file_of_the_checkpoint_makes_the_one_before_be_taken(tmp_path, caplog, text):
+    one, two = (write_checkpoint(tmp_path, number, write_small, keep=9) for number in (1, 2))
+    (two / "COMPLETE").write_text(text)
+    assert find_checkpoint(tmp_path, "auto") == one
+    (message,) = caplog.messages
+    assert message.endswith("falling back to the one before")
+
+
+def test_a_file_in_the_place_of_a_checkpoint_is_replaced(tmp_path):
+    (tmp_path / "checkpoint-5").write_text("a file")
+    assert find_checkpoint(tmp_path, str(write_checkpoint(tmp_path, 5, write_small, keep=2)))
+
+
 def test_a_named_checkpoint_is_taken_or_refused_never_replaced_by_another(tmp_path):
     one, two = (write_checkpoint(tmp_path, number, write_small, keep=9) for number in (1, 2))
     assert find_checkpoint(tmp_path, str(one)) == one

@@ -69,6 +69,14 @@ def test_a_finished_run_says_so_again_and_is_not_run_again(pretrained, tmp_path,
     assert "holds another run; go on with it by --resume auto" in capsys.readouterr().err
 
 
+def test_a_finished_run_says_so_without_a_count_of_bad_samples(pretrained, tmp_path, capsys):
+    data = {"dataset": "d", "evaluated_on": "test", "eval_images": 5, "classes": 2}
+    entry = {"protocol": {"name": "fine-tuning"}, "data": data, "checkpoint": {}, "figures": {"top1": 50.0}}
+    add_result(entry, tmp_path / "out" / "results.json")
+    assert start("finetune", *arguments(tmp_path / "out", model=pretrained, resume="auto")) == 0
+    assert capsys.readouterr().out.startswith("top1 50, on 5 images\nmodel ")
+
+
 @pytest.mark.parametrize(("blocks", "trained"), [("0", 0), ("0.5", 0.5), ("1", 1), ("all", 2)])
 def test_partial_fine_tuning_leaves_the_rest_of_the_model_bit_by_bit(blocks, trained, pretrained, tmp_path):
     out = tune(tmp_path / "out", model=pretrained, trainable_blocks=blocks, warmup_steps=0, total_steps=2)

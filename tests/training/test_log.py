@@ -2,6 +2,8 @@
 
 import io
 import math
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -69,6 +71,36 @@ def test_pictures_of_a_run_that_started_anew_or_went_on_are_its_own(stages, tmp_
     assert {path.name for path in (output_dir / "reconstructions").iterdir()} == names
     for name in names:
         assert (output_dir / "reconstructions" / name).read_bytes() == (stages / "reconstructions" / name).read_bytes()
+
+
+def test_pictures_that_do_not_fit_the_newest_one_are_left_out_of_the_animation(stages, tmp_path, capsys):
+    output_dir = cut_off(stages, 6, tmp_path / "run")
+    whole = (output_dir / "reconstructions" / "step-0.png").read_bytes()
+    header, rest = whole[:16], whole[33:]  # up to the sides of the image, and after them
+    large = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    (output_dir / "reconstructions" / "step-1.png").write_bytes(
+        header + large + struct.pack(">I", zlib.crc32(b"IHDR" + large)) + rest
+    )
+    note = b"zTXt" + b"a\0\0" + zlib.compress(b"a" * 10_000_000)
+    chunk = struct.pack(">I", len(note) - 4) + note + struct.pack(">I", zlib.crc32(note))
+    (output_dir / "reconstructions" / "step-2.png").write_bytes(whole[:33] + chunk + rest)
+    capsys.readouterr()
+    run(output_dir, save_steps=3, eval_steps=5, keep_checkpoints=9, resume="auto", max_eval_samples=2)
+    assert "all.webp lacks 4 pictures, broken or of another size" in capsys.readouterr().out
+    with Image.open(output_dir / "reconstructions" / "all.webp") as animation:
+        assert animation.n_frames == 2  # of the steps 10 and 12; those of 0 and 5 show more images
+
+
+def test_a_resumed_run_remembers_numbers_alone(stages, tmp_path, capsys):
+    output_dir = cut_off(stages, 6, tmp_path / "run")
+    with (output_dir / "metrics.jsonl").open("a") as file:
+        for value in ('"x"', "[1]", "true", "NaN"):
+            file.write(f'{{"step": 1, "eval_loss": {value}, "rankme": {value}, "knn_top1": null}}\n')
+    run(output_dir, save_steps=3, eval_steps=5, keep_checkpoints=9, resume="auto")
+    first, last = evaluations(stages)[0], evaluations(stages)[12]
+    shown = capsys.readouterr().out
+    assert f"evaluation loss {first:.4f} before step 1, {last:.4f} after step 12\n" in shown
+    assert "RankMe" not in shown
 
 
 def test_tensorboard_gets_every_number_into_the_folder_of_the_run(tmp_path):
