@@ -205,7 +205,7 @@ def pretrained(method: str, batch: int, options: argparse.Namespace) -> tuple[Pa
 
 def main() -> None:
     parser = studies.parser(str(__doc__), "outputs/compare_contrastive")
-    parser.add_argument("--minutes", type=float, default=10, help="of pretraining of each cell")
+    parser.set_defaults(minutes=10)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[64, 512])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     options = parser.parse_args()

@@ -3,6 +3,7 @@
 import argparse
 import json
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+SHORT_RUN = 12  # steps; the second half of them is timed
 # Protocol of results.json -> figure that a table shows, and its heading.
 FIGURES = {
     "fine-tuning": ("top1", "fine-tuned"),
@@ -41,6 +43,7 @@ def parser(description: str, output_dir: str) -> argparse.ArgumentParser:
     result.add_argument("--recipe", default="cifar10_vit_tiny", help="of the pretraining")
     result.add_argument("--finetune_recipe", default="finetune_cifar10_tiny", help="none leaves fine-tuning out")
     result.add_argument("--total_steps", type=int, default=1200, help="of the pretraining of each cell")
+    result.add_argument("--minutes", type=float, default=None, help="equal time for each cell, in place of equal steps")
     result.add_argument("--finetune_epochs", type=float, default=5)
     result.add_argument("--max_samples", type=int, default=None, help="labelled images for fine-tuning and probes")
     result.add_argument("--max_minutes_per_cell", type=float, default=None, help="in a sitting; the next goes on")
@@ -112,12 +115,29 @@ def measure(sitting: Sitting, model: Path, options: argparse.Namespace) -> dict[
 
 
 def pretrained(sitting: Sitting, cell: Cell, options: argparse.Namespace) -> Path:
-    """The cell's model, pretrained as far as it is not yet."""
+    """The cell's model, pretrained unless it exists."""
     model = sitting.folder / "pretrain"
     if not (model / "model.safetensors").exists():
-        words = ["pretrain", "--recipe", options.recipe, "--dataset", options.dataset, "--output_dir", model]
-        sitting.run([*words, "--total_steps", options.total_steps, "--resume", "auto", *cell.keys])
+        words = ["pretrain", "--recipe", options.recipe, "--dataset", options.dataset, *cell.keys, "--output_dir"]
+        steps = options.total_steps if options.minutes is None else steps_that_fit(sitting, words, options.minutes)
+        sitting.run([*words, model, "--total_steps", steps, "--resume", "auto"])
     return model
+
+
+def steps_that_fit(sitting: Sitting, words: Sequence[Any], minutes: float) -> int:
+    """How many steps a command of `hf-mae pretrain` makes in these minutes, by a short run, measured once."""
+    short, file = sitting.folder / "short", sitting.folder / "steps.json"
+    if not file.exists():
+        quick = ["--log_steps", 1, "--quality_steps", 0, "--eval_steps", SHORT_RUN, "--save_steps", SHORT_RUN]
+        sitting.run([*words, short, "--total_steps", SHORT_RUN, *quick])
+        events = [event for event in read_log(short) if "loss" in event]
+        seconds = [e["images_seen"] / e["step"] / e["images_per_second"] for e in events[SHORT_RUN // 2 :]]
+        file.write_text(json.dumps(max(SHORT_RUN, round(60 * minutes / statistics.median(seconds)))))
+    return json.loads(file.read_text())
+
+
+def read_log(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def run_study(cells: Sequence[Cell], options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -127,7 +147,7 @@ def run_study(cells: Sequence[Cell], options: argparse.Namespace) -> list[dict[s
         sitting = Sitting(options.output_dir / cell.name, options.max_minutes_per_cell)
         try:
             model = pretrained(sitting, cell, options)
-            row = {"cell": cell.label, "evaluation loss": last_eval_loss(model), **measure(sitting, model, options)}
+            row = {"cell": cell.label, **of_the_log(model), **measure(sitting, model, options)}
         except OutOfTime:
             print(f"{cell.label}: its minutes are over; the same command goes on with it", flush=True)
             continue
@@ -136,9 +156,12 @@ def run_study(cells: Sequence[Cell], options: argparse.Namespace) -> list[dict[s
     return rows
 
 
-def last_eval_loss(model: Path) -> float:
-    events = [json.loads(line) for line in (model / "metrics.jsonl").read_text().splitlines()]
-    return [event["eval_loss"] for event in events if "eval_loss" in event][-1]
+def of_the_log(model: Path) -> dict[str, Any]:
+    """What the run's log says at its end."""
+    last: dict[str, Any] = {}
+    for event in read_log(model):
+        last |= event
+    return {"images seen": f"{last['images_seen']:,}", "evaluation loss": last["eval_loss"]}
 
 
 def write_table(rows: list[dict[str, Any]], output_dir: Path, notes: str) -> None:

@@ -1,6 +1,6 @@
-"""How much to hide: the same model pretrained with several mask ratios for equal steps, then measured.
+"""How much to hide: the same model pretrained with several mask ratios, for equal time or equal steps, then measured.
 
-    python scripts/studies/study_mask_ratio.py --dataset DATA
+    python scripts/studies/study_mask_ratio.py --dataset DATA --minutes 6
 
 At full size, for each ratio:
     torchrun --nproc_per_node 8 -m hf_mae.cli pretrain --recipe vit_large_in1k --mask_ratio 0.5 --output_dir outputs/r50
