@@ -188,7 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True, help="labelled images of 32 x 32 pixels, such as CIFAR-10")
     parser.add_argument("--total_steps", type=int, default=600)
-    parser.add_argument("--batch", type=int, default=128, help="images per step")
+    parser.add_argument("--batch", type=int, default=64, help="images per step")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0")
     parser.add_argument("--every", type=int, default=150, help="steps between two measurements")
     parser.add_argument("--workers", type=int, default=1, help="loader processes")

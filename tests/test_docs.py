@@ -1,34 +1,42 @@
-"""The README's code, run as it stands there; that about fine-tuning is in test_readme_finetune.py."""
+"""The code of README and documentation, run as it stands there; that of docs/finetuning.md is in test_docs_finetune.py.
+
+The pages are built too, and what they say of names, links and length is checked.
+"""
 
 import re
 import shlex
 import shutil
+import sys
 import tomllib
 from pathlib import Path
+from urllib.parse import urlparse
 
 import numpy as np
 import pytest
+from pages import PAGES, blocks
 from PIL import Image
-from runs import REPOSITORY, run, start
+from runs import REPOSITORY, run, run_script, start
 
+import hf_mae
 from hf_mae import MAEForImageClassification
 
-README = (REPOSITORY / "README.md").read_text()
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-BASH = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 # Words of the Python that other tests run, which have what it needs.
 ELSEWHERE = {
-    "layer_decay_groups": "test_readme_finetune.py",
-    "FinetuneRecipe": "test_readme_finetune.py",
-    "load_dataset": "test_readme_finetune.py",
-    "peft": "test_readme_finetune.py",
+    "layer_decay_groups": "test_docs_finetune.py",
+    "FinetuneRecipe": "test_docs_finetune.py",
+    "load_dataset": "test_docs_finetune.py",
+    "peft": "test_docs_finetune.py",
     "onnxruntime": "conversion/test_export.py",
     "trust_remote_code": "hub/test_push.py",
 }
-HERE = [code for code in PYTHON if not any(word in code for word in ELSEWHERE)]
+PYTHON = blocks("python")
+HERE = [(page, code) for page, code in PYTHON if not any(word in code for word in ELSEWHERE)]
 # All lines of the command blocks, and what is added to them so that they take seconds.
 LINES = [
-    line.split(" #")[0].strip() for block in BASH for line in block.replace("\\\n", " ").splitlines() if line.strip()
+    line.split(" #")[0].strip()
+    for _, block in blocks("bash")
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.strip()
 ]
 FEW_STEPS = "--total_steps 2 --total_batch_size 4 --num_workers 0 --quality_steps 0 --max_eval_samples 4"
 SMALL = f"""--hidden_size 24 --num_hidden_layers 1 --num_attention_heads 2 --intermediate_size 48
@@ -68,7 +76,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def home(trained, tmp_path, monkeypatch):
-    """A folder with models and images where the README has them."""
+    """A folder with models and images where the pages have them."""
     monkeypatch.chdir(tmp_path)
     for name in ("quickstart", "mine", "base"):
         shutil.copytree(trained, tmp_path / "outputs" / name)
@@ -88,12 +96,12 @@ def photo() -> Image.Image:
 
 
 def test_all_of_it_is_run_by_a_test():
-    assert len(HERE) >= 4
+    assert len(HERE) >= 5
     assert len(COMMANDS) >= 15
     for word, file in ELSEWHERE.items():
-        assert any(word in code for code in PYTHON), f"{word} is no longer in the README; see {file}"
+        assert any(word in code for _, code in PYTHON), f"{word} is on no page any longer; see {file}"
     for start_of_line, (file, word) in RUN_ELSEWHERE.items():
-        assert any(line.startswith(start_of_line) for line in LINES), f"{start_of_line} is no longer in the README"
+        assert any(line.startswith(start_of_line) for line in LINES), f"{start_of_line} is on no page any longer"
         assert word in (Path(__file__).parent / file).read_text()
     extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for line in LINES:
@@ -103,10 +111,10 @@ def test_all_of_it_is_run_by_a_test():
             assert line.startswith((*ADDED, *RUN_ELSEWHERE, *NOT_OURS)), f"no test runs {line}"
 
 
-@pytest.mark.parametrize("code", HERE, ids=lambda code: code.splitlines()[-1][:40])
-def test_the_python_runs(home, code):
-    names: dict = {"image": photo()}
-    exec(compile(code, "README.md", "exec"), names)
+@pytest.mark.parametrize(("page", "code"), HERE, ids=lambda text: text.splitlines()[-1][:40])
+def test_the_python_runs(home, page, code):
+    names: dict = {}
+    exec(compile(code, page, "exec"), names)
     if "reconstruction_grid" in code:
         with Image.open("picture.png") as picture:
             assert picture.width > 4 * 128
@@ -137,3 +145,38 @@ def test_the_commands_run(home, line, capsys):
         model.save_pretrained("outputs/finetune_quickstart")
         shutil.copy("outputs/quickstart/preprocessor_config.json", "outputs/finetune_quickstart")
     assert start(*words) == 0, capsys.readouterr().err
+
+
+def test_the_readme_has_at_most_1500_words():
+    assert len(PAGES["README.md"].split()) <= 1500
+
+
+def test_every_link_leads_to_a_file_and_a_heading():
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            parts = urlparse(target)
+            if parts.scheme:
+                continue
+            file = (REPOSITORY / page).parent / parts.path if parts.path else REPOSITORY / page
+            assert file.exists(), f"{page} links to {target}"
+            if parts.fragment:
+                assert parts.fragment in anchors(file.read_text()), f"{page} links to {target}"
+
+
+def anchors(text: str) -> set[str]:
+    """GitHub's anchors of a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_the_api_page_has_every_public_name():
+    documented = re.findall(r"^\.\. auto\w+:: hf_mae\.(\w+)", PAGES["docs/api.md"], re.MULTILINE)
+    assert sorted(documented) == sorted(hf_mae.__all__)
+
+
+def test_the_pages_are_built_without_a_warning(tmp_path):
+    pytest.importorskip("sphinx", reason="sphinx is not installed: pip install 'hf-mae[docs]'")
+    run_script(sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "docs", tmp_path)
+    api = (tmp_path / "api.html").read_text()
+    assert all(f'id="hf_mae.{name}"' in api for name in hf_mae.__all__)
+    assert len(list(tmp_path.glob("*.html"))) >= len(PAGES)
