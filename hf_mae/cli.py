@@ -1,12 +1,13 @@
 """The command line: `hf-mae COMMAND`. Whatever takes long to import is imported when a command starts to work."""
 
-import difflib
+import json
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import UserError
+from . import __version__, register
+from .errors import UserError, nearest
 from .keys import Recipe
 from .keys.data_keys import PrepareRecipe, StatsRecipe
 from .keys.evaluation_keys import ClassificationRecipe, EmbedRecipe, KnnRecipe, LinearProbeRecipe, ScoreRecipe
@@ -22,14 +23,12 @@ from .keys.publishing_keys import (
 )
 from .keys.run_keys import PretrainRecipe
 
-# Import names of the extras, without which the package still loads and runs models.
+# Extras, without which the package still loads and runs models, and their import names.
 EXTRAS = {
-    **dict.fromkeys(
-        ("accelerate", "datasets", "evaluate", "fsspec", "jinja2", "pyarrow", "sklearn", "timm", "tqdm"), "train"
-    ),
-    **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export"),
-    "matplotlib": "viz",
-    "gradio": "demo",
+    "train": ["accelerate", "datasets", "evaluate", "fsspec", "jinja2", "pyarrow", "sklearn", "timm", "tqdm"],
+    "export": ["onnx", "onnxruntime", "onnxscript"],
+    "viz": ["matplotlib"],
+    "demo": ["gradio"],
 }
 # What to do after an interruption.
 REPEATS = {
@@ -53,6 +52,29 @@ Evaluate a model on a labelled data set.
 
 hf-mae evaluate PROTOCOL --help lists the keys of a protocol.
 """
+# The examples of a command's help are the lines with its name.
+EXAMPLES = """\
+hf-mae pretrain --recipe quickstart
+hf-mae pretrain --recipe cifar10_vit_tiny --dataset path/to/images --output_dir outputs/mine
+torchrun --nproc_per_node 8 -m hf_mae.cli pretrain --recipe vit_base_in1k --resume auto
+hf-mae finetune --recipe finetune_quickstart --model outputs/quickstart
+hf-mae evaluate knn --model outputs/mine --dataset path/to/images
+hf-mae evaluate linear-probe --model outputs/mine --dataset path/to/images
+hf-mae evaluate linear-probe --recipe linear_probe_vit_base_in1k --model outputs/base
+hf-mae evaluate classification --model outputs/finetune_quickstart --dataset digits
+hf-mae embed --model outputs/mine --dataset path/to/images --output features.parquet
+hf-mae reconstruct photo.jpg path/to/images --model outputs/mine --mask_ratios 0.75 --output picture.png
+hf-mae report outputs/mine
+hf-mae report outputs/a outputs/b --output compared.html
+hf-mae demo --model outputs/mine --gallery path/to/images
+hf-mae convert facebook/vit-mae-base outputs/base
+hf-mae convert outputs/mine outputs/for_timm --to timm
+hf-mae export outputs/mine outputs/mine_onnx --to onnx
+hf-mae push outputs/mine --repo_id user/mine --private true
+hf-mae card outputs/mine cards/mine.md
+hf-mae prepare path/to/images outputs/images_256 --shortest_edge 256 --num_workers 8
+hf-mae stats --dataset path/to/images
+"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -62,12 +84,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(USAGE.format(commands=_list_commands(COMMANDS)))
         return 0
     if words[0] == "--version":
-        from . import __version__
-
         print(__version__)
         return 0
     if words[0] == "evaluate" and words[1:2] in (["-h"], ["--help"]):
-        print(EVALUATE_USAGE.format(commands=_list_commands(_protocols())))
+        print(EVALUATE_USAGE.format(commands=_list_commands(PROTOCOLS)))
         return 0
     try:
         return _run(*find_command(words))
@@ -80,59 +100,42 @@ def main(arguments: list[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class Command:
-    """A command: the line about it in the help, its keys, and what it does with them.
-
-    Args:
-        help: what it does.
-        keys: the dataclass of its keys.
-        run: works with them, and prints the outcome; whatever is slow to import is imported inside.
-        examples: whole command lines, for its help.
-        recipes: what the names of its recipes start with; None if it takes no recipe.
-    """
+    """What a command does, in a line of the help, and how."""
 
     help: str
     keys: type[Recipe]
-    run: Callable[[Any], None]
-    examples: tuple[str, ...] = ()
-    recipes: str | None = None
+    run: Callable[[Any], None]  # prints the outcome; whatever is slow to import is imported inside
+    recipes: str | None = None  # what the names of its recipes start with; None if it takes no recipe
 
 
 def find_command(words: list[str]) -> tuple[str, list[str]]:
-    """The name of a command in `COMMANDS`, and the words that follow it.
-
-    Raises:
-        UserError: if there is none of this name.
-    """
-    name, rest = words[0], words[1:]
+    """The name of a command in `COMMANDS`, and the words that follow it; a UserError if there is none of this name."""
+    name, *rest = words
     if name == "evaluate":
         if not rest or rest[0].startswith("-"):
-            raise UserError(f"evaluate what? hf-mae evaluate {' | '.join(_protocols())} --model DIR --dataset DATA")
-        if rest[0] not in _protocols():
-            raise UserError(f"unknown protocol '{rest[0]}' of evaluate; {_hint(rest[0], _protocols())}")
+            raise UserError(f"evaluate what? hf-mae evaluate {' | '.join(PROTOCOLS)} --model DIR --dataset DATA")
+        if rest[0] not in PROTOCOLS:
+            raise UserError(f"unknown protocol '{rest[0]}' of evaluate{_hint(rest[0], list(PROTOCOLS))}")
         return f"evaluate {rest[0]}", rest[1:]
     if name not in COMMANDS:
-        raise UserError(f"unknown command '{name}'; {_hint(name, dict.fromkeys(key.split()[0] for key in COMMANDS))}")
+        names = dict.fromkeys(command.split()[0] for command in COMMANDS)
+        raise UserError(f"unknown command '{name}'{_hint(name, list(names))}")
     return name, rest
 
 
-def _protocols() -> dict[str, "Command"]:
-    names = {name.partition(" ")[2]: command for name, command in COMMANDS.items()}
-    return {name: command for name, command in names.items() if name}
+def _hint(word: str, words: list[str]) -> str:
+    return nearest(word, words) or f"; there are {', '.join(words)}"
 
 
 def read_keys(name: str, words: list[str]) -> Any:
-    """The keys of a command from its words, checked; `--help` exits with status 0.
-
-    Raises:
-        UserError: for an unknown key, or a value that it can't have.
-    """
+    """The keys of a command from its words, checked; a UserError for an unknown key, or a value that it can't have."""
     from .commandline import parse, shipped_recipes
 
     command = COMMANDS[name]
     recipes = None if command.recipes is None else shipped_recipes(command.recipes)
     description = f"{command.help[0].upper()}{command.help[1:]}."
-    prog = f"hf-mae {name}"
-    keys = parse(command.keys, words, prog, recipes=recipes, description=description, examples=command.examples)
+    examples = [line for line in EXAMPLES.splitlines() if f" {name} " in line]
+    keys = parse(command.keys, words, f"hf-mae {name}", recipes=recipes, description=description, examples=examples)
     return keys.finish()
 
 
@@ -143,16 +146,15 @@ def _run(name: str, words: list[str]) -> int:
         COMMANDS[name].run(keys)
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
-        if package not in EXTRAS:
-            raise
-        return _fail(f"hf-mae {name} needs the package {package}: pip install 'hf-mae[{EXTRAS[package]}]'")
+        for extra, packages in EXTRAS.items():
+            if package in packages:
+                return _fail(f"hf-mae {name} needs the package {package}: pip install 'hf-mae[{extra}]'")
+        raise
     return 0
 
 
 def _prepare_transformers() -> None:
     from transformers.utils import logging as transformers_logging
-
-    from . import register
 
     register()
     # One bar, ours: not another one for each file that a library writes.
@@ -169,11 +171,6 @@ def _list_commands(commands: dict[str, Command]) -> str:
     return "\n".join(f"  {name:{width}} {command.help}" for name, command in commands.items())
 
 
-def _hint(word: str, words: Collection[str]) -> str:
-    nearest = difflib.get_close_matches(word, list(words), n=1)
-    return f"did you mean '{nearest[0]}'?" if nearest else f"there are {', '.join(words)}"
-
-
 # ------------------------------------------------------------------------------------------ what each command does
 
 
@@ -182,10 +179,8 @@ def _pretrain(recipe: PretrainRecipe) -> None:
 
     summary = pretrain(recipe)
     if summary["picture"]:  # only the main process has one
-        first, last = (
-            "not finite" if loss is None else f"{loss:.4f}"
-            for loss in (summary["first_eval_loss"], summary["last_eval_loss"])
-        )
+        losses = summary["first_eval_loss"], summary["last_eval_loss"]
+        first, last = ("not finite" if loss is None else f"{loss:.4f}" for loss in losses)
         shown = {"knn_top1": "kNN {:.1f} %", "linear_top1": "linear {:.1f} %", "rankme": "RankMe {:.1f}"}
         figures = [text.format(summary["quality"][key]) for key, text in shown.items() if key in summary["quality"]]
         quality = f"features {', '.join(figures)}\n" if figures else ""
@@ -318,8 +313,6 @@ def _prepare(recipe: PrepareRecipe) -> None:
 
 
 def _stats(recipe: StatsRecipe) -> None:
-    import json
-
     from .data.locate import locate
     from .data.order import Rows
     from .data.sources import open_split
@@ -327,83 +320,50 @@ def _stats(recipe: StatsRecipe) -> None:
 
     rows = Rows(open_split(locate(recipe), recipe.split, recipe.streaming))
     num_channels, dtype = probe_rows(rows)
-    print(
-        json.dumps(
-            channel_stats(rows, recipe.num_channels or num_channels, dtype, recipe.max_samples or len(rows)), indent=1
-        )
-    )
+    stats = channel_stats(rows, recipe.num_channels or num_channels, dtype, recipe.max_samples or len(rows))
+    print(json.dumps(stats, indent=1))
 
 
 COMMANDS: dict[str, Command] = {
     "pretrain": Command(
-        "train a masked autoencoder, from scratch or from a checkpoint", PretrainRecipe, _pretrain,
-        ("hf-mae pretrain --recipe quickstart",
-        "hf-mae pretrain --recipe cifar10_vit_tiny --dataset path/to/images --output_dir outputs/mine",
-        "torchrun --nproc_per_node 8 -m hf_mae.cli pretrain --recipe vit_base_in1k --resume auto"), recipes="",
+        "train a masked autoencoder, from scratch or from a checkpoint", PretrainRecipe, _pretrain, recipes=""
     ),
     "finetune": Command(
-        "train a classifier on a pretrained model, with labels", FinetuneRecipe, _finetune,
-        ("hf-mae finetune --recipe finetune_quickstart --model outputs/quickstart",), recipes="finetune_",
+        "train a classifier on a pretrained model, with labels", FinetuneRecipe, _finetune, recipes="finetune_"
     ),
-    "evaluate knn": Command(
-        "classify by the nearest neighbours among frozen features", KnnRecipe, _knn,
-        ("hf-mae evaluate knn --model outputs/mine --dataset path/to/images",),
-    ),
+    "evaluate knn": Command("classify by the nearest neighbours among frozen features", KnnRecipe, _knn),
     "evaluate linear-probe": Command(
-        "train a linear classifier on frozen features", LinearProbeRecipe, _linear_probe,
-        ("hf-mae evaluate linear-probe --model outputs/mine --dataset path/to/images",
-        "hf-mae evaluate linear-probe --recipe linear_probe_vit_base_in1k --model outputs/base"),
-        recipes="linear_probe_",
+        "train a linear classifier on frozen features", LinearProbeRecipe, _linear_probe, recipes="linear_probe_"
     ),
-    "evaluate classification": Command(
-        "score a fine-tuned model", ClassificationRecipe, _classification,
-        ("hf-mae evaluate classification --model outputs/finetune_quickstart --dataset digits",),
-    ),
-    "embed": Command(
-        "write frozen features of any data to a parquet or numpy file", EmbedRecipe, _embed,
-        ("hf-mae embed --model outputs/mine --dataset path/to/images --output features.parquet",),
-    ),
+    "evaluate classification": Command("score a fine-tuned model", ClassificationRecipe, _classification),
+    "embed": Command("write frozen features of any data to a parquet or numpy file", EmbedRecipe, _embed),
     "reconstruct": Command(
-        "draw original, masked and reconstructed images of a pretrained model", ReconstructRecipe, _reconstruct,
-        ("hf-mae reconstruct photo.jpg path/to/images --model outputs/mine --mask_ratios 0.75 --output picture.png",),
+        "draw original, masked and reconstructed images of a pretrained model", ReconstructRecipe, _reconstruct
     ),
-    "report": Command(
-        "write one HTML file about a run, or about several side by side", ReportRecipe, _report,
-        ("hf-mae report outputs/mine",
-        "hf-mae report outputs/a outputs/b --output compared.html"),
-    ),
+    "report": Command("write one HTML file about a run, or about several side by side", ReportRecipe, _report),
     "demo": Command(
-        "start a page to try a pretrained model on your own photos, or write it as a Space", DemoRecipe, _demo,
-        ("hf-mae demo --model outputs/mine --gallery path/to/images",),
+        "start a page to try a pretrained model on your own photos, or write it as a Space", DemoRecipe, _demo
     ),
     "convert": Command(
         "convert weights of the original (.pth), of transformers' vit_mae and of timm to ours, or back",
-        ConvertRecipe, _convert,
-        ("hf-mae convert facebook/vit-mae-base outputs/base",
-        "hf-mae convert outputs/mine outputs/for_timm --to timm"),
+        ConvertRecipe,
+        _convert,
     ),
     "export": Command(
-        "write an encoder or a classifier as an ONNX file, or as a file of torch.export", ExportRecipe, _export,
-        ("hf-mae export outputs/mine outputs/mine_onnx --to onnx",),
+        "write an encoder or a classifier as an ONNX file, or as a file of torch.export", ExportRecipe, _export
     ),
     "push": Command(
         "publish a model on the Hugging Face Hub with the code that loads it, and check what comes back",
-        PushRecipe, _push,
-        ("hf-mae push outputs/mine --repo_id user/mine --private true",),
+        PushRecipe,
+        _push,
     ),
-    "card": Command(
-        "write a model's card to a file, as push would publish it", CardRecipe, _card,
-        ("hf-mae card outputs/mine cards/mine.md",),
-    ),
+    "card": Command("write a model's card to a file, as push would publish it", CardRecipe, _card),
     "prepare": Command(
-        "re-encode a data set once, at the size that training needs, to sharded parquet", PrepareRecipe, _prepare,
-        ("hf-mae prepare path/to/images outputs/images_256 --shortest_edge 256 --num_workers 8",),
+        "re-encode a data set once, at the size that training needs, to sharded parquet", PrepareRecipe, _prepare
     ),
-    "stats": Command(
-        "print a data set's mean and standard deviation per channel", StatsRecipe, _stats,
-        ("hf-mae stats --dataset path/to/images",),
-    ),
-}  # fmt: skip
+    "stats": Command("print a data set's mean and standard deviation per channel", StatsRecipe, _stats),
+}
+PROTOCOLS = {name.split()[1]: command for name, command in COMMANDS.items() if name.startswith("evaluate ")}
 
 if __name__ == "__main__":
     sys.exit(main())

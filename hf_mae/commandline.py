@@ -4,11 +4,10 @@ The fields of the dataclass, made by `key`, are the command's flags. jsonargpars
 how a value of each type is typed, and makes one line of every mistake.
 """
 
-import difflib
 import re
 import shutil
 from argparse import SUPPRESS, ArgumentError, RawDescriptionHelpFormatter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -18,13 +17,14 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from .errors import UserError
+from .errors import UserError, nearest
 from .keys import BOOLEANS, BadValue, Key, keys_of
 
 T = TypeVar("T")
 
-# Order of the groups in the help; others follow in the order of their first key.
+# The groups of keys, in the order of the help.
 GROUPS = ["data", "model", "masking", "optimization", "evaluation", "output", "checkpoints", "logging", "hardware"]
+HELP = ["--help", "-h"]
 # What the names of recipes start with that are not for pretraining.
 PREFIXES = ("finetune_", "linear_probe_")
 
@@ -53,7 +53,6 @@ def parse(
     """
     keys = keys_of(kind)
     parser = _build_parser(keys, prog, description, examples)
-    _check_flags(words, [*(flag for one in keys.values() for flag in one.flags), "--help", "-h"])
     flags = _name_positionals(keys, words, prog)
     try:
         given = parser.parse_args(flags)
@@ -72,19 +71,14 @@ def shipped_recipes(prefix: str = "") -> dict[str, Traversable]:
     """The package's recipes of one command: those whose names start with `prefix`, or those of pretraining."""
     files = (resources.files("hf_mae") / "recipes").iterdir()
     names = {file.name.removesuffix(".yaml"): file for file in files if file.name.endswith(".yaml")}
-    return {
-        name: names[name]
-        for name in sorted(names)
-        if (name.startswith(prefix) if prefix else not name.startswith(PREFIXES))
-    }
+    return {name: names[name] for name in sorted(names) if name.startswith(prefix or PREFIXES) == bool(prefix)}
 
 
 def read_recipe(name: str, recipes: Mapping[str, Traversable]) -> dict[str, Any]:
     """The keys of a recipe as they are written: words, lists or tables of words, or None.
 
     Args:
-        name: one of `recipes`, or the path of a YAML file.
-        recipes: files by name.
+        name: one of `recipes` (files by name), or the path of a YAML file.
 
     Raises:
         UserError: if there is none, naming the nearest, or the file is not a table of keys.
@@ -93,7 +87,7 @@ def read_recipe(name: str, recipes: Mapping[str, Traversable]) -> dict[str, Any]
     try:
         if not (file.name.endswith((".yaml", ".yml")) and file.is_file()):
             known = f"there are {', '.join(recipes)}, or a .yaml file" if recipes else "give a .yaml file that exists"
-            raise UserError(f"unknown recipe '{name}'{_nearest(name, recipes)}; {known}")
+            raise UserError(f"unknown recipe '{name}'{nearest(name, recipes)}; {known}")
         values = yaml.load(file.read_text(encoding="utf-8"), _Words)
     except OSError as error:
         raise UserError(f"recipe {name} can't be read: {error.strerror}; check its name and permissions") from error
@@ -138,9 +132,8 @@ def _build_parser(keys: dict[str, Key], prog: str, description: str, examples: S
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
-    names = dict.fromkeys(one.metadata["group"] for one in keys.values())
-    order = sorted(filter(None, names), key=lambda name: GROUPS.index(name) if name in GROUPS else len(GROUPS))
-    groups = {name: parser.add_argument_group(name) for name in order} | {"": parser}
+    used = {one.metadata["group"] for one in keys.values()}
+    groups = {name: parser.add_argument_group(name) for name in GROUPS if name in used} | {"": parser}
     for one in keys.values():
         nargs: dict[str, Any] = (
             {"nargs": "?", "const": True} if one.base is bool else {"nargs": "+"} if one.several else {}
@@ -156,7 +149,7 @@ def _parse_recipe(
 ) -> Namespace:
     values = read_recipe(name, recipes)
     for unknown in (one for one in values if one not in keys):
-        raise UserError(f"unknown key '{unknown}' in recipe {name}{_nearest(str(unknown), keys)}")
+        raise UserError(f"unknown key '{unknown}' in recipe {name}{nearest(str(unknown), keys)}")
     try:
         given = parser.parse_object({one: keys[one].to_words(value) for one, value in values.items()})
         for one, value in vars(given).items():
@@ -193,9 +186,11 @@ def _part_words(keys: dict[str, Key], words: Sequence[str], first: bool) -> tupl
     flags, free, room = [], [], 0
     taking: Key | None = None
     for word in words:
-        if _is_flag(word):
+        if word.startswith("--") or (word[:1] == "-" and word[1:2].isalpha()):
             name, equals, _ = word.partition("=")
             taking = by_flag.get(name)
+            if taking is None and name not in HELP:
+                raise UserError(f"unknown argument '{word}'{nearest(name, [*by_flag, *HELP])}")
             room = 0 if taking is None or equals else len(words) if taking.several else 1
             flags.append(word)
         elif room and not (first and taking and taking.base is bool and word.lower() not in (*BOOLEANS, "none")):
@@ -204,19 +199,3 @@ def _part_words(keys: dict[str, Key], words: Sequence[str], first: bool) -> tupl
         else:
             free.append(word)
     return flags, free
-
-
-def _is_flag(word: str) -> bool:
-    return word.startswith("--") or (word[:1] == "-" and word[1:2].isalpha())
-
-
-def _check_flags(words: Sequence[str], flags: Sequence[str]) -> None:
-    for word in words:
-        flag = word.partition("=")[0]
-        if flag not in flags and _is_flag(flag):
-            raise UserError(f"unknown argument '{word}'{_nearest(flag, flags)}")
-
-
-def _nearest(word: str, words: Iterable[str]) -> str:
-    match = difflib.get_close_matches(word, list(words), n=1)
-    return f"; did you mean '{match[0]}'?" if match else ""

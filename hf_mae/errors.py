@@ -1,5 +1,8 @@
 """Errors that a user can mend, and the few kinds of them that callers tell apart."""
 
+import difflib
+from collections.abc import Iterable
+
 
 def one_line(error: BaseException) -> str:
     """The message of an error on one line of at most 300 characters."""
@@ -7,6 +10,12 @@ def one_line(error: BaseException) -> str:
     words = [word.split("?", 1)[0] + "?[...]" if "://" in word and "?" in word else word for word in str(error).split()]
     text = " ".join(words).rstrip(".") or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """The end of a message about an unknown word: which of the known ones it is like; empty if it is like none."""
+    match = difflib.get_close_matches(word, list(words), n=1)
+    return f"; did you mean '{match[0]}'?" if match else ""
 
 
 class UserError(ValueError):

@@ -45,8 +45,7 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file, the old or the new one at every instant."""
-    with replaced(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_bytes(path, text.encode())
 
 
 def write_json(value: Any, path: Path) -> None:
@@ -55,12 +54,7 @@ def write_json(value: Any, path: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        OSError: if it can't be read.
-        ValueError: if it isn't JSON.
-    """
+    """Read a JSON file; raises an OSError if it can't be read, a ValueError if it isn't JSON."""
     try:
         return json.loads(path.read_bytes())
     except RecursionError as error:
@@ -68,12 +62,7 @@ def read_json(path: Path) -> Any:
 
 
 def replace_files(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write files into a folder so that each of them is the old or the new one at every instant.
-
-    Args:
-        folder: where they belong.
-        write: writes them into the folder that it is given.
-    """
+    """Write files, each the old or the new one at every instant; `write` gets a temporary folder to fill."""
     temporary = folder / ".tmp-files"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -86,11 +75,7 @@ def replace_files(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def check_free(folder: Path, remedy: str = "name another folder") -> None:
-    """Check that a folder can be written by `new_folder`: it doesn't exist, or is empty.
-
-    Raises:
-        UserError: if it is anything else.
-    """
+    """Raise a UserError unless a folder can be written by `new_folder`: it doesn't exist, or is empty."""
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"{folder} is there and not empty; {remedy}")
 
@@ -99,8 +84,7 @@ def check_free(folder: Path, remedy: str = "name another folder") -> None:
 def new_folder(folder: Path) -> Iterator[Path]:
     """Write a folder that is complete or absent at every instant: yields the temporary folder to fill instead.
 
-    Raises:
-        UserError: if it can't be written.
+    Raises a UserError if it can't be written.
     """
     final = folder.absolute()
     temporary = final.with_name(f".tmp-{final.name}")
@@ -122,8 +106,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 def locked(path: Path) -> Iterator[None]:
     """Keep a file for one process at a time, so that nothing is lost between its reading and its writing.
 
-    Raises:
-        OSError: if the lock can't be had within `LOCK_SECONDS`.
+    Raises an OSError if the lock can't be had within `LOCK_SECONDS`.
     """
     lock = path.with_name(f".{path.name}.lock")
     with FileLock(lock, timeout=LOCK_SECONDS):

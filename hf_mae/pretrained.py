@@ -15,14 +15,11 @@ Model = TypeVar("Model", bound=MAEPreTrainedModel)
 
 @contextmanager
 def loading(failure: str, remedy: str | None = None) -> Iterator[None]:
-    """Report whatever a missing, broken or hostile model makes its readers raise as one line.
+    """Report whatever a missing, broken or hostile model makes its readers raise as a UserError of one line.
 
     Args:
         failure: how the line begins, e.g. "--model outputs/mine can't be loaded".
         remedy: how it ends, unless the error in the middle says what to do.
-
-    Raises:
-        UserError: the line; those that are raised inside pass as they are.
     """
     try:
         yield
@@ -34,15 +31,9 @@ def loading(failure: str, remedy: str | None = None) -> Iterator[None]:
 
 
 def load_with_processor(kind: type[Model], path: str, **overrides: Any) -> tuple[Model, MAEImageProcessor]:
-    """A pretrained model in evaluation mode, and its image processor.
+    """A pretrained model of a class in evaluation mode, from a folder or Hub id, and its image processor.
 
-    Args:
-        kind: class of the model.
-        path: folder or Hub id.
-        overrides: of its configuration.
-
-    Raises:
-        UserError: if there is no model, or not all weights of this class.
+    `overrides` are keys of its configuration. Raises a UserError if there is no model, or not all weights of its class.
     """
     with loading(f"--model {path} can't be loaded"):
         # Whatever precision it was saved in: figures of one model are to be the same everywhere.

@@ -28,15 +28,12 @@ from .files import locked, read_json, replaced, write_json, write_text
 
 logger = logging.getLogger(__name__)
 
+CHECKPOINT, PICTURE = r"checkpoint-(\d+)", r"step-(\d+)\.png"
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
 class RunFolder:
-    """The folder of a run, or of a model from elsewhere, of which most files may be missing.
-
-    Args:
-        path: the folder; it need not exist.
-    """
+    """The folder of a run, or of a model from elsewhere; it need not exist, and most of its files may be missing."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -49,8 +46,6 @@ class RunFolder:
         self.picture_folder = self.path / "reconstructions"
         self.animation_file = self.picture_folder / "all.webp"
 
-    # ------------------------------------------------------------------------------------------ run_config.yaml
-
     def write_config(self, recipe: dict[str, Any], derived: dict[str, Any]) -> None:
         """Write the keys of a run, and what followed from them, the data and the machine; makes the folder."""
         self.path.mkdir(parents=True, exist_ok=True)
@@ -60,8 +55,6 @@ class RunFolder:
         """The keys of the run, and what followed from them; empty where nothing is recorded."""
         config = _read_table(self.config_file, lambda path: yaml.safe_load(path.read_bytes()))
         return _table(config.get("recipe", {}), self.config_file), _table(config.get("derived", {}), self.config_file)
-
-    # ------------------------------------------------------------------------------------------ metrics.jsonl
 
     def append_event(self, event: dict[str, Any]) -> None:
         """Append one event, which has a `step`; on a line of its own, even if the last one was cut off."""
@@ -81,19 +74,14 @@ class RunFolder:
             _write_lines(self.metrics_file, events)
         return events
 
-    # ------------------------------------------------------------------------------------------ bad_samples.jsonl
-
     def write_bad_samples(self, samples: Sequence[dict[str, str]]) -> None:
         """Write the `key` and the `reason` of each image, in place of what the file holds."""
         _write_lines(self.bad_file, samples)
 
     def bad_samples(self) -> list[dict[str, str]]:
         """The `key` and the `reason` of each image that is named."""
-        return _read_lines(
-            self.bad_file, lambda sample: all(isinstance(sample.get(key), str) for key in ("key", "reason"))
-        )
-
-    # ------------------------------------------------------------------------------------------ reconstructions/
+        named = ("key", "reason")
+        return _read_lines(self.bad_file, lambda sample: all(isinstance(sample.get(name), str) for name in named))
 
     def picture_file(self, step: int) -> Path:
         return self.picture_folder / f"step-{step}.png"
@@ -106,7 +94,7 @@ class RunFolder:
 
     def pictures(self) -> list[tuple[int, Path]]:
         """(step, file) of each picture that is whole, by step."""
-        steps = {path: _picture_step(path) for path in sorted(self.picture_folder.glob("step-*"))}
+        steps = {path: _step(path, PICTURE) for path in self.picture_folder.glob("step-*")}
         whole = [(step, path) for path, step in steps.items() if step is not None and _is_whole_png(path)]
         if skipped := len(steps) - len(whole):
             first = min(steps.keys() - {path for _, path in whole})
@@ -116,11 +104,8 @@ class RunFolder:
     def remove_pictures(self, after_step: int) -> None:
         """Remove the pictures of later steps, whole or not."""
         for path in self.picture_folder.glob("step-*"):
-            step = _picture_step(path)
-            if step is not None and step > after_step and path.is_file():
+            if (step := _step(path, PICTURE)) is not None and step > after_step and path.is_file():
                 path.unlink()
-
-    # ------------------------------------------------------------------------------------------ the rest
 
     def results(self) -> list[dict[str, Any]]:
         """The entries of results.json that a card or a report can use."""
@@ -137,26 +122,19 @@ class RunFolder:
 
     def checkpoints(self, last_step: int | None = None) -> list[Path]:
         """Folders named `checkpoint-STEP`, up to a step if one is given, oldest first, complete or not."""
-        folders = [(_checkpoint_step(path), path) for path in self.path.glob("checkpoint-*") if path.is_dir()]
-        steps = [
-            (step, path) for step, path in folders if step is not None and (last_step is None or step <= last_step)
-        ]
-        return [path for _, path in sorted(steps)]
+        folders = [(_step(path, CHECKPOINT), path) for path in self.path.glob("checkpoint-*") if path.is_dir()]
+        steps = sorted((step, path) for step, path in folders if step is not None)
+        return [path for step, path in steps if last_step is None or step <= last_step]
 
 
 def run_of(folder: Path) -> tuple[RunFolder, int | None]:
     """The run that a folder belongs to: that of a `checkpoint-STEP`, with the step; the folder itself for any other."""
-    step = _checkpoint_step(folder.resolve())
+    step = _step(folder.resolve(), CHECKPOINT)
     return RunFolder(folder if step is None else folder.resolve().parent), step
 
 
-def _checkpoint_step(path: Path) -> int | None:
-    match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-    return int(match[1]) if match else None
-
-
-def _picture_step(path: Path) -> int | None:
-    match = re.fullmatch(r"step-(\d+)\.png", path.name)
+def _step(path: Path, name: str) -> int | None:
+    match = re.fullmatch(name, path.name)
     return int(match[1]) if match else None
 
 
@@ -174,11 +152,7 @@ def curve(events: Sequence[dict[str, Any]], key: str) -> list[tuple[int, float]]
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """The entries of a results.json that is to be added to; none if there is no such file.
-
-    Raises:
-        DataError: if the file is something else.
-    """
+    """The entries of a results.json to add to; none if there is no such file, a DataError if it is something else."""
     if not path.exists():
         return []
     try:
@@ -193,8 +167,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 def add_result(result: dict[str, Any], path: Path) -> None:
     """Add an entry to a results.json, in place of one with the same protocol, data and weights.
 
-    Raises:
-        DataError: if the file is something else, or can't be written.
+    Raises a DataError if the file is something else, or can't be written.
     """
     same = ("protocol", "data", "checkpoint")
     try:

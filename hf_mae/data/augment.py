@@ -32,18 +32,15 @@ def random_resized_crop_box(
 ) -> tuple[int, int, int, int]:
     """Draw a crop as torchvision's RandomResizedCrop does, for an output of any shape.
 
-    With `one_draw`, as the paper's TensorFlow code did, which the official linear probe follows: sides that are longer
-    than the image's are cut to it, where torchvision draws again.
-
     Args:
         rng: source of the numbers.
-        height: of the image, pixels.
-        width: of the image, pixels.
+        height, width: of the image, pixels.
         size: (height, width) of the output; `ratio` is relative to its aspect, so that a non-square output is
             not squeezed. For a square one this is torchvision's rule.
         scale: smallest and largest fraction of the image's area, in (0, 1] (0.2 and 1 in the paper).
         ratio: smallest and largest width/height, relative to the output's.
-        one_draw: cut what is too long instead of drawing again.
+        one_draw: cut sides that are longer than the image's to it, where torchvision draws again. So did the paper's
+            TensorFlow code, which the official linear probe follows.
 
     Returns:
         (left, upper, right, lower) in pixels, as Pillow counts.
@@ -77,15 +74,12 @@ def training_view(
     """Random resized crop (bicubic, antialiased) and horizontal flip.
 
     As in torchvision, pixels outside the crop don't influence it. Pixels of 8 bits are resized by torch, whose vector
-    instructions need a quarter of Pillow's time; where a filter overshoots 0 or 255 the two differ, elsewhere by 1.
+    instructions need a quarter of Pillow's time. They differ by 1 at most, except where a filter overshoots 0 or 255.
 
     Args:
         image: as `decode_image` returns it.
         rng: the sample's own numbers; four to forty of them are used up.
-        size: (height, width) of the output in pixels.
-        scale: smallest and largest fraction of the area that a crop keeps.
-        flip: mirror half of the crops.
-        one_draw: see `random_resized_crop_box`.
+        size, scale, flip, one_draw: as `size`, `crop_scale`, `flip` and `one_draw` of `ImageSpec`.
 
     Returns:
         (C, H, W) in the image's dtype.

@@ -75,8 +75,8 @@ def find_labels(rows: Rows, problem: Problem) -> Labels:
     multiple = problem == "multi_label_classification"
     other = next((value for value in values if isinstance(value, list) != multiple or isinstance(value, float)), None)
     if other is not None:
-        fitting = "multi_label_classification" if isinstance(other, list) else "regression"
-        fitting = "single_label_classification" if multiple and not isinstance(other, float) else fitting
+        fitting = "regression" if isinstance(other, float) else "single_label_classification"
+        fitting = "multi_label_classification" if isinstance(other, list) else fitting
         raise DataError(
             f"{source.name} has the label {str(other)[:50]}, which is not of a {problem}; pass --problem_type {fitting}"
         )
@@ -143,11 +143,7 @@ def _numbers(value: Any, source: Source) -> list[float]:
 
 
 def find_classes(labels: Sequence[Any], rows: Rows) -> list[int | str]:
-    """The classes of a split, in a fixed order; gaps between their numbers don't matter.
-
-    Args:
-        labels: of images of the split.
-        rows: of the split.
+    """The classes among labels of a split, in a fixed order; gaps between their numbers don't matter.
 
     Raises:
         DataError: if an image has no label, or a label that can't be a class.
@@ -179,14 +175,9 @@ def as_class(label: Any) -> int | str:
 def common_classes(
     train_labels: Sequence[Any], train_rows: Rows, eval_labels: Sequence[Any], eval_rows: Rows, all_known: bool = True
 ) -> dict[int | str, int]:
-    """Class -> its number from 0, of a split to learn from and one to classify.
+    """Class -> its number from 0, of the labels of a split to learn from and of one to classify.
 
-    Args:
-        train_labels: to learn from.
-        train_rows: where they are from.
-        eval_labels: to classify.
-        eval_rows: where they are from.
-        all_known: classes that can't be learnt are an error; otherwise they come last.
+    Classes that can't be learnt are an error where `all_known`; otherwise they come last.
 
     Raises:
         DataError: if labels are missing, there are fewer than two classes, or the splits' classes differ.

@@ -47,24 +47,15 @@ class Batch:
         return self
 
 
-Sample = tuple[np.ndarray, np.ndarray, Row]
+Sample = tuple[np.ndarray, np.ndarray, Row]  # pixels, mask noise and where they are from
 
 
-def _collate(
-    spec: ImageSpec, samples: Sequence[Sample], positions: dict[int, int], bad: list[tuple[str, str]]
-) -> Batch:
-    images = np.empty((len(samples), spec.num_channels, *spec.size), spec.dtype)
-    for at, (pixels, _, _) in enumerate(samples):
-        images[at] = pixels
+def _collate(spec: ImageSpec, samples: list[Sample], positions: dict[int, int], bad: list[tuple[str, str]]) -> Batch:
+    # There may be no sample, which np.stack refuses.
+    images = np.array([pixels for pixels, _, _ in samples], spec.dtype).reshape(-1, spec.num_channels, *spec.size)
     noise = np.array([mask_noise for _, mask_noise, _ in samples], np.float32).reshape(-1, spec.num_patches)
-    return Batch(
-        images=torch.from_numpy(images),
-        noise=torch.from_numpy(noise),
-        keys=[row.key for _, _, row in samples],
-        labels=[row.label for _, _, row in samples],
-        positions=positions,
-        bad=bad,
-    )
+    keys, labels = [row.key for _, _, row in samples], [row.label for _, _, row in samples]
+    return Batch(torch.from_numpy(images), torch.from_numpy(noise), keys, labels, positions, bad)
 
 
 class TrainingStream(IterableDataset):
@@ -117,13 +108,14 @@ class TrainingStream(IterableDataset):
             first = step % self.plan.groups * self.plan.chunks + self.first_chunk + part * self.chunks_per_item
             spec = [spec for start, spec in self.specs if start <= step][-1]
             samples: list[Sample] = []
+            positions: dict[int, int] = {}
             bad: list[tuple[str, str]] = []
             for stream in range(first, first + self.chunks_per_item):
                 if stream not in streams:
                     streams[stream] = LogicalStream(order, stream, self.plan.num_streams, self.positions[stream])
                 samples += self._chunk(streams[stream], spec, bad)
-            taken = range(first, first + self.chunks_per_item)
-            yield _collate(spec, samples, {stream: streams[stream].position for stream in taken}, bad)
+                positions[stream] = streams[stream].position
+            yield _collate(spec, samples, positions, bad)
 
     def _chunk(self, stream: LogicalStream, spec: ImageSpec, bad: list[tuple[str, str]]) -> list[Sample]:
         samples: list[Sample] = []
@@ -162,8 +154,7 @@ class EvaluationSet(IterableDataset):
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        starts = range(number * self.batch_size, len(self.index), workers * self.batch_size)
-        for start in starts:
+        for start in range(number * self.batch_size, len(self.index), workers * self.batch_size):
             samples: list[Sample] = []
             bad: list[tuple[str, str]] = []
             for row in self.rows.read(self.index[start : start + self.batch_size]):
@@ -216,9 +207,8 @@ def each_batch(loader: DataLoader) -> Generator[Batch]:
         with one_line_errors():
             yield from batches
     finally:
-        # Left to the garbage collector, they would live on in an error's traceback, and the process wait for them for
-        # ever at its end, where it sends them the SIGTERM that they ignore. So does the iterator's own way to end one
-        # that is late.
+        # Left to the garbage collector, workers live on in an error's traceback, and the process waits for ever at its
+        # end, because they ignore the SIGTERM that it sends them. `_shutdown_workers` sends a late one the same signal.
         if loader.num_workers:
             batches._shutdown_workers()  # type: ignore[attr-defined]
             for worker in batches._workers:  # type: ignore[attr-defined]

@@ -110,12 +110,7 @@ class Mixing:
     def __call__(
         self, pixel_values: torch.Tensor, labels: torch.Tensor, rng: np.random.Generator | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mix a batch.
-
-        Args:
-            pixel_values: (B, C, H, W).
-            labels: (B,) class indices.
-            rng: source of the numbers; torch's global generator when omitted.
+        """Mix pixel_values (B, C, H, W) and class indices (B,) by `rng`, or else by torch's global generator.
 
         Returns:
             (B, C, H, W), and (B, num_classes) float32 rows that sum to 1 (or `labels`, if nothing is on).

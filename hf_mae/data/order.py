@@ -15,6 +15,7 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -30,13 +31,7 @@ _BLOCKS, _ROWS = 1, 2
 def held_out(shards: np.ndarray, rows: np.ndarray, fraction: float) -> np.ndarray:
     """Which rows are held out for evaluation: chosen by a hash of their place, the same for every seed.
 
-    Args:
-        shards: (n,) index of each row's shard.
-        rows: (n,) row number within its shard.
-        fraction: share that is held out, in [0, 1).
-
-    Returns:
-        (n,) bool.
+    Takes each row's shard and its number there, (n,) each, and the fraction to hold out, in [0, 1); gives (n,) bool.
     """
     key = (shards.astype(np.uint64) << np.uint64(40)) + rows.astype(np.uint64)
     # splitmix64: neighbouring places get unrelated numbers.
@@ -81,9 +76,8 @@ class Rows:
             )
         self.index = index
         starts = [0] if source.random_access else [self.shard_starts[s] + start for s, start, _ in source.blocks]
-        ends = np.searchsorted(index, [*starts[1:], self.shard_starts[-1]])
-        starts = np.concatenate([[0], ends[:-1]])
-        self.blocks = np.stack([starts, ends], axis=1)[ends > starts]  # ranges of `index`
+        edges = np.searchsorted(index, [*starts, self.shard_starts[-1]])
+        self.blocks = np.stack([edges[:-1], edges[1:]], axis=1)[np.diff(edges) > 0]  # ranges of `index`
 
     def __len__(self) -> int:
         return len(self.index)
@@ -114,31 +108,24 @@ class EpochOrder:
 
     def __init__(self, rows: Rows, seed: int):
         self.rows, self.seed = rows, seed
-        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._permutations: dict[tuple[int, int], np.ndarray] = {}
+        self._blocks, self._permutation = lru_cache(2)(self._draw_blocks), lru_cache(2)(self._draw)
 
     def segment(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """Rows (numbers in the source) at the positions from `start`, up to `stop` or the end of a block."""
-        if epoch not in self._epochs:
-            while len(self._epochs) > 1:
-                self._epochs.pop(next(iter(self._epochs)))
-            order = np.random.default_rng([self.seed, epoch, _BLOCKS]).permutation(len(self.rows.blocks))
-            sizes = self.rows.blocks[order, 1] - self.rows.blocks[order, 0]
-            self._epochs[epoch] = order, np.cumsum(sizes)
-        order, ends = self._epochs[epoch]
-        at = int(np.searchsorted(ends, start, side="right"))
-        block = int(order[at])
-        first, last = self.rows.blocks[block]
-        begin = int(ends[at]) - int(last - first)
-        return self.rows.index[first + self._permutation(epoch, block, int(last - first))[start - begin : stop - begin]]
+        order, ends = self._blocks(epoch)
+        at = np.searchsorted(ends, start, side="right")
+        first, last = self.rows.blocks[order[at]]
+        begin = ends[at] - (last - first)
+        places = self._permutation(int(last - first), epoch, _ROWS, int(order[at]))
+        return self.rows.index[first + places[start - begin : stop - begin]]
 
-    def _permutation(self, epoch: int, block: int, size: int) -> np.ndarray:
-        key = (epoch, block)
-        if key not in self._permutations:
-            while len(self._permutations) > 1:
-                self._permutations.pop(next(iter(self._permutations)))
-            self._permutations[key] = np.random.default_rng([self.seed, epoch, _ROWS, block]).permutation(size)
-        return self._permutations[key]
+    def _draw_blocks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The blocks in the order of an epoch, and the positions where they end."""
+        order = self._draw(len(self.rows.blocks), epoch, _BLOCKS)
+        return order, np.cumsum(np.diff(self.rows.blocks[order])[:, 0])
+
+    def _draw(self, size: int, *key: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, *key]).permutation(size)
 
 
 class LogicalStream:
@@ -213,10 +200,8 @@ class StreamPlan:
             DataError: if ranks or workers don't divide the streams; it names those that do.
         """
         if self.chunks % ranks:
-            raise DataError(
-                f"{ranks} processes don't divide the {self.chunks} chunks of this run's batches; use one of "
-                f"{_divisors(self.chunks)}"
-            )
+            message = f"{ranks} processes don't divide the {self.chunks} chunks of this run's batches"
+            raise DataError(f"{message}; use one of {_divisors(self.chunks)}")
         items = math.gcd(grad_accum_steps, self.chunks // ranks)
         if workers and (self.groups * items) % workers:
             raise DataError(

@@ -37,13 +37,10 @@ def default_crop_pct(size: tuple[int, int]) -> float:
 
 
 def resize_before_crop(size: tuple[int, int], crop_pct: float) -> int | tuple[int, int]:
-    """What to resize to before the centre crop: the shorter side for square crops, else (height, width).
+    """What to resize to before a centre crop of (height, width): the shorter side for a square one, else both sides.
 
-    Rounded down, as the original and timm do: 32 pixels at 0.875 are cut out of 36.
-
-    Args:
-        size: (height, width) of the crop in pixels.
-        crop_pct: the crop's share of the resized side, in (0, 1]: 0.875 is 224 of 256.
+    The crop is the share `crop_pct` of a resized side, in (0, 1]: 0.875 is 224 of 256 pixels. Sides are rounded down,
+    as the original and timm do: 32 pixels at 0.875 are cut out of 36.
     """
     # 224 / (224 / 248) must not become 247.
     height, width = (math.floor(side / crop_pct + 1e-6) for side in size)
@@ -176,12 +173,9 @@ def _resize(
 def make_normalizer(
     processor: Any, dtype: str, device: torch.device | str = "cpu"
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function from images in the source's dtype to pixel_values, scaled and normalised on their device.
+    """A function from images (..., C, H, W) of this dtype and device to pixel_values, scaled and normalised.
 
-    Args:
-        processor: image processor; it has mean and standard deviation.
-        dtype: of the images: "uint8", "uint16" or "float32".
-        device: of the images, (..., C, H, W).
+    Mean and standard deviation are those of an image processor; the dtype is "uint8", "uint16" or "float32".
     """
     # In the images' own units, so that scaling and normalising are one pass.
     mean, std = (

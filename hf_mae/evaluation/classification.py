@@ -12,9 +12,8 @@ from ..data.sources import open_splits
 from ..data.transform import evaluation_spec, make_normalizer
 from ..keys.evaluation_keys import ClassificationRecipe
 from ..pretrained import load_with_processor
-from ..run_folder import add_result
 from .metrics import make_compute_metrics
-from .results import check_results_file, make_result
+from .results import check_results_file, record_result
 from .table import encoded_batches, extract_table, report_bad
 
 
@@ -48,7 +47,7 @@ def evaluate_classification(recipe: ClassificationRecipe) -> dict[str, Any] | No
 
     batches = encoded_batches(logits, rows, spec, recipe.batch_size, recipe.num_workers, accelerator)
     table = extract_table(rows, batches)
-    report_bad(len(table.keys), rows, table.bad, recipe.max_bad_fraction)
+    report_bad(rows, table.bad, recipe.max_bad_fraction)
     if not accelerator.is_main_process:
         return None
     prediction = EvalPrediction(table.values.numpy(), labels.targets(table.labels, rows.source).numpy())
@@ -69,7 +68,4 @@ def evaluate_classification(recipe: ClassificationRecipe) -> dict[str, Any] | No
         "bad_samples": len(table.bad),
         "classes": len(labels.names),
     }
-    result = make_result(protocol, data, recipe.model, [make_compute_metrics(problem)(prediction)])
-    if recipe.results_file:
-        add_result(result, recipe.results_file)
-    return result
+    return record_result(recipe, protocol, data, [make_compute_metrics(problem)(prediction)])

@@ -6,13 +6,13 @@ from typing import Any
 from accelerate import Accelerator
 
 from ..data.labels import find_classes
+from ..data.order import Rows
 from ..data.sources import open_splits
 from ..errors import UserError
 from ..keys.evaluation_keys import EvaluateRecipe, Pooling
-from ..run_folder import add_result
 from .encoder import FrozenEncoder
-from .results import check_results_file, make_result, named_data
-from .table import Features, encoded_batches, extract_table, report_bad, with_class_numbers
+from .results import check_results_file, named_data, record_result
+from .table import Features, Table, encoded_batches, extract_table, report_bad, with_class_numbers
 
 
 class Evaluation:
@@ -38,30 +38,19 @@ class Evaluation:
             # What is wrong with all labels shows in the first ones, before hours are spent.
             find_classes([row.label for row in rows.read(rows.index[:16])], rows)
 
-    def tables(self) -> tuple[Features, Features]:
-        """Features and class numbers of the split that is learnt from and of the one that is classified."""
+    def _table(self, rows: Rows, bar: str) -> Table:
         recipe, encoder = self.recipe, self.encoder
-        splits = (("training images", self.rows), ("evaluation images", self.eval_rows))
-        train, test = (
-            extract_table(
-                rows,
-                encoded_batches(
-                    encoder, rows, encoder.spec, recipe.batch_size, recipe.num_workers, self.accelerator, name
-                ),
-            )
-            for name, rows in splits
-        )
-        numbered = with_class_numbers(train, self.rows, test, self.eval_rows)
-        for table, rows in ((train, self.rows), (test, self.eval_rows)):
-            report_bad(len(table.keys), rows, table.bad, recipe.max_bad_fraction)
-            if not table.values.isfinite().all():
-                raise UserError(f"features of --model {recipe.model} are not finite; its training has diverged")
-        return numbered
+        loading = recipe.batch_size, recipe.num_workers, self.accelerator
+        table = extract_table(rows, encoded_batches(encoder, rows, encoder.spec, *loading, bar))
+        report_bad(rows, table.bad, recipe.max_bad_fraction)
+        if not table.values.isfinite().all():
+            raise UserError(f"features of --model {recipe.model} are not finite; its training has diverged")
+        return table
 
     def score_tables(
         self, protocol: dict[str, Any], measure: Callable[[Features, Features], dict[str, float]]
     ) -> dict[str, Any] | None:
-        """Measure both tables, or as many random parts of them as the recipe has seeds.
+        """Measure the features of both splits, or as many random parts of them as the recipe has seeds.
 
         Args:
             protocol: name and settings of its own.
@@ -70,7 +59,8 @@ class Evaluation:
         Returns:
             The entry of results.json; None on all but the main process.
         """
-        train, test = self.tables()
+        tables = self._table(self.rows, "training images"), self._table(self.eval_rows, "evaluation images")
+        train, test = with_class_numbers(tables[0], self.rows, tables[1], self.eval_rows)
         if not self.accelerator.is_main_process:
             return None
         fraction = self.recipe.fraction
@@ -80,17 +70,11 @@ class Evaluation:
 
     def result(
         self, protocol: dict[str, Any], images: tuple[int, int], classes: int, runs: list[dict[str, float]]
-    ) -> dict[str, Any] | None:
-        """The entry of results.json, which is added to the file that the recipe names; None on other processes.
+    ) -> dict[str, Any]:
+        """The entry of results.json, after adding it to the file that the recipe names.
 
-        Args:
-            protocol: name and settings of its own.
-            images: that were learnt from and classified.
-            classes: of the labels.
-            runs: figures of each repetition.
+        `images` are the numbers of those that were learnt from and classified, `runs` the figures of each repetition.
         """
-        if not self.accelerator.is_main_process:
-            return None
         recipe, spec = self.recipe, self.encoder.spec
         common = {
             "pooling": self.encoder.pooling,
@@ -105,7 +89,4 @@ class Evaluation:
             "eval_images": images[1],
             "classes": classes,
         }
-        result = make_result({**protocol, **common}, data, recipe.model, runs)
-        if recipe.results_file:
-            add_result(result, recipe.results_file)
-        return result
+        return record_result(recipe, {**protocol, **common}, data, runs)

@@ -3,25 +3,25 @@
 import torch
 from torch import nn
 
-from ..data.transform import ImageSpec, evaluation_spec, make_normalizer, pixel_dtype
+from ..data.transform import evaluation_spec, make_normalizer
 from ..modeling_mae import MAEModel
 from ..pretrained import load_with_processor
 
 
 def pool(tokens: torch.Tensor, pooling: str) -> torch.Tensor:
-    """One vector an image, of the tokens after the encoder's last LayerNorm.
-
-    Args:
-        tokens: (B, 1 + N, D), class token first.
-        pooling: "cls": the class token; "mean": mean of the patch tokens; "both": one after the other; "patches": all
-            patch tokens, in image order.
+    """Features from the (B, 1 + N, D) tokens after the encoder's last LayerNorm, class token first; float32.
 
     Returns:
-        (B, D), for "both" (B, 2D), for "patches" (B, N, D); float32.
+        For "cls" the class token and for "mean" the mean of the patch tokens, (B, D); for "both" the one after the
+        other, (B, 2D); for "patches" all patch tokens in image order, (B, N, D).
     """
-    tokens = tokens.float()
-    parts = {"cls": lambda: tokens[:, 0], "mean": lambda: tokens[:, 1:].mean(dim=1), "patches": lambda: tokens[:, 1:]}
-    return torch.cat([parts["cls"](), parts["mean"]()], dim=1) if pooling == "both" else parts[pooling]()
+    cls, patches = tokens[:, 0].float(), tokens[:, 1:].float()
+    if pooling == "cls":
+        return cls
+    if pooling == "patches":
+        return patches
+    mean = patches.mean(dim=1)
+    return torch.cat([cls, mean], dim=1) if pooling == "both" else mean
 
 
 class FrozenEncoder(nn.Module):
@@ -41,17 +41,8 @@ class FrozenEncoder(nn.Module):
         self.pooling, self.mixed_precision = pooling, mixed_precision
         encoder, self.processor = load_with_processor(MAEModel, path)
         self.encoder = encoder.requires_grad_(False)
-        self.dtype = pixel_dtype(self.processor)
-
-    @property
-    def spec(self) -> ImageSpec:
-        """The evaluation view that the model was trained for."""
-        return evaluation_spec(self.encoder.config, self.processor)
-
-    @property
-    def width(self) -> int:
-        """Numbers in a pooled vector."""
-        return self.encoder.config.hidden_size * (2 if self.pooling == "both" else 1)
+        self.spec = evaluation_spec(encoder.config, self.processor)
+        self.width = encoder.config.hidden_size * (2 if pooling == "both" else 1)  # numbers in a pooled vector
 
     def train(self, mode: bool = True) -> "FrozenEncoder":
         """Stay in evaluation mode, even inside a module that is put into training mode."""
@@ -60,7 +51,7 @@ class FrozenEncoder(nn.Module):
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) in the source's dtype -> pooled features, float32."""
-        pixel_values = make_normalizer(self.processor, self.dtype, images.device)(images)
+        pixel_values = make_normalizer(self.processor, self.spec.dtype, images.device)(images)
         # TF32, cuDNN's default for convolutions, would make features depend on the batch's size in the third digit.
         exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
         with exact, torch.autocast(images.device.type, torch.bfloat16, enabled=self.mixed_precision == "bf16"):

@@ -11,8 +11,7 @@ from .table import Features, top_k_correct
 # Factors of half the squared weights, beside the mean cross-entropy. Each fit starts from that of a stronger penalty.
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 MAX_ITER = 100
-# Maximum number of rows whose logits are in memory at once.
-ROWS = 65_536
+ROWS = 65_536  # maximum number of rows whose logits are in memory at once
 
 
 def fast_linear_accuracy(
@@ -26,13 +25,7 @@ def fast_linear_accuracy(
 
     Not the paper's protocol (no crops, no LARS); it ranks encoders in seconds. The penalty is chosen on a held-out
     tenth of the rows to learn from; then all of these are refitted. The rows to classify take no part in the choice.
-
-    Args:
-        train: rows to learn from.
-        test: rows to classify.
-        penalties: to choose from.
-        max_iter: steps of L-BFGS for each.
-        device: of the computation.
+    `max_iter` limits the steps of L-BFGS for each penalty.
 
     Returns:
         `linear_top1` and `linear_top5` in percent; `linear_penalty`, the chosen one.
@@ -45,20 +38,20 @@ def fast_linear_accuracy(
     chosen, fitted = order[:tenth], order[tenth:]
 
     weights = torch.zeros(int(labels.max()) + 1, values.shape[1] + 1, device=device)
-    best: tuple[int, float, torch.Tensor] | None = None
+    best = -1, 0.0, weights
     for penalty in sorted(penalties, reverse=True):
         weights = logistic_regression(values[fitted], labels[fitted], penalty, weights, max_iter)
         correct = top_k_correct(_logits(values[chosen], weights), labels[chosen], 1)
-        if best is None or correct > best[0]:
+        if correct > best[0]:
             best = correct, penalty, weights
-    assert best is not None
-    weights = logistic_regression(values, labels, best[1], best[2], max_iter)
+    _, penalty, weights = best
+    weights = logistic_regression(values, labels, penalty, weights, max_iter)
     logits = torch.cat([_logits((part - mean).div(std).to(device), weights).cpu() for part in test.values.split(ROWS)])
     share = 100 / len(test.labels)
     return {
         "linear_top1": share * top_k_correct(logits, test.labels, 1),
         "linear_top5": share * top_k_correct(logits, test.labels, 5),
-        "linear_penalty": best[1],
+        "linear_penalty": penalty,
     }
 
 
@@ -67,15 +60,8 @@ def logistic_regression(
 ) -> torch.Tensor:
     """Minimise mean cross-entropy + penalty / 2 * (squared weights without biases), by L-BFGS over all rows.
 
-    Args:
-        values: (n, D).
-        labels: (n,) class numbers below K.
-        penalty: as `1 / (C * n)` in scikit-learn's LogisticRegression.
-        start: (K, D + 1) weights, the last column the biases.
-        max_iter: steps at most.
-
-    Returns:
-        (K, D + 1) weights.
+    The penalty is `1 / (C * n)` of scikit-learn's LogisticRegression. Values are (n, D), labels (n,) class numbers.
+    The weights, those to start from and those returned, are (K, D + 1), and their last column holds the biases.
     """
     weights = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([weights], max_iter=max_iter, tolerance_grad=1e-5, line_search_fn="strong_wolfe")

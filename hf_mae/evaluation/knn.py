@@ -36,13 +36,7 @@ def evaluate_knn(recipe: KnnRecipe) -> dict[str, Any] | None:
 def nearest(
     queries: torch.Tensor, bank: torch.Tensor, k: int, bank_chunk: int = BANK
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k most similar rows of a bank, searched chunk by chunk.
-
-    Args:
-        queries: (q, D).
-        bank: (n, D), on this device or on the host.
-        k: at most n.
-        bank_chunk: rows of the bank compared at once.
+    """For queries (q, D), the k most similar rows of a bank (n, D), which may be on the host and is searched in chunks.
 
     Returns:
         similarity: (q, k) cosines, the largest first.
@@ -69,19 +63,13 @@ def knn_accuracy(
     query_chunk: int = QUERIES,
     bank_chunk: int = BANK,
 ) -> dict[str, float]:
-    """Top-1 accuracy of neighbours' votes, weighted by exp(cosine similarity / temperature).
+    """Top-1 accuracy of the k nearest rows' votes, weighted by exp(cosine similarity / temperature).
 
-    Args:
-        train: the bank.
-        test: rows to classify.
-        ks: numbers of neighbours; a k above the size of the bank takes all of it.
-        temperature: of the weights.
-        device: of the computation; the tables stay on the host.
-        query_chunk: rows classified at once.
-        bank_chunk: rows of the bank compared at once.
+    The tables stay on the host, and chunks of them are compared on the device. A k above the size of the bank, `train`,
+    takes all of it.
 
     Returns:
-        `knn_top1_k{k}` for each k, in percent.
+        `knn_top1_k{k}` for each of `ks`, in percent.
     """
     classes = int(train.labels.max()) + 1
     labels = train.labels.to(device)

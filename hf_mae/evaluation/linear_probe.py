@@ -31,35 +31,20 @@ from .table import encoded_batches, report_bad, top_k_correct
 
 @dataclass(frozen=True)
 class PaperProbe:
-    """Settings of arXiv:2111.06377, Table 10, and of the original's code; the defaults are theirs for ViT-Base.
+    """Settings of arXiv:2111.06377, Table 10, and of the original's code; the defaults are theirs for ViT-Base."""
 
-    Args:
-        total_batch_size: images of a step, over all processes.
-        epochs: passes over the training images (50 are enough for ViT-Large and -Huge).
-        warmup_epochs: of the learning rate, linear from 0.
-        blr: learning rate per 256 images: lr = blr * total_batch_size / 256.
-        min_lr: where its half cosine ends.
-        weight_decay: of the head's weights.
-        momentum: of LARS.
-        trust_coefficient: of LARS.
-        crop_scale: smallest and largest area of a random crop; one draw, cut to the image.
-        flip: mirror half of the crops.
-        bn_eps: of the BatchNorm without affine parameters before the linear layer.
-        init_std: of the head's initial weights, a truncated normal distribution; biases start at 0.
-    """
-
-    total_batch_size: int = 16_384
-    epochs: float = 90
-    warmup_epochs: float = 10
-    blr: float = 0.1
-    min_lr: float = 0.0
-    weight_decay: float = 0.0
-    momentum: float = 0.9
-    trust_coefficient: float = 0.001
-    crop_scale: tuple[float, float] = (0.08, 1.0)
-    flip: bool = True
-    bn_eps: float = 1e-6
-    init_std: float = 0.01
+    total_batch_size: int = 16_384  # images of a step, over all processes
+    epochs: float = 90  # passes over the training images; 50 are enough for ViT-Large and -Huge
+    warmup_epochs: float = 10  # of the learning rate, linear from 0
+    blr: float = 0.1  # learning rate per 256 images
+    min_lr: float = 0.0  # where its half cosine ends
+    weight_decay: float = 0.0  # of the head's weights
+    momentum: float = 0.9  # of LARS
+    trust_coefficient: float = 0.001  # of LARS
+    crop_scale: tuple[float, float] = (0.08, 1.0)  # smallest and largest area of a crop; one draw, cut to the image
+    flip: bool = True  # mirror half of the crops
+    bn_eps: float = 1e-6  # of the BatchNorm without affine parameters before the linear layer
+    init_std: float = 0.01  # of the head's initial weights, a truncated normal distribution; biases start at 0
 
     @property
     def lr(self) -> float:
@@ -75,15 +60,7 @@ class PaperProbe:
 
     def optimizer(self, head: nn.Module) -> LARS:
         """LARS over the head; its learning rate is set before each step."""
-        return LARS(
-            head.parameters(),
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            trust_coefficient=self.trust_coefficient,
-        )
-
-
-PUBLISHED = PaperProbe()
+        return LARS(head.parameters(), 0.0, self.momentum, self.weight_decay, self.trust_coefficient)
 
 
 def paper_probe(recipe: LinearProbeRecipe) -> PaperProbe:
@@ -93,10 +70,7 @@ def paper_probe(recipe: LinearProbeRecipe) -> PaperProbe:
 
 
 def evaluate_linear_probe(recipe: LinearProbeRecipe) -> dict[str, Any] | None:
-    """Accuracy of a linear classifier on frozen features, by the protocol that the recipe names.
-
-    Returns:
-        The entry of results.json; None on all but the main process.
+    """Accuracy of a linear classifier: the entry of results.json; None on all but the main process.
 
     Raises:
         UserError: for what a user can mend; one line with the remedy.
@@ -117,27 +91,25 @@ def evaluate_linear_probe(recipe: LinearProbeRecipe) -> dict[str, Any] | None:
 
 def _evaluate_paper(recipe: LinearProbeRecipe) -> dict[str, Any] | None:
     evaluation, probe = Evaluation(recipe, "cls"), paper_probe(recipe)
-    accelerator, rows, eval_rows = evaluation.accelerator, evaluation.rows, evaluation.eval_rows
+    accelerator, encoder = evaluation.accelerator, evaluation.encoder
+    rows, eval_rows = evaluation.rows, evaluation.eval_rows
     size, _ = micro_batch(recipe.total_batch_size, recipe.per_device_batch_size, accelerator.num_processes, most=512)
     if size == 1:
-        raise UserError(
-            "per_device_batch_size 1 leaves BatchNorm nothing to normalise; choose a total_batch_size that "
-            "larger ones divide"
-        )
+        message = "per_device_batch_size 1 leaves BatchNorm nothing to normalise"
+        raise UserError(f"{message}; choose a total_batch_size that larger ones divide")
     classes = common_classes(labels_of(rows), rows, labels_of(eval_rows), eval_rows)
     runs: list[dict[str, float]] = []
-    evaluated, bad = 0, {}
+    images = 0, 0
     for seed in range(recipe.seed, recipe.seed + recipe.seeds):
         run = ProbeRun(
-            evaluation.encoder, rows, classes, probe, size, recipe.num_workers, seed, accelerator,
-            recipe.max_bad_fraction,
-        )  # fmt: skip
+            encoder, rows, classes, probe, size, recipe.num_workers, seed, accelerator, recipe.max_bad_fraction
+        )
         run.train()
         figures, evaluated = run.accuracy(eval_rows)
         runs.append(figures)
-        bad = run.bad
-    used, published = asdict(probe), asdict(PUBLISHED)
-    used["pooling"], published["pooling"] = evaluation.encoder.pooling, "cls"
+        images = len(rows) - len(run.bad), evaluated
+    used, published = asdict(probe), asdict(PaperProbe())
+    used["pooling"], published["pooling"] = encoder.pooling, "cls"
     protocol = {
         "name": "linear_probe_paper",
         "classifier": "BatchNorm without affine parameters and a linear layer, LARS on random crops",
@@ -149,44 +121,30 @@ def _evaluate_paper(recipe: LinearProbeRecipe) -> dict[str, Any] | None:
         "processes": accelerator.num_processes,
         "seed": recipe.seed,
     }
-    return evaluation.result(protocol, (len(rows) - len(bad), evaluated), len(classes), runs)
+    return evaluation.result(protocol, images, len(classes), runs) if accelerator.is_main_process else None
 
 
+@dataclass
 class ProbeRun:
-    """Trains a linear head on frozen features of augmented crops; every process takes part.
+    """Trains a linear head on frozen features of augmented crops; every process takes part."""
 
-    Args:
-        encoder: gives the features.
-        rows: to learn from.
-        classes: label -> class number.
-        probe: the settings.
-        per_device_batch_size: images at once on a device; BatchNorm's statistics are theirs (512 in the original).
-        num_workers: loader processes.
-        seed: of initial weights, order, crops and flips.
-        accelerator: of all processes.
-        max_bad_fraction: stop when more of the images can't be decoded.
-    """
+    encoder: FrozenEncoder
+    rows: Rows  # to learn from
+    classes: dict[int | str, int]  # label -> class number
+    probe: PaperProbe
+    micro_batch: int  # images at once on a device; BatchNorm's statistics are theirs (512 in the original)
+    num_workers: int
+    seed: int  # of initial weights, order, crops and flips
+    accelerator: Accelerator
+    max_bad_fraction: float = 0.01
 
-    def __init__(
-        self,
-        encoder: FrozenEncoder,
-        rows: Rows,
-        classes: dict[int | str, int],
-        probe: PaperProbe,
-        per_device_batch_size: int,
-        num_workers: int,
-        seed: int,
-        accelerator: Accelerator,
-        max_bad_fraction: float = 0.01,
-    ):
-        self.encoder, self.rows, self.classes, self.probe = encoder, rows, classes, probe
-        self.micro_batch, self.num_workers, self.seed = per_device_batch_size, num_workers, seed
-        self.accelerator, self.max_bad_fraction = accelerator, max_bad_fraction
-        self.grad_accum_steps = probe.total_batch_size // (per_device_batch_size * accelerator.num_processes)
-        self.total_steps = max(1, round(probe.epochs * len(rows) / probe.total_batch_size))
-        self.warmup_steps = min(probe.warmup_epochs * len(rows) / probe.total_batch_size, self.total_steps)
-        torch.manual_seed(seed)
-        self.head = accelerator.prepare(probe.head(encoder.width, len(classes)))
+    def __post_init__(self) -> None:
+        probe, accelerator = self.probe, self.accelerator
+        self.grad_accum_steps = probe.total_batch_size // (self.micro_batch * accelerator.num_processes)
+        self.total_steps = max(1, round(probe.epochs * len(self.rows) / probe.total_batch_size))
+        self.warmup_steps = min(probe.warmup_epochs * len(self.rows) / probe.total_batch_size, self.total_steps)
+        torch.manual_seed(self.seed)
+        self.head = accelerator.prepare(probe.head(self.encoder.width, len(self.classes)))
         self.optimizer = probe.optimizer(self.head)
         self.bad: dict[str, str] = {}
 
@@ -202,7 +160,7 @@ class ProbeRun:
                 bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.3g}", refresh=False)
                 bar.update()
         self.bad = dict(gather_object(list(self.bad.items())))
-        report_bad(len(self.rows) - len(self.bad), self.rows, list(self.bad.items()), self.max_bad_fraction)
+        report_bad(self.rows, list(self.bad.items()), self.max_bad_fraction)
 
     def step(self, step: int, batches: Generator[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, float]:
         """One step of the optimizer, number `step` from 0; this process's mean loss, and the learning rate."""
@@ -245,13 +203,12 @@ class ProbeRun:
         accelerator, bad = self.accelerator, []
         head = accelerator.unwrap_model(self.head).eval()
         counts = torch.zeros(3, device=accelerator.device, dtype=torch.float64)
-        for batch, values in encoded_batches(
-            self.encoder, eval_rows, self.encoder.spec, self.micro_batch, self.num_workers, accelerator, "evaluation"
-        ):
+        loading = self.encoder.spec, self.micro_batch, self.num_workers, accelerator
+        for batch, values in encoded_batches(self.encoder, eval_rows, *loading, "evaluation"):
             bad += batch.bad
             scores, labels = head(values), class_numbers(batch.labels, self.classes)
             correct = [top_k_correct(scores, labels, k) for k in (1, 5)]
             counts += torch.tensor([len(batch.keys), *correct], device=counts.device)
         images, top1, top5 = cast(torch.Tensor, accelerator.reduce(counts, "sum")).tolist()
-        report_bad(int(images), eval_rows, gather_object(bad), self.max_bad_fraction)
+        report_bad(eval_rows, gather_object(bad), self.max_bad_fraction)
         return {"linear_top1": 100 * top1 / images, "linear_top5": 100 * top5 / images}, int(images)

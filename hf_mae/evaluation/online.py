@@ -2,15 +2,15 @@
 
 from collections.abc import Callable
 from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
-from ..data.order import Rows
+from ..data.order import Rows, spread
 from ..data.transform import ImageSpec
 from ..errors import DataError
 from .fast_linear import fast_linear_accuracy
@@ -20,38 +20,23 @@ from .table import Table, encoded_batches, extract_table, rankme, with_class_num
 NEIGHBOURS = 20
 
 
+@dataclass
 class OnlineEvaluator:
-    """Measures an encoder during its training.
+    """Measures an encoder during its training."""
 
-    Args:
-        bank_rows: images to learn from; evenly spaced ones are taken, or the first of a source without random access.
-        query_rows: images to classify, chosen in the same way.
-        spec: of their evaluation crops.
-        normalize: pixels in the source's dtype -> pixel_values.
-        batch_size: images at once, on each process.
-        num_workers: loader processes.
-        accelerator: of the run.
-        samples: maximum number of images in the bank; there are half as many queries.
+    bank_rows: Rows  # images to learn from
+    query_rows: Rows  # images to classify
+    spec: ImageSpec  # of their evaluation crops
+    normalize: Callable[[torch.Tensor], torch.Tensor]  # pixels in the source's dtype -> pixel_values
+    batch_size: int  # images at once, on each process
+    num_workers: int
+    accelerator: Accelerator
+    samples: int = 2000  # maximum number of images in the bank; there are half as many queries
+    notice: str | None = None  # a line for the user about the last measurement, if something was left out
 
-    Attributes:
-        notice: a line for the user about the last measurement, if something was left out.
-    """
-
-    def __init__(
-        self,
-        bank_rows: Rows,
-        query_rows: Rows,
-        spec: ImageSpec,
-        normalize: Callable[[torch.Tensor], torch.Tensor],
-        batch_size: int,
-        num_workers: int,
-        accelerator: Accelerator,
-        samples: int = 2000,
-    ):
-        self.bank_rows, self.query_rows = subset(bank_rows, samples), subset(query_rows, max(1, samples // 2))
-        self.normalize, self.accelerator = normalize, accelerator
-        self.loading = spec, batch_size, num_workers, accelerator
-        self.notice: str | None = None
+    def __post_init__(self) -> None:
+        self.bank_rows = subset(self.bank_rows, self.samples)
+        self.query_rows = subset(self.query_rows, max(1, self.samples // 2))
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """The encoder's figures. Every process takes part, and every module stays in its mode.
@@ -72,13 +57,14 @@ class OnlineEvaluator:
             with self.accelerator.autocast():
                 return unwrapped.mae(self.normalize(images)).pooler_output
 
+        loading = self.spec, self.batch_size, self.num_workers, self.accelerator
         # With FSDP, the encoder's weights outside its layers are sharded with the whole model, whose hooks gather them
         # for its own methods alone.
         unwrapped.encode = encode
         register_fsdp_forward_method(unwrapped, "encode")
         try:
             bank, queries = (
-                extract_table(rows, encoded_batches(unwrapped.encode, rows, *self.loading))
+                extract_table(rows, encoded_batches(unwrapped.encode, rows, *loading))
                 for rows in (self.bank_rows, self.query_rows)
             )
         finally:
@@ -105,9 +91,7 @@ class OnlineEvaluator:
 
 
 def subset(rows: Rows, most: int) -> Rows:
-    """At most this many of the rows: evenly spaced ones of a source with random access, otherwise the first."""
-    part = copy(rows)  # its blocks, which only an order of training needs, stay as they are
-    if len(rows) > most:
-        even = np.linspace(0, len(rows) - 1, most).round().astype(np.int64)
-        part.index = rows.index[even if rows.source.random_access else slice(most)]
+    """Up to `most` of the rows, see `spread`. Their blocks, which only training needs, stay as they are."""
+    part = copy(rows)
+    part.index = spread(rows.index, most, rows.source)
     return part

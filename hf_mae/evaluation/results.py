@@ -12,7 +12,7 @@ from .. import __version__
 from ..files import sha256
 from ..keys.data_keys import SplitKeys
 from ..keys.evaluation_keys import ScoreRecipe
-from ..run_folder import read_results
+from ..run_folder import add_result, read_results
 
 PACKAGES = ("torch", "transformers", "datasets", "scikit-learn", "numpy", "pillow")
 
@@ -24,13 +24,7 @@ def check_results_file(recipe: ScoreRecipe) -> None:
 
 
 def named_data(recipe: SplitKeys, split: str, evaluated_on: str) -> dict[str, Any]:
-    """The part of an entry that names its data.
-
-    Args:
-        recipe: names the data.
-        split: the split to learn from, by the source's own name.
-        evaluated_on: see `open_splits`.
-    """
+    """The part of an entry that names its data: `split` by the source's own name, `evaluated_on` by `open_splits`."""
     return {
         "dataset": recipe.dataset,
         "config": recipe.dataset_config,
@@ -70,6 +64,16 @@ def make_result(
         result["ranges"] = {key: [min(numbers), max(numbers)] for key, numbers in values.items()}
     result["versions"] = {"hf_mae": __version__, **{package: version(package) for package in PACKAGES}}
     return json.loads(json.dumps(result))
+
+
+def record_result(
+    recipe: ScoreRecipe, protocol: dict[str, Any], data: dict[str, Any], runs: list[dict[str, float]]
+) -> dict[str, Any]:
+    """The entry of `make_result`, after adding it to the file that the recipe names."""
+    result = make_result(protocol, data, recipe.model, runs)
+    if recipe.results_file:
+        add_result(result, recipe.results_file)
+    return result
 
 
 def describe_result(result: dict[str, Any]) -> str:

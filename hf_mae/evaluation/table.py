@@ -1,6 +1,8 @@
 """Feature tables: the encoder's output for every row of a split."""
 
+import itertools
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
@@ -24,15 +26,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Features:
-    """A feature table.
+    """A feature table with class numbers."""
 
-    Args:
-        values: (n, D) float32, one row an image.
-        labels: (n,) class numbers.
-    """
-
-    values: torch.Tensor
-    labels: torch.Tensor
+    values: torch.Tensor  # (n, D) float32, one row an image
+    labels: torch.Tensor  # (n,) class numbers
 
     def sample(self, fraction: float, seed: int) -> "Features":
         """A random part of the rows, without repetition; the table itself for all of them."""
@@ -45,21 +42,13 @@ class Features:
 
 @dataclass
 class Table:
-    """Features, with the label and place of each image.
+    """Features, with the label and place of each image."""
 
-    Args:
-        values: (n, ...) float32 on the host.
-        labels: (n,) as the source has them.
-        keys: (n,) places of the images.
-        bad: (key, reason) of the images that could not be decoded, as far as they are known by name.
-        num_rows: all images, decoded or not.
-    """
-
-    values: torch.Tensor
-    labels: list[Any]
-    keys: list[str]
-    bad: list[tuple[str, str]]
-    num_rows: int
+    values: torch.Tensor  # (n, ...) float32 on the host
+    labels: list[Any]  # (n,) as the source has them
+    keys: list[str]  # (n,) places of the images
+    bad: list[tuple[str, str]]  # key and reason of the images that can't be decoded
+    num_rows: int  # all images, decoded or not
 
 
 def encoded_batches(
@@ -73,21 +62,12 @@ def encoded_batches(
 ) -> Generator[tuple[Batch, torch.Tensor]]:
     """This process's share of the rows, batch by batch: images and their encodings, on the device.
 
-    Every process calls `encode` as often as the others, since sharded weights are gathered in each call.
-
-    Args:
-        encode: (B, C, H, W) in the source's dtype, on the device -> (B, ...).
-        rows: the images.
-        spec: of their evaluation crops.
-        batch_size: images at once.
-        num_workers: loader processes.
-        accelerator: of all processes.
-        bar: label of a progress bar; None for no bar.
+    `encode` takes images (B, C, H, W) in the source's dtype. Every process calls it as often as the others, since
+    sharded weights are gathered in each call. `bar` labels a progress bar; without it there is none.
     """
     ranks, shape = accelerator.num_processes, (1, spec.num_channels, *spec.size)
     dataset = EvaluationSet(rows, spec, batch_size, rank=accelerator.process_index, ranks=ranks)
-    longest_share = -(-len(rows) // ranks)
-    calls = range(-(-longest_share // batch_size))
+    calls = range(math.ceil(len(rows) / (ranks * batch_size)))
     with closing(each_batch(make_loader(dataset, num_workers))) as batches, torch.no_grad():
         for _ in tqdm(calls, desc=bar, disable=bar is None or not accelerator.is_main_process, leave=False):
             batch = next(batches, None)
@@ -99,35 +79,21 @@ def encoded_batches(
 
 
 def extract_table(rows: Rows, batches: Iterable[tuple[Batch, torch.Tensor]]) -> Table:
-    """Features of all rows, in their order, on every process.
-
-    Args:
-        rows: the images.
-        batches: this process's share of them, by `encoded_batches`.
+    """Features of all rows, in their order, on every process; `batches` are this process's, by `encoded_batches`.
 
     Raises:
         DataError: if no image can be decoded.
     """
-    values: list[torch.Tensor] = []
-    share = Table(torch.empty(0), [], [], [], len(rows))
-    for batch, encoded in batches:
-        values.append(encoded.float().cpu())
-        share.labels += batch.labels
-        share.keys += batch.keys
-        share.bad += batch.bad
-    if values:
-        share.values = torch.cat(values)
-    shares = [part for part in gather_object([share]) if part.keys]
-    bad = [sample for part in shares for sample in part.bad]
-    if not shares:
+    share = [
+        # A copy, because the class token's features are a view that keeps all tokens in memory.
+        (encoded.to("cpu", torch.float32, copy=True), batch.labels, batch.keys, batch.bad)
+        for batch, encoded in batches
+    ]
+    values, *lists = zip(*gather_object(share), strict=True)
+    labels, keys, bad = (list(itertools.chain.from_iterable(parts)) for parts in lists)
+    if not keys:
         raise DataError(f"none of the {len(rows)} images of {rows.name} can be decoded; check the data")
-    return Table(
-        values=torch.cat([part.values for part in shares]) if len(shares) > 1 else shares[0].values,
-        labels=[label for part in shares for label in part.labels],
-        keys=[key for part in shares for key in part.keys],
-        bad=bad,
-        num_rows=len(rows),
-    )
+    return Table(torch.cat(values), labels, keys, bad, len(rows))
 
 
 def with_class_numbers(
@@ -139,49 +105,34 @@ def with_class_numbers(
     return first, second
 
 
-def report_bad(decoded: int, rows: Rows, bad: list[tuple[str, str]], most: float) -> None:
-    """Warn of images that could not be decoded.
-
-    Args:
-        decoded: how many could.
-        rows: of all images.
-        bad: (key, reason) of those that could not, as far as they are known by name.
-        most: share of all that may be bad.
+def report_bad(rows: Rows, bad: list[tuple[str, str]], most: float) -> None:
+    """Warn of images that can't be decoded, given by key and reason.
 
     Raises:
-        DataError: if more are bad.
+        DataError: if they are more than the fraction `most` of the rows.
     """
-    count = len(rows) - decoded
-    if count == 0:
+    if not bad:
         return
     reasons = ", ".join(f"{reason} {n}" for reason, n in Counter(reason for _, reason in bad).most_common())
-    named = f" ({reasons}; the first is {bad[0][0]})" if bad else ""
-    line = f"{count} of the {len(rows)} images of {rows.name} can't be decoded{named}"
-    if count > most * len(rows):
+    named = f"({reasons}; the first is {bad[0][0]})"
+    line = f"{len(bad)} of the {len(rows)} images of {rows.name} can't be decoded {named}"
+    if len(bad) > most * len(rows):
         raise DataError(f"{line}, more than max_bad_fraction {most:.1%}; check the data, or allow more")
+    if len(bad) == len(rows):
+        raise DataError(f"{line}; check the data")
     logger.warning("%s; they are left out", line)
 
 
 def top_k_correct(scores: torch.Tensor, labels: torch.Tensor, k: int) -> int:
-    """How many rows have their label among the k classes of highest score.
-
-    Args:
-        scores: (n, K), e.g. logits.
-        labels: (n,) class numbers.
-        k: all classes where there are fewer.
-    """
+    """How many rows of the (n, K) scores have their label (n,) among the k highest; all of them where k >= K."""
     best = scores.topk(min(k, scores.shape[1]), dim=1).indices
     return int((best == labels.to(best.device).unsqueeze(1)).sum())
 
 
 def rankme(values: torch.Tensor) -> float:
-    """Effective rank of a feature table: exp of the entropy of its normalised singular values.
+    """RankMe (arXiv:2210.02885) of (n, D) features: exp of the entropy of their normalised singular values.
 
-    Args:
-        values: (n, D) features, not centred; the paper uses 25,600 rows, and n bounds the result.
-
-    Returns:
-        From 1 to min(n, D).
+    They are not centred. The result is from 1 to min(n, D); the paper uses 25,600 rows.
     """
     singular = torch.linalg.svdvals(values.double())
     share = singular / singular.sum() + 1e-7  # the paper's epsilon

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from functools import partial
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
@@ -31,6 +32,7 @@ KINDS: dict[Any, tuple[str, str]] = {
 def key(
     default: Any = MISSING,
     help_text: str = "",
+    shown: Any = None,
     *,
     group: str = "",
     free: bool = False,
@@ -38,23 +40,37 @@ def key(
     card: bool = True,
     positional: bool = False,
     metavar: str | None = None,
-    shown: Any = None,
 ) -> Any:
     """A field of a dataclass that is a key of a command.
 
     Args:
         default: value when nobody gives one; a key without a default is required.
         help_text: what the key does, in one line with its unit; the help adds choices and default.
+        shown: what the help prints as the default where the field's is None, e.g. "found by type".
         group: heading under which the help lists it, see `GROUPS`.
         free: whether a resumed run may change it.
         place: whether a resumed run may change it as long as the data's fingerprint is the same.
         card: whether a model's card shows it; not if it says how a run was started instead of what it computed.
         positional: whether words without a flag give it, in the order of the fields.
         metavar: what stands for the value in the help, such as DIR; chosen by type when omitted.
-        shown: what the help prints as the default where the field's is None, e.g. "found by type".
     """
     marks = {"free": free, "place": place, "card": card, "positional": positional}
-    return _field(default, {"help": help_text, "group": group, "metavar": metavar, "shown": shown, **marks})
+    return _field(default, {"help": help_text, "shown": shown, "group": group, "metavar": metavar, **marks})
+
+
+# A key of one group of the help. The last four groups say how a run is computed, watched and kept, not what it
+# computes: a resumed run may change their keys, except those with free=False.
+data_key = partial(key, group="data")
+model_key = partial(key, group="model")
+masking_key = partial(key, group="masking")
+optimization_key = partial(key, group="optimization")
+output_key = partial(key, group="output")
+evaluation_key = partial(key, group="evaluation", free=True)
+checkpoint_key = partial(key, group="checkpoints", free=True)
+log_key = partial(key, group="logging", free=True)
+hardware_key = partial(key, group="hardware", free=True)
+# A required key that the first words give.
+positional_key = partial(key, MISSING, positional=True)
 
 
 def inherit(kind: Any, name: str, default: Any = MISSING, help_text: str | None = None, **changes: Any) -> Any:
@@ -76,11 +92,7 @@ class Recipe:
         """Raise a UserError for a value that can't be used; needs neither torch nor the data."""
 
     def finish(self) -> Self:
-        """Check all values, after filling in what follows from others.
-
-        Raises:
-            UserError: as `check`.
-        """
+        """Fill in what follows from other keys, and check all values: a UserError as from `check`."""
         self.check()
         return self
 
@@ -90,12 +102,17 @@ class Recipe:
             if (value := getattr(self, name)) is not None and value < least:
                 raise UserError(f"{name} {value} is too small; give {least} or more")
 
-    def check_range(self, name: str, low: float, high: float = math.inf) -> None:
+    def check_range(self, *names: str, low: float = 0, high: float = math.inf) -> None:
         """Raise a UserError for a number that is not finite or not in [low, high]; None passes."""
-        value = getattr(self, name)
-        if value is not None and not (math.isfinite(value) and low <= value <= high):
-            limits = f"{low} or more" if high == math.inf else f"in [{low}, {high}]"
-            raise UserError(f"{name} {value} is out of range; give a number {limits}")
+        limits = f"{low} or more" if high == math.inf else f"in [{low}, {high}]"
+        for name in names:
+            if (value := getattr(self, name)) is not None and not (math.isfinite(value) and low <= value <= high):
+                raise UserError(f"{name} {value} is out of range; give a number {limits}")
+
+    def check_fraction(self, name: str, remedy: str) -> None:
+        """Raise a UserError for a number outside (0, 1]; None passes."""
+        if (value := getattr(self, name)) is not None and not 0 < value <= 1:
+            raise UserError(f"{name} {value} lies outside (0, 1]; {remedy}")
 
 
 class BadValue(Exception):
@@ -193,11 +210,7 @@ def _sides(word: str) -> list[int]:
 
 
 def read_size(word: str) -> int | list[int]:
-    """An image size from one word, such as 224, 208x320 or 208,320.
-
-    Raises:
-        ValueError: if it is not a size.
-    """
+    """An image size from one word, such as 224, 208x320 or 208,320; a ValueError for anything else."""
     sides = _sides(word)
     if len(sides) > 2:
         raise ValueError(f"{word} has more than a height and a width")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ..errors import DataError
-from . import Recipe, inherit, key
+from . import Recipe, data_key, evaluation_key, hardware_key, inherit, output_key
 
 
 @dataclass
@@ -20,47 +20,30 @@ class SourceKeys(Recipe):
         label_column: column (or tar member) of the labels.
     """
 
-    dataset: str = key(
-        help_text="Hub id, folder or URL of images, parquet or tar shards; or digits", group="data", place=True
-    )
-    dataset_config: str | None = key(
-        None, "configuration name of a Hub data set", group="data", place=True, metavar="NAME"
-    )
-    dataset_revision: str | None = key(
-        None, "branch, tag or commit of a Hub data set", group="data", place=True, metavar="NAME"
-    )
-    image_column: str | None = key(None, "column of the images", group="data", metavar="NAME", shown="found by type")
-    label_column: str | None = key(
-        None, "column of the labels", group="data", metavar="NAME", shown="found by type or name"
-    )
+    dataset: str = data_key(help_text="Hub id, folder or URL of images, parquet or tar shards; or digits", place=True)
+    dataset_config: str | None = data_key(None, "configuration name of a Hub data set", place=True, metavar="NAME")
+    dataset_revision: str | None = data_key(None, "branch, tag or commit of a Hub data set", place=True, metavar="NAME")
+    image_column: str | None = data_key(None, "column of the images", "found by type", metavar="NAME")
+    label_column: str | None = data_key(None, "column of the labels", "found by type or name", metavar="NAME")
 
 
 @dataclass
 class DataKeys(SourceKeys):
     """The rows that a command reads."""
 
-    split: str = key("train", "split to read", group="data", metavar="NAME")
-    max_samples: int | None = key(None, "maximum number of images", group="data", shown="all")
+    split: str = data_key("train", "split to read", metavar="NAME")
+    max_samples: int | None = data_key(None, "maximum number of images", "all")
 
 
 @dataclass
 class SplitKeys(DataKeys):
     """The rows to learn from, and the rows to evaluate on; `open_splits` says how these are found."""
 
-    eval_dataset: str | None = key(
-        None, "data set to evaluate on", group="data", place=True, shown="the same as dataset"
+    eval_dataset: str | None = data_key(None, "data set to evaluate on", "the same as dataset", place=True)
+    eval_split: str | None = data_key(
+        None, "split to evaluate on", "found by name, or a held-out part", place=True, metavar="NAME"
     )
-    eval_split: str | None = key(
-        None,
-        "split to evaluate on",
-        group="data",
-        place=True,
-        metavar="NAME",
-        shown="found by name, or a held-out part",
-    )
-    max_eval_samples: int | None = key(
-        None, "maximum number of evaluation images", group="evaluation", free=True, shown="all"
-    )
+    max_eval_samples: int | None = evaluation_key(None, "maximum number of evaluation images", "all")
 
 
 @dataclass
@@ -68,25 +51,19 @@ class PrepareRecipe(SourceKeys):
     """Keys of `hf-mae prepare SRC DST`."""
 
     dataset: str = inherit(SourceKeys, "dataset", positional=True, metavar="SRC")
-    output_dir: str = key(help_text="folder to write", group="output", positional=True, metavar="DST")
-    split: str | None = key(None, "the only split to prepare", group="data", metavar="NAME", shown="all splits")
-    shortest_edge: int = key(
-        256, "pixels of the shorter side; smaller images keep their size and their bytes", group="output"
-    )
-    quality: int = key(90, "JPEG quality, 1 to 95", group="output")
-    rows_per_shard: int = key(5000, "number of images in a file", group="output")
-    num_workers: int = key(2, "processes, each writing one shard at a time; 0 for none", group="hardware")
-    max_bad_fraction: float = key(0.01, "fail when a larger fraction of the images can't be decoded", group="data")
+    output_dir: str = output_key(help_text="folder to write", positional=True, metavar="DST")
+    split: str | None = data_key(None, "the only split to prepare", "all splits", metavar="NAME")
+    shortest_edge: int = output_key(256, "pixels of the shorter side; smaller images keep their size and their bytes")
+    quality: int = output_key(90, "JPEG quality, 1 to 95")
+    rows_per_shard: int = output_key(5000, "number of images in a file")
+    num_workers: int = hardware_key(2, "processes, each writing one shard at a time; 0 for none")
+    max_bad_fraction: float = data_key(0.01, "fail when a larger fraction of the images can't be decoded")
 
     def check(self) -> None:
-        """Raise a DataError for a value that can't be used."""
-        limits = {
-            "shortest_edge": (1, 65_535),
-            "quality": (1, 95),
-            "rows_per_shard": (1, 10**9),
-            "num_workers": (0, 1000),
-        }
-        for name, (low, high) in {**limits, "max_bad_fraction": (0, 1)}.items():
+        for name, low, high in (
+            ("shortest_edge", 1, 65_535), ("quality", 1, 95), ("rows_per_shard", 1, 10**9), ("num_workers", 0, 1000),
+            ("max_bad_fraction", 0, 1),
+        ):  # fmt: skip
             if not low <= getattr(self, name) <= high:
                 raise DataError(f"{name} {getattr(self, name)} is out of range; give {low} to {high}")
 
@@ -95,5 +72,5 @@ class PrepareRecipe(SourceKeys):
 class StatsRecipe(DataKeys):
     """Keys of `hf-mae stats`."""
 
-    streaming: bool | None = key(None, "read the data in place, block by block", group="data", shown="true if remote")
-    num_channels: int | None = key(None, "number of channels of each image", group="data", shown="as in the data")
+    streaming: bool | None = data_key(None, "read the data in place, block by block", "true if remote")
+    num_channels: int | None = data_key(None, "number of channels of each image", "as in the data")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import UserError
-from . import Recipe, inherit, key
+from . import Recipe, data_key, evaluation_key, hardware_key, inherit, key, model_key, optimization_key, output_key
 from .data_keys import DataKeys, SplitKeys
 
 Pooling = Literal["mean", "cls", "both"]
@@ -15,17 +15,17 @@ Pooling = Literal["mean", "cls", "both"]
 class ModelInput(Recipe):
     """The model that a command reads."""
 
-    model: str = key(help_text="folder or Hub id of a pretrained model", group="model", metavar="DIR|ID")
+    model: str = model_key(help_text="folder or Hub id of a pretrained model", metavar="DIR|ID")
 
 
 @dataclass
 class FeatureRecipe(ModelInput, DataKeys):
     """Keys of every command that runs images through a frozen model."""
 
-    max_bad_fraction: float = key(0.01, "fail when a larger fraction of the images can't be decoded", group="data")
-    per_device_batch_size: int | None = key(None, "images per device at once", group="hardware", shown="256")
-    mixed_precision: Literal["no", "bf16"] = key("no", "precision of the model's forward pass", group="hardware")
-    num_workers: int = key(2, "loader processes for each process", group="hardware")
+    max_bad_fraction: float = data_key(0.01, "fail when a larger fraction of the images can't be decoded")
+    per_device_batch_size: int | None = hardware_key(None, "images per device at once", "256")
+    mixed_precision: Literal["no", "bf16"] = hardware_key("no", "precision of the model's forward pass")
+    num_workers: int = hardware_key(2, "loader processes for each process")
 
     def check(self) -> None:
         self.check_least(max_samples=1, per_device_batch_size=1, num_workers=0)
@@ -42,12 +42,11 @@ class ScoreRecipe(FeatureRecipe, SplitKeys):
 
     split: str = inherit(DataKeys, "split", "train", "split to learn from")
     max_samples: int | None = inherit(DataKeys, "max_samples", None, "maximum number of images to learn from")
-    results: str | None = key(
+    results: str | None = output_key(
         None,
         "JSON file that the result is added to; none prints it only",
-        group="output",
+        "results.json of a local model",
         metavar="FILE|none",
-        shown="results.json of a local model",
     )
 
     def check(self) -> None:
@@ -79,28 +78,24 @@ class ClassificationRecipe(ScoreRecipe):
 class EvaluateRecipe(ScoreRecipe):
     """Keys of both evaluations of frozen features."""
 
-    pooling: Pooling | None = key(
-        None,
-        "feature vector of an image: mean of the patch tokens, class token, or both",
-        group="evaluation",
-        shown="mean",
+    pooling: Pooling | None = evaluation_key(
+        None, "feature vector of an image: mean of the patch tokens, class token, or both", "mean"
     )
-    seeds: int = key(1, "number of repetitions, each with other random numbers", group="evaluation")
-    fraction: float = key(1.0, "fraction of both splits that each repetition draws", group="evaluation")
+    seeds: int = evaluation_key(1, "number of repetitions, each with other random numbers")
+    fraction: float = evaluation_key(1.0, "fraction of both splits that each repetition draws")
 
     def check(self) -> None:
         super().check()
         self.check_least(seeds=1)
-        if not 0 < self.fraction <= 1:
-            raise UserError(f"fraction {self.fraction} lies outside (0, 1]; give e.g. 0.2")
+        self.check_fraction("fraction", "give e.g. 0.2")
 
 
 @dataclass
 class KnnRecipe(EvaluateRecipe):
     """Keys of `hf-mae evaluate knn`."""
 
-    k: list[int] = key([10, 20, 100, 200], "numbers of neighbours", group="evaluation")
-    temperature: float = key(0.07, "temperature of the weights exp(cosine / temperature)", group="evaluation")
+    k: list[int] = evaluation_key([10, 20, 100, 200], "numbers of neighbours")
+    temperature: float = evaluation_key(0.07, "temperature of the weights exp(cosine / temperature)")
 
     def check(self) -> None:
         super().check()
@@ -118,8 +113,8 @@ class LinearProbeRecipe(EvaluateRecipe):
     recipe: str | None = key(
         None, "recipe to start from: a name linear_probe_... of the package, or a YAML file", metavar="NAME|FILE"
     )
-    protocol: Literal["fast", "paper"] = key(
-        "fast", "logistic regression on features, or LARS on random crops as in the paper", group="evaluation"
+    protocol: Literal["fast", "paper"] = evaluation_key(
+        "fast", "logistic regression on features, or LARS on random crops as in the paper"
     )
     pooling: Pooling | None = inherit(EvaluateRecipe, "pooling", None, shown="mean; cls for the paper's protocol")
     per_device_batch_size: int | None = inherit(
@@ -128,13 +123,13 @@ class LinearProbeRecipe(EvaluateRecipe):
         None,
         shown="256; for the paper's protocol, the largest that fits the step, up to 512",
     )
-    total_batch_size: int = key(16_384, "images per step, over all processes", group="optimization")
-    epochs: float = key(90, "passes over the training images", group="optimization")
-    warmup_epochs: float = key(10, "linear warm-up in epochs", group="optimization")
-    blr: float = key(0.1, "base learning rate per 256 images: lr = blr * total_batch_size / 256", group="optimization")
-    min_lr: float = key(0.0, "learning rate at the end of the cosine schedule", group="optimization")
-    weight_decay: float = key(0.0, "weight decay of the linear layer", group="optimization")
-    seed: int = key(0, "random seed of weights, order, crops and flips; each repetition adds 1", group="optimization")
+    total_batch_size: int = optimization_key(16_384, "images per step, over all processes")
+    epochs: float = optimization_key(90, "passes over the training images")
+    warmup_epochs: float = optimization_key(10, "linear warm-up in epochs")
+    blr: float = optimization_key(0.1, "base learning rate per 256 images: lr = blr * total_batch_size / 256")
+    min_lr: float = optimization_key(0.0, "learning rate at the end of the cosine schedule")
+    weight_decay: float = optimization_key(0.0, "weight decay of the linear layer")
+    seed: int = optimization_key(0, "random seed of weights, order, crops and flips; each repetition adds 1")
 
     def check(self) -> None:
         super().check()
@@ -150,11 +145,11 @@ FEATURE_FILES = (".parquet", ".npy")
 class EmbedRecipe(FeatureRecipe):
     """Keys of `hf-mae embed`."""
 
-    output: str = key(
-        help_text="file to write: NAME.parquet, or NAME.npy with NAME.csv beside it", group="output", metavar="FILE"
+    output: str = output_key(
+        help_text="file to write: NAME.parquet, or NAME.npy with NAME.csv beside it", metavar="FILE"
     )
-    pooling: Literal["mean", "cls", "both", "patches"] = key(
-        "mean", "features: mean of the patch tokens, class token, both, or all patch tokens", group="output"
+    pooling: Literal["mean", "cls", "both", "patches"] = output_key(
+        "mean", "features: mean of the patch tokens, class token, both, or all patch tokens"
     )
 
     def check(self) -> None:

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ..errors import UserError
-from . import ImageSize, inherit, key
-from .run_keys import RunRecipe, check_crop_pct
+from . import ImageSize, data_key, evaluation_key, inherit, model_key, optimization_key
+from .run_keys import RunRecipe
 
 
 @dataclass
@@ -17,74 +17,58 @@ class FinetuneRecipe(RunRecipe):
 
     command: ClassVar[str] = "finetune"
 
-    # data
     max_eval_samples: int | None = inherit(RunRecipe, "max_eval_samples", None)
     crop_scale: list[float] = inherit(RunRecipe, "crop_scale", [0.08, 1.0])
-    eval_crop_pct: float | None = key(
+    eval_crop_pct: float | None = evaluation_key(
         None,
         "fraction of the resized side that the evaluation crop keeps",
-        group="evaluation",
-        shown="0.875, as 224 of 256; 1 above 224 pixels",
+        "0.875, as 224 of 256; 1 above 224 pixels",
+        free=False,
     )
-    rand_augment: str = key(
-        "none", "RandAugment in timm's notation, such as rand-m9-mstd0.5-inc1; 8-bit images only", group="data"
+    rand_augment: str = data_key(
+        "none", "RandAugment in timm's notation, such as rand-m9-mstd0.5-inc1; 8-bit images only"
     )
-    random_erasing: float = key(0.0, "probability of erasing a random rectangle of an image", group="data")
-    mixup: float = key(0.0, "parameter of mixup's Beta distribution; 0 turns it off", group="data")
-    cutmix: float = key(0.0, "parameter of cutmix's Beta distribution; 0 turns it off", group="data")
-    label_smoothing: float = key(
-        0.0, "fraction of each label that is spread evenly over all classes", group="optimization"
+    random_erasing: float = data_key(0.0, "probability of erasing a random rectangle of an image")
+    mixup: float = data_key(0.0, "parameter of mixup's Beta distribution; 0 turns it off")
+    cutmix: float = data_key(0.0, "parameter of cutmix's Beta distribution; 0 turns it off")
+    label_smoothing: float = optimization_key(0.0, "fraction of each label that is spread evenly over all classes")
+    model: str = model_key(help_text="folder or Hub id of a pretrained or fine-tuned model", metavar="DIR|ID")
+    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] = model_key(
+        "single_label_classification", "one class per image, any number of classes, or numbers"
     )
-    # model
-    model: str = key(help_text="folder or Hub id of a pretrained or fine-tuned model", group="model", metavar="DIR|ID")
-    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] = key(
-        "single_label_classification", "one class per image, any number of classes, or numbers", group="model"
+    image_size: ImageSize | None = model_key(
+        None, "size of the images in pixels, such as 224 or 208x320", "the model's"
     )
-    image_size: ImageSize | None = key(
-        None, "size of the images in pixels, such as 224 or 208x320", group="model", shown="the model's"
+    pooling: Literal["mean", "cls"] = model_key("mean", "input of the head: mean of the patch tokens, or class token")
+    drop_path_rate: float = model_key(
+        0.1, "probability of skipping the last encoder block; rises linearly from 0 at the first"
     )
-    pooling: Literal["mean", "cls"] = key(
-        "mean", "input of the head: mean of the patch tokens, or class token", group="model"
-    )
-    drop_path_rate: float = key(
-        0.1, "probability of skipping the last encoder block; rises linearly from 0 at the first", group="model"
-    )
-    trainable_positions: bool = key(True, "train the position table too", group="model")
-    trainable_blocks: str = key(
+    trainable_positions: bool = model_key(True, "train the position table too")
+    trainable_blocks: str = model_key(
         "all",
         "number of last blocks to train besides the head, such as 0, 0.5 (the last MLP) or 1",
-        group="model",
         metavar="all|NUMBER",
     )
-    reset_head: bool = key(False, "start with a new head, even if the model has one for these classes", group="model")
-    # optimization
+    reset_head: bool = model_key(False, "start with a new head, even if the model has one for these classes")
     seed: int = inherit(RunRecipe, "seed", 0, "random seed of a new head, order, crops, flips and mixing")
     total_batch_size: int = inherit(RunRecipe, "total_batch_size", 256)
     epochs: float | None = inherit(RunRecipe, "epochs", 50)
     warmup_epochs: float = inherit(RunRecipe, "warmup_epochs", 5)
     blr: float = inherit(RunRecipe, "blr", 1e-3)
     min_lr: float = inherit(RunRecipe, "min_lr", 1e-6)
-    layer_decay: float = key(
-        0.75, "learning rate of a layer relative to that of the layer above it", group="optimization"
-    )
+    layer_decay: float = optimization_key(0.75, "learning rate of a layer relative to that of the layer above it")
     adam_beta2: float = inherit(RunRecipe, "adam_beta2", 0.999)
-    ema_decay: float | None = key(
-        None,
-        "decay of a running average of the weights, such as 0.9999, which is evaluated and saved",
-        group="optimization",
-        shown="no average",
+    ema_decay: float | None = optimization_key(
+        None, "decay of a running average of the weights, such as 0.9999, which is evaluated and saved", "no average"
     )
 
     def check(self) -> None:
         super().check()
-        if self.eval_crop_pct is not None:
-            check_crop_pct(self.eval_crop_pct)
+        self.check_fraction("eval_crop_pct", "0.875 is the usual one")
         if self.blr <= 0:
             raise UserError(f"blr {self.blr} is not positive; the paper's recipes have 5e-4 and 1e-3")
-        for name in ("mixup", "cutmix"):
-            self.check_range(name, 0)
-        for name in ("random_erasing", "label_smoothing", "drop_path_rate", "layer_decay", "ema_decay"):
-            self.check_range(name, 0, 1)
+        self.check_range("mixup", "cutmix")
+        self.check_range("random_erasing", "label_smoothing", "drop_path_rate", "layer_decay", "ema_decay", high=1)
         mixed = [name for name in ("mixup", "cutmix", "label_smoothing") if getattr(self, name)]
         if mixed and self.problem_type != "single_label_classification":
             raise UserError(f"{mixed[0]} is for one class an image, not for {self.problem_type}; pass --{mixed[0]} 0")

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from ..errors import UserError
-from . import ImageSize, Recipe, key
+from . import ImageSize, Recipe, data_key, key, masking_key, model_key, output_key, positional_key
 from .evaluation_keys import ModelInput
 
 Statistics = Literal["visible", "true", "raw"]
@@ -17,17 +17,13 @@ Graph = Literal["onnx", "torch_export"]
 class Numbers(Recipe):
     """What weights don't say about themselves; None: not given."""
 
-    image_size: ImageSize | None = key(
-        None, "move to another size in pixels, such as 224 or 208x320", group="model", shown="as it is"
+    image_size: ImageSize | None = model_key(None, "move to another size in pixels, such as 224 or 208x320", "as it is")
+    num_attention_heads: int | None = model_key(None, "attention heads of a file's encoder", "by the encoder's width")
+    decoder_num_attention_heads: int | None = model_key(
+        None, "attention heads of a file's decoder", "by the decoder's width"
     )
-    num_attention_heads: int | None = key(
-        None, "attention heads of a file's encoder", group="model", shown="by the encoder's width"
-    )
-    decoder_num_attention_heads: int | None = key(
-        None, "attention heads of a file's decoder", group="model", shown="by the decoder's width"
-    )
-    norm_pix_loss: bool | None = key(
-        None, "whether a file's decoder predicts normalised patches", group="model", shown="as the file says"
+    norm_pix_loss: bool | None = model_key(
+        None, "whether a file's decoder predicts normalised patches", "as the file says"
     )
 
 
@@ -35,20 +31,18 @@ class Numbers(Recipe):
 class ConvertRecipe(Numbers):
     """Keys of `hf-mae convert SRC DST`."""
 
-    model: str = key(help_text=".pth or .safetensors file, folder, or Hub id", positional=True, metavar="SRC")
-    output_dir: str = key(help_text="folder to write; missing or empty", positional=True, metavar="DST")
+    model: str = positional_key(".pth or .safetensors file, folder, or Hub id", metavar="SRC")
+    output_dir: str = positional_key("folder to write; missing or empty", metavar="DST")
     to: Format = key("mae", "format to write")
-    num_channels: int | None = key(None, "move to another number of channels", group="model", shown="as it is")
+    num_channels: int | None = model_key(None, "move to another number of channels", "as it is")
 
 
 @dataclass
 class ExportRecipe(Recipe):
     """Keys of `hf-mae export SRC DST`."""
 
-    model: str = key(
-        help_text="folder or Hub id of a model, or any other source of hf-mae convert", positional=True, metavar="SRC"
-    )
-    output_dir: str = key(help_text="folder to write; missing or empty", positional=True, metavar="DST")
+    model: str = positional_key("folder or Hub id of a model, or any other source of hf-mae convert", metavar="SRC")
+    output_dir: str = positional_key("folder to write; missing or empty", metavar="DST")
     to: Graph = key("onnx", "kind of graph to write")
 
 
@@ -56,43 +50,39 @@ class ExportRecipe(Recipe):
 class PushRecipe(ModelInput):
     """Keys of `hf-mae push RUN`."""
 
-    model: str = key(help_text="folder of the model; it is only read", positional=True, metavar="RUN")
+    model: str = positional_key("folder of the model; it is only read", metavar="RUN")
     repo_id: str = key(help_text="repository on the Hub; created if it doesn't exist", metavar="USER/NAME")
     private: bool = key(False, "create the repository as private, and refuse one that is public")
-    revision: str | None = key(None, "branch; created if it doesn't exist", metavar="BRANCH", shown="main")
+    revision: str | None = key(None, "branch; created if it doesn't exist", "main", metavar="BRANCH")
 
 
 @dataclass
 class CardRecipe(ModelInput):
     """Keys of `hf-mae card RUN OUT`."""
 
-    model: str = key(help_text="folder of the model; it is only read", positional=True, metavar="RUN")
-    output: str = key(
-        help_text="file NAME.md to write, with its picture NAME.png beside it", positional=True, metavar="OUT"
-    )
+    model: str = positional_key("folder of the model; it is only read", metavar="RUN")
+    output: str = positional_key("file NAME.md to write, with its picture NAME.png beside it", metavar="OUT")
 
 
 @dataclass
 class ReportRecipe(Recipe):
     """Keys of `hf-mae report RUN [RUN ...]`."""
 
-    runs: list[str] = key(help_text="folders of the runs", positional=True, metavar="RUN")
-    output: str | None = key(None, "HTML file to write", metavar="FILE", shown="report.html of the first run")
+    runs: list[str] = positional_key("folders of the runs", metavar="RUN")
+    output: str | None = key(None, "HTML file to write", "report.html of the first run", metavar="FILE")
 
 
 @dataclass
 class DemoRecipe(ModelInput):
     """Keys of `hf-mae demo`."""
 
-    gallery: str | None = key(
-        None, "data set in which the page looks for the nearest images", group="data", shown="none"
-    )
-    gallery_split: str = key("train", "split of the gallery", group="data", metavar="NAME")
-    max_gallery: int = key(1000, "maximum number of images in the gallery, evenly spaced", group="data")
+    gallery: str | None = data_key(None, "data set in which the page looks for the nearest images", "none")
+    gallery_split: str = data_key("train", "split of the gallery", metavar="NAME")
+    max_gallery: int = data_key(1000, "maximum number of images in the gallery, evenly spaced")
     host: str = key("127.0.0.1", "address to listen on; 0.0.0.0 lets everyone in", metavar="ADDRESS")
     port: int = key(7860, "port to listen on; 0 for any free port")
     output_dir: str | None = key(
-        None, "folder of a Space to write instead of starting the page", metavar="DIR", shown="start the page"
+        None, "folder of a Space to write instead of starting the page", "start the page", metavar="DIR"
     )
 
 
@@ -100,30 +90,22 @@ class DemoRecipe(ModelInput):
 class ReconstructRecipe(ModelInput):
     """Keys of `hf-mae reconstruct IMAGE [IMAGE ...]`."""
 
-    images: list[str] = key(
-        help_text="image files, folders of them, or data sets", group="data", positional=True, metavar="IMAGE"
+    images: list[str] = positional_key("image files, folders of them, or data sets", group="data", metavar="IMAGE")
+    output: str = output_key("reconstruction.png", "picture to write", metavar="FILE")
+    mask_ratios: list[float] = masking_key([0.75], "fractions of patches to hide, one after the other")
+    seed: int = masking_key(0, "random seed of the masks")
+    statistics: Statistics = output_key(
+        "visible", "how hidden patches get mean and contrast: from the visible patches, their true ones, or not at all"
     )
-    output: str = key("reconstruction.png", "picture to write", group="output", metavar="FILE")
-    mask_ratios: list[float] = key([0.75], "fractions of patches to hide, one after the other", group="masking")
-    seed: int = key(0, "random seed of the masks", group="masking")
-    statistics: Statistics = key(
-        "visible",
-        "how hidden patches get mean and contrast: from the visible patches, their true ones, or not at all",
-        group="output",
+    max_images: int = data_key(8, "maximum number of images of each folder or data set, evenly spaced")
+    split: str = data_key("train", "split of a data set", metavar="NAME")
+    image_size: ImageSize | None = model_key(None, "size of the crop in pixels, such as 224 or 208x320", "the model's")
+    bands: list[int] | None = output_key(
+        None, "one channel to show as grey, or three as red, green and blue, from 0", "the first"
     )
-    max_images: int = key(8, "maximum number of images of each folder or data set, evenly spaced", group="data")
-    split: str = key("train", "split of a data set", group="data", metavar="NAME")
-    image_size: ImageSize | None = key(
-        None, "size of the crop in pixels, such as 224 or 208x320", group="model", shown="the model's"
-    )
-    bands: list[int] | None = key(
-        None, "one channel to show as grey, or three as red, green and blue, from 0", group="output", shown="the first"
-    )
-    cell: int = key(128, "pixels of an image's longer side in the picture", group="output")
+    cell: int = output_key(128, "pixels of an image's longer side in the picture")
 
     def check(self) -> None:
         if Path(self.output).suffix.lower() not in (".png", ".webp", ".jpg", ".jpeg"):
             raise UserError(f"output {self.output} is no name of a picture; give it the ending .png, .webp or .jpg")
-        if self.statistics not in get_args(Statistics):
-            raise UserError(f"statistics {self.statistics} is none of {', '.join(get_args(Statistics))}")
         self.check_least(max_images=1, cell=16, seed=0)

@@ -8,7 +8,19 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 from ..errors import UserError
 from ..optim.batch import micro_batch
 from ..optim.schedule import read_points
-from . import inherit, key, read_size
+from . import (
+    checkpoint_key,
+    data_key,
+    evaluation_key,
+    hardware_key,
+    inherit,
+    key,
+    log_key,
+    masking_key,
+    model_key,
+    optimization_key,
+    read_size,
+)
 from .data_keys import SplitKeys
 from .model_keys import MODEL_KEYS, ModelKeys
 
@@ -20,6 +32,7 @@ class RunRecipe(SplitKeys):
     """The keys that every training run has, and what is derived from them; the defaults are pretraining's."""
 
     command: ClassVar[str]
+    masks_per_image = 1  # a key of pretraining only
 
     recipe: str | None = key(
         None, "recipe to start from: a name of the package, or a YAML file", free=True, card=False, metavar="NAME|FILE"
@@ -28,72 +41,50 @@ class RunRecipe(SplitKeys):
     split: str = inherit(SplitKeys, "split", "train", "split to train on")
     max_samples: int | None = inherit(SplitKeys, "max_samples", None, "maximum number of training images")
     max_eval_samples: int | None = inherit(SplitKeys, "max_eval_samples", 2048)
-    crop_scale: list[float] = key(
-        [0.2, 1.0], "smallest and largest area of a random crop, as fractions of the image", group="data"
+    crop_scale: list[float] = data_key(
+        [0.2, 1.0], "smallest and largest area of a random crop, as fractions of the image"
     )
-    flip: bool = key(True, "mirror half of the training images", group="data")
-    total_batch_size: int = key(4096, "images per optimizer step, over all processes", group="optimization")
-    per_device_batch_size: int | None = key(
-        None, "images per device at once", group="hardware", free=True, shown="the largest that fits the step, up to 64"
+    flip: bool = data_key(True, "mirror half of the training images")
+    total_batch_size: int = optimization_key(4096, "images per optimizer step, over all processes")
+    per_device_batch_size: int | None = hardware_key(
+        None, "images per device at once", "the largest that fits the step, up to 64"
     )
-    epochs: float | None = key(800, "passes over the data; total_steps takes precedence", group="optimization")
-    total_steps: int | None = key(None, "optimizer steps of the run", group="optimization", shown="from epochs")
-    warmup_epochs: float = key(
-        40, "linear warm-up in epochs, at most a tenth of the run; warmup_steps takes precedence", group="optimization"
+    epochs: float | None = optimization_key(800, "passes over the data; total_steps takes precedence")
+    total_steps: int | None = optimization_key(None, "optimizer steps of the run", "from epochs")
+    warmup_epochs: float = optimization_key(
+        40, "linear warm-up in epochs, at most a tenth of the run; warmup_steps takes precedence"
     )
-    warmup_steps: int | None = key(
-        None, "linear warm-up in optimizer steps", group="optimization", shown="from warmup_epochs"
+    warmup_steps: int | None = optimization_key(None, "linear warm-up in optimizer steps", "from warmup_epochs")
+    blr: float = optimization_key(1.5e-4, "base learning rate per 256 images: lr = blr * total_batch_size / 256")
+    min_lr: float = optimization_key(0.0, "learning rate at the end of the cosine schedule")
+    weight_decay: float = optimization_key(0.05, "AdamW's weight decay, except for biases and norms")
+    adam_beta1: float = optimization_key(0.9, "AdamW's decay of the gradient's running mean")
+    adam_beta2: float = optimization_key(0.95, "AdamW's decay of the squared gradient's running mean")
+    clip_grad: float | None = optimization_key(None, "largest norm of the gradient", "no clipping")
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = hardware_key(
+        "auto", "precision of the forward pass; auto uses bf16 on GPUs that have it"
     )
-    blr: float = key(
-        1.5e-4, "base learning rate per 256 images: lr = blr * total_batch_size / 256", group="optimization"
-    )
-    min_lr: float = key(0.0, "learning rate at the end of the cosine schedule", group="optimization")
-    weight_decay: float = key(0.05, "AdamW's weight decay, except for biases and norms", group="optimization")
-    adam_beta1: float = key(0.9, "AdamW's decay of the gradient's running mean", group="optimization")
-    adam_beta2: float = key(0.95, "AdamW's decay of the squared gradient's running mean", group="optimization")
-    clip_grad: float | None = key(None, "largest norm of the gradient", group="optimization", shown="no clipping")
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = key(
-        "auto", "precision of the forward pass; auto uses bf16 on GPUs that have it", group="hardware", free=True
-    )
-    gradient_checkpointing: bool = key(False, "save memory by computing activations twice", group="hardware", free=True)
-    compile: bool = key(False, "compile the model with torch.compile", group="hardware", free=True)
-    attn_implementation: str = key(
-        "sdpa", "attention kernel, such as eager, sdpa or flash_attention_2", group="hardware", free=True
-    )
-    deterministic: bool = key(
-        False, "repeat a run bit by bit on a GPU too, at some cost in speed", group="hardware", free=True
-    )
-    output_dir: str | None = key(
-        None, "folder of the run", group="checkpoints", free=True, card=False, metavar="DIR", shown="outputs/RECIPE"
-    )
-    resume: str = key(
+    gradient_checkpointing: bool = hardware_key(False, "save memory by computing activations twice")
+    compile: bool = hardware_key(False, "compile the model with torch.compile")
+    attn_implementation: str = hardware_key("sdpa", "attention kernel, such as eager, sdpa or flash_attention_2")
+    deterministic: bool = hardware_key(False, "repeat a run bit by bit on a GPU too, at some cost in speed")
+    output_dir: str | None = checkpoint_key(None, "folder of the run", "outputs/RECIPE", card=False, metavar="DIR")
+    resume: str = checkpoint_key(
         "none",
         "checkpoint to continue from: auto takes the newest complete one, if any",
-        group="checkpoints",
-        free=True,
         card=False,
         metavar="auto|none|DIR",
     )
-    seed: int = key(0, "random seed of weights, order, crops, flips and masks", group="optimization")
-    num_workers: int = key(2, "loader processes for each training process", group="hardware", free=True)
-    log_steps: int = key(20, "steps between two lines of the log", group="logging", free=True)
-    eval_steps: int | None = key(
-        None, "steps between two evaluations", group="evaluation", free=True, shown="a tenth of the run"
+    seed: int = optimization_key(0, "random seed of weights, order, crops, flips and masks")
+    num_workers: int = hardware_key(2, "loader processes for each training process")
+    log_steps: int = log_key(20, "steps between two lines of the log")
+    eval_steps: int | None = evaluation_key(None, "steps between two evaluations", "a tenth of the run")
+    save_steps: int | None = checkpoint_key(None, "steps between two checkpoints", "a tenth of the run")
+    keep_checkpoints: int = checkpoint_key(2, "number of newest checkpoints to keep, 2 or more")
+    log_with: str | None = log_key(
+        None, "trackers: tensorboard, wandb, trackio or all", "none", card=False, metavar="NAME"
     )
-    save_steps: int | None = key(
-        None, "steps between two checkpoints", group="checkpoints", free=True, shown="a tenth of the run"
-    )
-    keep_checkpoints: int = key(2, "number of newest checkpoints to keep, 2 or more", group="checkpoints", free=True)
-    log_with: str | None = key(
-        None,
-        "trackers: tensorboard, wandb, trackio or all",
-        group="logging",
-        free=True,
-        card=False,
-        metavar="NAME",
-        shown="none",
-    )
-    dry_run: bool = key(False, "show the run and stop before the first step", group="logging", free=True, card=False)
+    dry_run: bool = log_key(False, "show the run and stop before the first step", card=False)
 
     @property
     def lr(self) -> float:
@@ -103,16 +94,12 @@ class RunRecipe(SplitKeys):
     @property
     def images_per_step(self) -> int:
         """Images that an optimizer step decodes, over all processes."""
-        return self.total_batch_size
+        return self.total_batch_size // self.masks_per_image
 
     def steps(self, num_samples: int) -> tuple[int, int]:
-        """Optimizer steps of the run and of its warm-up.
+        """Optimizer steps of the run and of its warm-up, with `num_samples` training images in an epoch.
 
-        Args:
-            num_samples: number of training images in an epoch.
-
-        Raises:
-            UserError: if neither steps nor epochs are given.
+        Raises a UserError if neither steps nor epochs are given.
         """
         per_epoch = num_samples / self.images_per_step
         if self.total_steps is None and self.epochs is None:
@@ -123,15 +110,11 @@ class RunRecipe(SplitKeys):
         return total, min(round(self.warmup_epochs * per_epoch), total // 10)
 
     def micro_batch(self, ranks: int) -> tuple[int, int]:
-        """Images at once on a device, and the number of such micro-batches in a step of one process.
+        """Images at once on a device, and the number of such micro-batches in a step of each of `ranks` processes.
 
-        Args:
-            ranks: number of processes.
-
-        Raises:
-            UserError: if they don't make up the total; it names the sizes that do.
+        Raises a UserError if they don't make up the total; it names the sizes that do.
         """
-        return micro_batch(self.total_batch_size, self.per_device_batch_size, ranks)
+        return micro_batch(self.total_batch_size, self.per_device_batch_size, ranks, masks=self.masks_per_image)
 
     def to_dict(self) -> dict[str, Any]:
         """All keys, flat, as a recipe file has them."""
@@ -153,10 +136,9 @@ class RunRecipe(SplitKeys):
             raise UserError(f"seed {self.seed} is negative; give 0 or more")
         if self.num_workers < 0:
             raise UserError(f"num_workers {self.num_workers} is negative; 0 loads in the training process")
-        for name in ("blr", "min_lr", "weight_decay", "clip_grad", "warmup_epochs", "warmup_steps"):
-            self.check_range(name, 0)
-        for name, high in (("adam_beta1", 0.9999), ("adam_beta2", 0.999999)):
-            self.check_range(name, 0, high)
+        self.check_range("blr", "min_lr", "weight_decay", "clip_grad", "warmup_epochs", "warmup_steps")
+        self.check_range("adam_beta1", high=0.9999)
+        self.check_range("adam_beta2", high=0.999999)
         if len(self.crop_scale) not in (1, 2) or not 0 < self.crop_scale[0] <= self.crop_scale[-1] <= 1:
             raise UserError(f"crop_scale {self.crop_scale} is not 0 < smallest <= largest <= 1; the paper has 0.2 1.0")
 
@@ -165,66 +147,35 @@ class RunRecipe(SplitKeys):
 class PretrainRunKeys(RunRecipe):
     """The keys that pretraining adds to those of every run, except the model's."""
 
-    model: str | None = key(
-        None, "folder or Hub id of a model to start from", group="model", metavar="DIR|ID", shown="from scratch"
+    model: str | None = model_key(None, "folder or Hub id of a model to start from", "from scratch", metavar="DIR|ID")
+    masks_per_image: int = masking_key(1, "masks per decoded image in a step; total_batch_size counts every mask")
+    image_size_schedule: list[str] | None = data_key(
+        None, "image sizes by fraction of the run, such as 0:128 0.5:160 0.8:224", metavar="FRACTION:SIZE"
     )
-    masks_per_image: int = key(
-        1, "masks per decoded image in a step; total_batch_size counts every mask", group="masking"
+    mask_ratio_schedule: list[str] | None = masking_key(
+        None, "mask ratios by fraction of the run, such as 0:0.6 0.5:0.75", metavar="FRACTION:RATIO"
     )
-    image_size_schedule: list[str] | None = key(
-        None, "image sizes by fraction of the run, such as 0:128 0.5:160 0.8:224", group="data", metavar="FRACTION:SIZE"
+    streaming: bool | None = data_key(None, "read the data in place, block by block", "true for remote data")
+    allow_data_change: bool = checkpoint_key(False, "resume although the data differs from the checkpoint's")
+    max_bad_fraction: float = data_key(0.01, "stop when a larger fraction of the images can't be decoded", free=True)
+    eval_crop_pct: float = evaluation_key(
+        0.875, "fraction of the resized side that the evaluation crop keeps, e.g. 224 of 256", free=False
     )
-    mask_ratio_schedule: list[str] | None = key(
-        None, "mask ratios by fraction of the run, such as 0:0.6 0.5:0.75", group="masking", metavar="FRACTION:RATIO"
+    image_mean: list[float] | None = data_key(
+        None, "mean of each channel, for pixels in [0, 1]", "ImageNet's for 8-bit RGB, else measured"
     )
-    streaming: bool | None = key(
-        None, "read the data in place, block by block", group="data", shown="true for remote data"
+    image_std: list[float] | None = data_key(
+        None, "standard deviation of each channel, for pixels in [0, 1]", "ImageNet's for 8-bit RGB, else measured"
     )
-    allow_data_change: bool = key(
-        False, "resume although the data differs from the checkpoint's", group="checkpoints", free=True
+    quality_steps: int | None = evaluation_key(
+        None, "steps between two measurements of kNN, linear accuracy and RankMe; 0 for none", "a fifth of the run"
     )
-    max_bad_fraction: float = key(
-        0.01, "stop when a larger fraction of the images can't be decoded", group="data", free=True
+    quality_samples: int = evaluation_key(2000, "training images for these measurements; half as many are classified")
+    push_to_hub: str | None = checkpoint_key(
+        None, "Hub repository that receives each checkpoint and the final model", card=False, metavar="USER/NAME"
     )
-    eval_crop_pct: float = key(
-        0.875, "fraction of the resized side that the evaluation crop keeps, e.g. 224 of 256", group="evaluation"
-    )
-    image_mean: list[float] | None = key(
-        None,
-        "mean of each channel, for pixels in [0, 1]",
-        group="data",
-        shown="ImageNet's for 8-bit RGB, else measured",
-    )
-    image_std: list[float] | None = key(
-        None,
-        "standard deviation of each channel, for pixels in [0, 1]",
-        group="data",
-        shown="ImageNet's for 8-bit RGB, else measured",
-    )
-    quality_steps: int | None = key(
-        None,
-        "steps between two measurements of kNN, linear accuracy and RankMe; 0 for none",
-        group="evaluation",
-        free=True,
-        shown="a fifth of the run",
-    )
-    quality_samples: int = key(
-        2000, "training images for these measurements; half as many are classified", group="evaluation", free=True
-    )
-    push_to_hub: str | None = key(
-        None,
-        "Hub repository that receives each checkpoint and the final model",
-        group="checkpoints",
-        free=True,
-        card=False,
-        metavar="USER/NAME",
-    )
-    hub_private_repo: bool = key(
-        False, "require that the Hub repository is private", group="checkpoints", free=True, card=False
-    )
-    model_size: Literal["tiny", "small", "base", "large", "huge"] = key(
-        "base", "row of the table of model sizes", group="model"
-    )
+    hub_private_repo: bool = checkpoint_key(False, "require that the Hub repository is private", card=False)
+    model_size: Literal["tiny", "small", "base", "large", "huge"] = model_key("base", "row of the table of model sizes")
 
 
 @dataclass
@@ -232,10 +183,6 @@ class PretrainRecipe(ModelKeys, PretrainRunKeys):
     """All keys of `hf-mae pretrain`; the bases in this order put `model_size` before what it sets."""
 
     command: ClassVar[str] = "pretrain"
-
-    @property
-    def images_per_step(self) -> int:
-        return self.total_batch_size // self.masks_per_image
 
     @property
     def image_sizes(self) -> list[tuple[float, Any]]:
@@ -247,26 +194,23 @@ class PretrainRecipe(ModelKeys, PretrainRunKeys):
         """(fraction of the run, mask ratio) as `mask_ratio_schedule` says; empty without one."""
         return _points("mask_ratio_schedule", self.mask_ratio_schedule, float)
 
-    def micro_batch(self, ranks: int) -> tuple[int, int]:
-        return micro_batch(self.total_batch_size, self.per_device_batch_size, ranks, masks=self.masks_per_image)
-
     def to_dict(self) -> dict[str, Any]:
         """All keys, flat, as a recipe file has them; those of the model only if they were given."""
         return {name: value for name, value in asdict(self).items() if value is not None or name not in MODEL_KEYS}
 
     def check(self) -> None:
         super().check()
-        check_crop_pct(self.eval_crop_pct)
+        self.check_fraction("eval_crop_pct", "0.875 is the usual one")
         _ = self.image_sizes, self.mask_ratios  # raise if they can't be read
-        self.check_range("masks_per_image", 1)
+        self.check_range("masks_per_image", low=1)
         if self.total_batch_size % self.masks_per_image:
             raise UserError(
                 f"total_batch_size {self.total_batch_size} is not a multiple of masks_per_image "
                 f"{self.masks_per_image}; it counts each image as often as it is masked"
             )
-        self.check_range("max_bad_fraction", 0, 1)
-        self.check_range("quality_steps", 0)
-        self.check_range("quality_samples", 2)
+        self.check_range("max_bad_fraction", high=1)
+        self.check_range("quality_steps")
+        self.check_range("quality_samples", low=2)
 
 
 def _points(name: str, words: list[str] | None, read: Callable[[str], T]) -> list[tuple[float, T]]:
@@ -274,9 +218,3 @@ def _points(name: str, words: list[str] | None, read: Callable[[str], T]) -> lis
         return read_points(words, read) if words is not None else []
     except ValueError as error:
         raise UserError(f"{name} {error}") from error
-
-
-def check_crop_pct(eval_crop_pct: float) -> None:
-    """Raise a UserError for a fraction outside (0, 1]."""
-    if not 0 < eval_crop_pct <= 1:
-        raise UserError(f"eval_crop_pct {eval_crop_pct} lies outside (0, 1]; 0.875 is the usual one")

@@ -13,7 +13,6 @@ def micro_batch(
         per_device_batch_size: images at once, capped at a process's share of the step. When None, the largest size
             that fits, up to `most`.
         ranks: processes.
-        most: images at once when `per_device_batch_size` is None.
         masks: of each decoded image. `total_batch_size` counts an image once for each mask, and all its masks are in
             one micro-batch.
 

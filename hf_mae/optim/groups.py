@@ -37,14 +37,9 @@ def adamw(model: nn.Module, betas: tuple[float, float], weight_decay: float) -> 
 
 
 def layer_of(name: str, depth: int) -> int:
-    """The layer that a parameter of an encoder or classifier belongs to.
+    """The layer of a parameter, by its name in an encoder or classifier of `depth` blocks.
 
-    Args:
-        name: as `named_parameters` gives it, with or without the prefix of the encoder.
-        depth: blocks of the encoder.
-
-    Returns:
-        0 for class token, positions and patch projection, i + 1 for block i, depth + 1 for all that follows.
+    0 for class token, positions and patch projection, i + 1 for block i, depth + 1 for all that follows.
     """
     if match := re.search(r"(?:^|\.)layers\.(\d+)\.", name):
         return int(match[1]) + 1
@@ -90,10 +85,8 @@ def train_last_blocks(model: Any, blocks: str) -> None:
 
     Args:
         model: a classifier.
-        blocks: "all" (nothing is frozen), a number of blocks, or "0.5": of the last block the MLP with its LayerNorm.
-
-    Raises:
-        ValueError: for anything else.
+        blocks: "all" (nothing is frozen), a number of blocks, or "0.5": of the last block the MLP with its LayerNorm;
+            a ValueError for anything else.
     """
     depth: int = model.config.num_hidden_layers
     if blocks == "all":

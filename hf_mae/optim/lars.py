@@ -12,12 +12,7 @@ class LARS(torch.optim.Optimizer):
     trust_coefficient * |p|; one-dimensional parameters (biases) are neither scaled nor decayed. Then
     buffer = momentum * buffer + u and p = p - lr * buffer. Where |p| or |u| is 0, u stays as it is.
 
-    Args:
-        parameters: as for every torch optimizer.
-        lr: set before each step.
-        momentum: of the buffer.
-        weight_decay: 0 in linear probing.
-        trust_coefficient: length of an update relative to its parameter's, at lr 1.
+    `lr` is set before each step.
     """
 
     def __init__(

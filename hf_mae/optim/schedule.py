@@ -30,14 +30,11 @@ def read_points(words: Sequence[str], read: Callable[[str], T]) -> list[tuple[fl
     """A value that changes during a run, as it is typed: FRACTION:VALUE, the value from that part of the run on.
 
     Args:
-        words: e.g. `["0:128", "0.5:160", "0.8:224"]`.
+        words: e.g. `["0:128", "0.5:160", "0.8:224"]`; a ValueError unless the fractions begin at 0 and rise, below 1.
         read: turns the text of a value into the value.
 
     Returns:
-        (fraction, value), fractions from 0, rising, below 1.
-
-    Raises:
-        ValueError: for anything else.
+        (fraction, value) of each word.
     """
     try:
         points = [(float(at), read(value)) for at, _, value in (word.partition(":") for word in words)]
