@@ -7,5 +7,3 @@ from .image_processing_mae import MAEImageProcessor
 from .image_processing_pil_mae import MAEImageProcessorPil
 
 AUTO_CLASSES = {"AutoImageProcessor": {"torchvision": MAEImageProcessor, "pil": MAEImageProcessorPil}}
-
-__all__ = ["AUTO_CLASSES"]

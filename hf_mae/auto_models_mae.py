@@ -13,5 +13,3 @@ AUTO_CLASSES = {
     "AutoModelForImageClassification": MAEForImageClassification,
     "AutoBackbone": MAEBackbone,
 }
-
-__all__ = ["AUTO_CLASSES"]

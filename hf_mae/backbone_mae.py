@@ -25,8 +25,7 @@ from .modeling_mae import MAEKwargs, MAEPreTrainedModel
 class MAERescale(nn.Module):
     """A feature map at a power of two times its resolution, D wide as before (arXiv:2203.16527, Fig. 2).
 
-    Up by transposed convolutions that double it, with LayerNorm and activation between two of them; down by max
-    pooling.
+    Up by transposed convolutions that double it, with LayerNorm and activation in between; down by max pooling.
     """
 
     def __init__(self, config: MAEConfig, scale: float):
@@ -110,6 +109,3 @@ class MAEBackbone(BackboneMixin, MAEPreTrainedModel):
             sources = maps * len(self.pyramid) if len(maps) == 1 else maps
             maps = [rescale(source) for rescale, source in zip(self.pyramid, sources, strict=True)]
         return BackboneOutput(feature_maps=tuple(maps))
-
-
-__all__ = ["MAEBackbone", "MAERescale"]

@@ -86,17 +86,12 @@ class MAEForImageClassification(MAEPreTrainedModel):
                 )
             loss = F.mse_loss if problem == "regression" else F.binary_cross_entropy_with_logits
             return loss(logits, rows.float())
-        if labels.ndim == 1 and not labels.is_floating_point():
+        classes = labels.ndim == 1 and not labels.is_floating_point()
+        rows = labels.shape == logits.shape and labels.is_floating_point()
+        if classes or (rows and torch.allclose(labels.sum(dim=1), labels.new_ones(len(labels)), atol=1e-2)):
             return F.cross_entropy(logits, labels)
-        if labels.shape == logits.shape and labels.is_floating_point():
-            total = labels.sum(dim=1)
-            if torch.allclose(total, torch.ones_like(total), atol=1e-2):
-                return F.cross_entropy(logits, labels)
         raise ValueError(
             f"labels of shape {tuple(labels.shape)} and type {labels.dtype} are neither class indices (B,) nor rows of "
             f"{logits.shape[1]} that sum to 1; for several labels or numbers set config.problem_type to "
             '"multi_label_classification" or "regression"'
         )
-
-
-__all__ = ["MAEForImageClassification"]

@@ -18,20 +18,17 @@ SIZES: dict[str, dict[str, int]] = {
     "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
     "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
     "huge": {
-        "hidden_size": 1280,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 16,
-        "intermediate_size": 5120,
+        "hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "intermediate_size": 5120,
         "patch_size": 14,
     },
-}
+}  # fmt: skip
 
 
 @strict
 class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
     """Configuration of an MAE; the defaults are ViT-B/16 with the paper's decoder.
 
-    Keys have the names of transformers' `ViTMAEConfig` where both know the thing.
+    Keys have the names of transformers' `ViTMAEConfig` wherever it has the same setting.
 
     Args:
         hidden_size: encoder width D, a multiple of 4 (sin-cos positions) and of the heads.
@@ -42,8 +39,8 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
         layer_norm_eps: epsilon of every LayerNorm (1e-6 in the original).
         initializer_range: std of the class and mask tokens.
         qkv_bias: whether the attention's query, key and value projection has a bias.
-        drop_path_rate: stochastic depth of the last encoder block, in [0, 1); it rises linearly from 0 at
-            the first. 0 in pretraining, 0.1 to 0.3 in fine-tuning (Table 9).
+        drop_path_rate: stochastic depth of the last encoder block, in [0, 1); it rises linearly from 0 at the first.
+            0 in pretraining, 0.1 to 0.3 in fine-tuning (Table 9).
         image_size: pixels, one side or (height, width).
         patch_size: pixels, one side or (height, width); must divide `image_size`.
         num_channels: C, any number from 1.
@@ -53,26 +50,23 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
         decoder_intermediate_size: width of the decoder's MLPs.
         decoder_attention: "self": self-attention over visible and mask tokens, as in the paper; "cross": each mask
             token attends to the visible ones alone (CrossMAE, arXiv:2401.14391), which predicts removed patches only.
-        decoder_fusion: with "cross", let each decoder block read its own learned sum of what the encoder's embedding
-            and blocks give, instead of the last one's output ("inter-block attention" in CrossMAE).
+        decoder_fusion: with "cross", each decoder block reads its own learned sum of what the encoder's embedding and
+            blocks give, instead of the last one's output ("inter-block attention" in CrossMAE).
         mask_ratio: fraction of patches removed in pretraining, in [0, 1) (Fig. 5).
         prediction_ratio: with "cross", fraction of all patches that is predicted in training, in (0, `mask_ratio`]
             (0.25 in CrossMAE's recipe); all removed ones when None, and always in evaluation.
         mask_strategy: "random" patches, or "block": random rectangles (Table 1f).
-        mask_cell: side, in patches, of the square cells that are kept or removed as one; must divide
-            the patch grid. 1 is the paper's; 2 and 4 make the task harder at high resolution.
+        mask_cell: side, in patches, of the square cells that are kept or removed as one; must divide the patch grid.
+            1 is the paper's; 2 and 4 make the task harder at high resolution.
         norm_pix_loss: predict pixels normalised by their patch's mean and standard deviation (Table 1d).
-        eval_mask_seed: seed of the masks of an evaluation that brings no noise, mask or generator of
-            its own, so that its loss is comparable from one evaluation to the next.
-        pooling: what one vector stands for an image: "mean" of the patch tokens, or "cls", the class token.
-        head_initializer_range: std of the classifier's weight: 2e-5 in the fine-tuning recipe, 0.01 in
-            linear probing.
+        eval_mask_seed: seed of the masks in an evaluation that isn't given noise, a mask or a generator: its loss can
+            then be compared from one evaluation to the next.
+        pooling: which vector stands for an image: "mean" of the patch tokens, or "cls", the class token.
+        head_initializer_range: std of the classifier's weight: 2e-5 in the fine-tuning recipe, 0.01 in linear probing.
         trainable_positions: make the position tables parameters, as the original's fine-tuning does.
-        position_resize: how the tables follow another image size: "sincos" makes them anew,
-            "interpolate" resamples them (2-D, bicubic), "auto" makes untouched tables anew and
-            resamples those that were trained or came from elsewhere.
-        reshape_hidden_states: whether the backbone's feature maps are (B, D, H/P, W/P) or all tokens
-            (B, 1 + N, D).
+        position_resize: how the tables follow another image size: "sincos" makes them anew, "interpolate" resamples
+            them (2-D, bicubic), "auto" makes untouched tables anew and resamples trained or converted ones.
+        reshape_hidden_states: whether the backbone's feature maps are (B, D, H/P, W/P) or all tokens (B, 1 + N, D).
         pyramid_scales: resolution of each of the backbone's maps relative to the patch grid, powers of two: with
             patches of 16 pixels, [4, 2, 1, 0.5] gives strides 4, 8, 16 and 32. All from one of `out_indices`
             (arXiv:2203.16527, Fig. 2), or each from its own, as BEiT and MAE are measured on ADE20K. None: no pyramid.
@@ -130,11 +124,7 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def of_checkpoint(cls, place: Any, **loading: Any) -> "MAEConfig":
-        """The configuration that is stored with a model.
-
-        Args:
-            place: folder or Hub id.
-            **loading: keywords of a model's `from_pretrained`; those that concern the place are used.
+        """The configuration of a model in a folder or Hub repository; `loading` are keywords of its `from_pretrained`.
 
         Raises:
             ValueError: if the model isn't an MAE of this package.
@@ -161,8 +151,8 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
     @property
     def grid_size(self) -> tuple[int, int]:
         """Patches from top to bottom and from left to right."""
-        (height, width), (patch_height, patch_width) = self.image_height_width, self.patch_height_width
-        return height // patch_height, width // patch_width
+        (H, W), (P, Q) = self.image_height_width, self.patch_height_width
+        return H // P, W // Q
 
     @property
     def num_patches(self) -> int:
@@ -186,13 +176,11 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(f"{key} {value} has {len(value)} numbers; give one, or a height and a width")
             if min(_pair(value)) < 1:
                 raise ValueError(f"{key} {value} is not positive; give pixels from 1")
-        (height, width), (patch_height, patch_width) = self.image_height_width, self.patch_height_width
-        if height % patch_height or width % patch_width:
-            nearest = [max(1, round(height / patch_height)) * patch_height]
-            nearest.append(max(1, round(width / patch_width)) * patch_width)
+        (H, W), (P, Q) = self.image_height_width, self.patch_height_width
+        if H % P or W % Q:
+            h, w = max(1, round(H / P)), max(1, round(W / Q))
             raise ValueError(
-                f"image_size {height}x{width} is not a multiple of patch_size {patch_height}x{patch_width}; "
-                f"the nearest that fits is {nearest[0]}x{nearest[1]}"
+                f"image_size {H}x{W} is not a multiple of patch_size {P}x{Q}; the nearest that fits is {h * P}x{w * Q}"
             )
 
     def _check_widths(self) -> None:
@@ -217,19 +205,14 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
             )
 
     def patch_grid(self, shape: Sequence[int], any_size: bool) -> tuple[int, int]:
-        """The patches (h, w) of a batch of images, or an error that names what doesn't fit.
-
-        Args:
-            shape: of the batch, (B, C, H, W).
-            any_size: accept images of another size than `image_size`.
+        """The patch grid (h, w) of a batch of this shape (B, C, H, W); `any_size` accepts others than `image_size`.
 
         Raises:
             ValueError: if the shape has other dimensions or channels, or its size doesn't fit.
         """
         if len(shape) != 4:
             raise ValueError(f"pixel_values have shape {tuple(shape)}; pass (batch, channels, height, width)")
-        _, C, H, W = shape
-        (height, width), (P, Q) = self.image_height_width, self.patch_height_width
+        (_, C, H, W), (height, width), (P, Q) = shape, self.image_height_width, self.patch_height_width
         if self.num_channels != C:
             raise ValueError(
                 f"pixel_values have {C} channels, the model {self.num_channels}; convert the images, or load the model "
@@ -275,6 +258,3 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
 
 def _pair(size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-__all__ = ["SIZES", "MAEConfig"]

@@ -43,11 +43,10 @@ class SavedWithCode:
 
         Args:
             save_directory: folder.
-            *args: as in transformers.
             with_code: save the code too, and say in the JSON file what each Auto class finds in it. A folder without
                 code doesn't mention any, even if it was loaded from one with code. Classes that are registered by
                 `register_for_auto_class`, as transformers does when it loads such code, are always saved with it.
-            **kwargs: as in transformers; `push_to_hub=True` saves the code too.
+            *args, **kwargs: as in transformers; `push_to_hub=True` saves the code too.
         """
         with self._saving_code(with_code or bool(kwargs.get("push_to_hub"))):
             return super().save_pretrained(save_directory, *args, **kwargs)
@@ -59,8 +58,7 @@ class SavedWithCode:
 
     def _saving_code(self, with_code: bool) -> AbstractContextManager[None]:
         """While it lasts, code is saved if it is wanted or if the class is registered. A model's config sees to it."""
-        config: NamesCode = self.config
-        return config._saving_code(with_code or self._auto_class is not None)
+        return self.config._saving_code(with_code or self._auto_class is not None)
 
 
 class NamesCode(SavedWithCode):

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from transformers.image_processing_base import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict, load_image
+from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -25,7 +25,7 @@ from .hub_code_mae import NamesCode
 def resize_bands(
     image: np.ndarray, size: tuple[int, int], resample: int, box: tuple[float, float, float, float] | None = None
 ) -> np.ndarray:
-    """Resize every band with Pillow's filters; what leaves is of the dtype that came in.
+    """Resize every band with Pillow's filters; the dtype stays.
 
     Args:
         image: (H, W, C) uint8, uint16 or float32.
@@ -41,25 +41,24 @@ def resize_bands(
     """
     if image.ndim != 3 or image.dtype not in (np.uint8, np.uint16, np.float32):
         raise ValueError(
-            f"resize_bands got shape {image.shape} and dtype {image.dtype}; pass (height, width, bands) as "
-            "uint8, uint16 or float32"
+            f"resize_bands got shape {image.shape} and dtype {image.dtype}; pass (height, width, bands) as uint8, "
+            "uint16 or float32"
         )
     height, width = size
     if image.dtype == np.uint8 and image.shape[-1] == 3:  # the bits of the band-by-band path, in one call
         return np.array(Image.fromarray(image).resize((width, height), resample, box))
-    # of more than 8 bits Pillow filters mode F alone; its double accumulator loses nothing of a uint16
-    bands = np.moveaxis(image if image.dtype == np.uint8 else image.astype(np.float32), -1, 0)
-    resized = np.stack(
-        [np.asarray(Image.fromarray(band).resize((width, height), resample, box)) for band in bands], axis=-1
-    )
+    # Of more than 8 bits Pillow filters mode F alone; its double accumulator loses nothing of a uint16.
+    filtered = image if image.dtype == np.uint8 else image.astype(np.float32)
+    bands = [Image.fromarray(band) for band in np.moveaxis(filtered, -1, 0)]
+    resized = np.stack([np.asarray(band.resize((width, height), resample, box)) for band in bands], axis=-1)
     return resized.round().clip(0, 65535).astype(np.uint16) if image.dtype == np.uint16 else resized
 
 
 def to_opaque(image: Image.Image, num_channels: int) -> Image.Image:
     """An 8-bit image in Pillow's mode L (1 channel) or RGB (3), with white behind what is transparent.
 
-    So do the image processors of transformers 5.24 where they convert to RGB. Those of 5.17, and the reference code
-    of MAE, drop the alpha band, and show whatever colour lies under transparent pixels.
+    The image processors of transformers 5.24 do the same when they convert to RGB. Those of 5.17, and the reference
+    code of MAE, drop the alpha band: the colours under transparent pixels then show.
     """
     if image.has_transparency_data:
         opaque = image.convert("RGBA")
@@ -71,16 +70,14 @@ def to_opaque(image: Image.Image, num_channels: int) -> Image.Image:
 def pil_to_array(image: Image.Image, num_channels: int, do_convert_rgb: bool = True) -> np.ndarray:
     """Pixels of a Pillow image for a model of `num_channels` bands, at the image's own bit depth.
 
-    8-bit modes go through `to_opaque`.
-
     Args:
-        image: any mode.
+        image: any mode; 8-bit modes go through `to_opaque`.
         num_channels: 1, 3, or 4 for an RGBA or CMYK image.
         do_convert_rgb: with 3 channels, accept other modes than RGB.
 
     Returns:
-        (H, W) or (H, W, C); uint8, uint16 (modes I and I;16), or float32 (mode F). A grey image of more than
-        8 bits stays one band: Pillow's own conversion of it to RGB would clip at 255.
+        (H, W) or (H, W, C); uint8, uint16 (modes I and I;16), or float32 (mode F). A grey image of more than 8 bits
+        stays one band: Pillow's own conversion of it to RGB would clip at 255.
 
     Raises:
         ValueError: if the mode cannot give `num_channels` bands, or a mode I image exceeds 16 bits.
@@ -89,25 +86,23 @@ def pil_to_array(image: Image.Image, num_channels: int, do_convert_rgb: bool = T
         return np.array(image)
     if num_channels not in (1, 3):
         raise ValueError(
-            f"a Pillow image of mode {image.mode} cannot give num_channels={num_channels} bands; pass an "
-            f"array of shape ({num_channels}, height, width)"
+            f"a Pillow image of mode {image.mode} cannot give num_channels={num_channels} bands; pass an array of "
+            f"shape ({num_channels}, height, width)"
         )
     if num_channels == 3 and image.mode != "RGB" and not do_convert_rgb:
         raise ValueError(
-            f"a Pillow image of mode {image.mode} does not have the num_channels=3 bands of RGB; pass "
-            "do_convert_rgb=True"
+            f"a Pillow image of mode {image.mode} does not have the num_channels=3 bands of RGB; "
+            "pass do_convert_rgb=True"
         )
     if image.mode.startswith("I"):
         array = np.array(image)
         if array.min() < 0 or array.max() > 65535:
             raise ValueError(
-                f"a Pillow image of mode {image.mode} has values from {array.min()} to {array.max()}, beyond "
-                "the 16 bits 0..65535; pass it as a float32 array"
+                f"a Pillow image of mode {image.mode} has values from {array.min()} to {array.max()}, beyond the 16 "
+                "bits 0..65535; pass it as a float32 array"
             )
         return array.astype(np.uint16)
-    if image.mode == "F":
-        return np.array(image)
-    return np.array(to_opaque(image, num_channels))
+    return np.array(image if image.mode == "F" else to_opaque(image, num_channels))
 
 
 def to_bands(
@@ -120,17 +115,17 @@ def to_bands(
     """One image as bands, channels first, at the bit depth that `rescale_factor` expects.
 
     Args:
-        image: a Pillow image; or (H, W), (C, H, W) or (H, W, C) of any numeric dtype. Which axis holds the
-            bands is read off from `num_channels`, the first axis if both could.
+        image: a Pillow image; or (H, W), (C, H, W) or (H, W, C) of any numeric dtype. The axis of the bands is the one
+            with `num_channels` entries, the first if both have them.
         num_channels: bands of the result.
-        rescale_factor: 1/255 brings 16-bit images to 0..255 (divided by 257, rounded), 1/65535 brings 8-bit
-            images to 0..65535 (times 257); any other value, or None, leaves the numbers alone.
+        rescale_factor: 1/255 brings 16-bit images to 0..255 (divided by 257, rounded), 1/65535 brings 8-bit images to
+            0..65535 (times 257); any other value, or None, leaves the numbers alone.
         input_data_format: "channels_first" or "channels_last" overrules the shape.
         do_convert_rgb: with 3 channels, repeat a single band and composite a fourth (alpha) on white.
 
     Returns:
-        (C, H, W) uint8; or int32 that holds 16 bits 0..65535, for torch has few operations on uint16; or
-        float32, which every other dtype becomes with its values unchanged.
+        (C, H, W) uint8; or int32 that holds 16 bits 0..65535, because torch has few operations on uint16; or float32,
+        which every other dtype becomes with its values unchanged.
 
     Raises:
         ValueError: if no axis has `num_channels` entries, or by `pil_to_array`.
@@ -139,9 +134,8 @@ def to_bands(
         image = pil_to_array(image, num_channels, do_convert_rgb)
         input_data_format = ChannelDimension.LAST
     if isinstance(image, np.ndarray):  # torch takes no flipped views and no foreign byte order (TIFF, FITS)
-        bands = torch.from_numpy(np.require(image, image.dtype.newbyteorder("="), ["C", "W"]))
-    else:
-        bands = image
+        image = torch.from_numpy(np.require(image, image.dtype.newbyteorder("="), ["C", "W"]))
+    bands = image
     if bands.dtype != torch.uint8:
         bands = bands.to(torch.int32 if bands.dtype == torch.uint16 else torch.float32)
     to_rgb = num_channels == 3 and do_convert_rgb
@@ -175,8 +169,8 @@ def _channels_first(
                 return image.movedim(axis, 0)
     remedy = "convert it to grey first, or set" if num_channels == 1 else "move the bands there, or set"
     raise ValueError(
-        f"an image of shape {shape} does not have num_channels={num_channels} bands on its {where} axis; "
-        f"{remedy} num_channels to the number of its bands"
+        f"an image of shape {shape} does not have num_channels={num_channels} bands on its {where} axis; {remedy} "
+        "num_channels to the number of its bands"
     )
 
 
@@ -185,8 +179,8 @@ def _composite_on_white(rgba: torch.Tensor) -> torch.Tensor:
     white = {torch.uint8: 255, torch.int32: 65535, torch.float32: 1}[rgba.dtype]
     if white == 1 and (rgba.min() < 0 or rgba.max() > 1):
         raise ValueError(
-            f"a float RGBA image has values from {rgba.min():g} to {rgba.max():g}, beyond [0, 1]; pass its "
-            "three colour bands, or all four as uint8"
+            f"a float RGBA image has values from {rgba.min():g} to {rgba.max():g}, beyond [0, 1]; pass its three "
+            "colour bands, or all four as uint8"
         )
     alpha = rgba[3:].float() / white
     rgb = rgba[:3].float() * alpha + white * (1 - alpha)
@@ -197,8 +191,8 @@ def resized_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
     """(height, width) in pixels after a resize to `size`, rounded down on the long side as torchvision does.
 
     Raises:
-        ValueError: if `size` has other keys than "shortest_edge", or "height" and "width"; if a line of pixels
-            would become an image that Pillow would not open for its size.
+        ValueError: if `size` has other keys than "shortest_edge", or "height" and "width"; if a line of pixels would
+            become an image that is too large for Pillow to open.
     """
     sides = dict(size)
     if sides.keys() == {"shortest_edge"}:
@@ -207,7 +201,7 @@ def resized_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
         if Image.MAX_IMAGE_PIXELS is not None and resized[0] * resized[1] > Image.MAX_IMAGE_PIXELS:
             raise ValueError(
                 f"an image of {height} x {width} pixels would be resized to {resized[0]} x {resized[1]}, beyond "
-                f"PIL.Image.MAX_IMAGE_PIXELS; cut its middle out first"
+                "PIL.Image.MAX_IMAGE_PIXELS; cut its middle out first"
             )
         return resized
     if sides.keys() == {"height", "width"}:
@@ -220,8 +214,8 @@ def center_spans(
 ) -> tuple[tuple[slice, slice], tuple[tuple[int, int], tuple[int, int]]]:
     """The (rows, columns) to keep, and the zeros (before, after) to put where a side is too short.
 
-    torchvision's CenterCrop rounds half of an odd margin to the even pixel, transformers' rounds it down: of
-    margins 4k + 3 the two are one pixel apart. This is torchvision's.
+    torchvision's CenterCrop rounds half of an odd margin to the even pixel, transformers' rounds it down: for margins
+    of 4k + 3 the two are one pixel apart. This is torchvision's.
 
     Raises:
         ValueError: if `crop_size` has other keys than "height" and "width".
@@ -240,11 +234,7 @@ def center_spans(
 
 
 def per_channel(name: str, value: float | tuple[float, ...], num_channels: int) -> tuple[float, ...]:
-    """One number for each channel, a single one repeated.
-
-    Raises:
-        ValueError: if there are neither one nor `num_channels` numbers.
-    """
+    """One number for each channel; a single one is repeated, any other count is a ValueError."""
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     if len(values) not in (1, num_channels):
         raise ValueError(
@@ -283,14 +273,10 @@ class MAEImageProcessorBase(NamesCode, BaseImageProcessor):
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Open paths and URLs; local files keep their mode, where transformers' loader would clip 16 bits."""
-        if isinstance(image_url_or_urls, (list, tuple)):
-            return [self.fetch_images(image) for image in image_url_or_urls]
-        if not isinstance(image_url_or_urls, str):
-            return super().fetch_images(image_url_or_urls)
-        if not os.path.isfile(image_url_or_urls):
-            return load_image(image_url_or_urls)
-        with Image.open(image_url_or_urls) as image:
-            return ImageOps.exif_transpose(image)
+        if isinstance(image_url_or_urls, str) and os.path.isfile(image_url_or_urls):
+            with Image.open(image_url_or_urls) as image:
+                return ImageOps.exif_transpose(image)
+        return super().fetch_images(image_url_or_urls)
 
     def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list:
         """A flat list of images. transformers' own would refuse (H, W) arrays, which are one band here."""
@@ -305,13 +291,9 @@ class MAEImageProcessorBase(NamesCode, BaseImageProcessor):
         return flat(self.fetch_images(images))
 
     def _to_bands(self, image: Any, kwargs: dict[str, Any]) -> torch.Tensor:
-        return to_bands(
-            image,
-            kwargs["num_channels"],
-            kwargs["rescale_factor"] if kwargs["do_rescale"] else None,
-            kwargs["input_data_format"],
-            kwargs["do_convert_rgb"],
-        )
+        rescale_factor = kwargs["rescale_factor"] if kwargs["do_rescale"] else None
+        layout, to_rgb = kwargs["input_data_format"], kwargs["do_convert_rgb"]
+        return to_bands(image, kwargs["num_channels"], rescale_factor, layout, to_rgb)
 
     def _preprocess_image_like_inputs(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
         if kwargs["do_normalize"]:  # before an image is decoded

@@ -18,12 +18,11 @@ from .image_processing_base_mae import MAEImageProcessorBase, center_spans, resi
 class MAEImageProcessor(MAEImageProcessorBase, TorchvisionBackend):
     """Images of any kind -> `pixel_values`, by torchvision.
 
-    Equal to `MAEImageProcessorPil`, and so to the reference evaluation transform, up to one step of uint8 (or
-    uint16) in the 1 % of pixels that the two libraries' filters round differently; on noise, two steps in one
-    pixel of 100,000.
+    Equal to `MAEImageProcessorPil`, and so to the reference evaluation transform, up to one step of uint8 (or uint16)
+    in the 1 % of pixels that the two libraries' filters round differently; on noise, two steps in one pixel of 100,000.
 
-    What `num_channels` does to an image is described at `to_bands` and `pil_to_array`: alpha is composited on
-    white, 16 bits are scaled and never clipped, and any number of bands is taken from arrays and tensors.
+    `to_bands` and `pil_to_array` describe what `num_channels` does to an image: alpha is composited on white, 16 bits
+    are scaled and never clipped, and arrays and tensors may have any number of bands.
     """
 
     def process_image(self, image: Any, **kwargs: Any) -> torch.Tensor:

@@ -21,8 +21,8 @@ class MAEImageProcessorPil(MAEImageProcessorBase, PilBackend):
     On RGB images it gives the bits of the reference evaluation transform: torchvision's Resize(256, bicubic),
     CenterCrop(224), ToTensor and Normalize (facebookresearch/mae, `util/datasets.py`).
 
-    What `num_channels` does to an image is described at `to_bands` and `pil_to_array`: alpha is composited on
-    white, 16 bits are scaled and never clipped, and any number of bands is taken from arrays.
+    `to_bands` and `pil_to_array` describe what `num_channels` does to an image: alpha is composited on white, 16 bits
+    are scaled and never clipped, and arrays may have any number of bands.
     """
 
     def process_image(self, image: Any, **kwargs: Any) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The layers of encoder and decoders, in the order in which the data flows."""
+"""The layers in the order in which the data flows: embedding, encoder blocks, decoders; then their initial values."""
 
 # Shape letters in this file
 #   B images   C channels   H, W pixels   P, Q patch height and width in pixels   V = P*Q*C numbers in a patch
@@ -18,8 +18,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_mae import MAEConfig
 from .masking_mae import gather_tokens, patchify
-
-# ---------------------------------------------------------------------------------------------- embedding
 
 
 def sincos_table(grid_size: tuple[int, int], width: int, device: torch.device | str | None = None) -> torch.Tensor:
@@ -89,8 +87,7 @@ class MAEPositions(nn.Module):
 class MAEPatchEmbed(nn.Module):
     """Linear projection of patches, with the weight of a convolution, (D, C, P, Q), as every ViT stores it.
 
-    Not an `nn.Conv2d`: programs that replace every convolution they find by another would put one here that expects
-    images.
+    Not an `nn.Conv2d`: programs that replace every convolution would put one here that expects images.
     """
 
     def __init__(self, config: MAEConfig):
@@ -144,23 +141,11 @@ class MAEEmbeddings(nn.Module):
         return torch.cat([class_token, tokens], dim=1)
 
 
-# ---------------------------------------------------------------------------------------------- transformer
-
-
 def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None, scaling: float, **_: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention in plain operations, which returns its weights (B, heads, queries, keys)."""
     scores = query @ key.transpose(-2, -1) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
@@ -191,9 +176,8 @@ class MAEAttention(nn.Module):
         heads = (-1, width // self.head_dim, self.head_dim)
         parts = [part for some in projections for part in some.unflatten(-1, heads).unbind(2)]
         query, key, value = (part.transpose(1, 2) for part in parts)  # each (B, heads, length, head_dim)
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation or "eager", eager_attention_forward
-        )
+        name = self.config._attn_implementation or "eager"
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         hidden_states, weights = attention(self, query, key, value, None, scaling=self.scaling, dropout=0.0, **kwargs)
         return self.proj(hidden_states.reshape(B, length, width)), weights
 
@@ -229,18 +213,13 @@ class MAEDropPath(nn.Module):
 
 
 class MAELayer(GradientCheckpointingLayer):
-    """Pre-norm transformer block of the encoder or, with its sizes, of a decoder."""
+    """Pre-norm transformer block of the encoder or a decoder; `sizes` are its width, its heads and the MLP's width."""
 
     def __init__(
-        self,
-        config: MAEConfig,
-        width: int,
-        num_heads: int,
-        mlp_width: int,
-        drop_path_rate: float = 0.0,
-        memory_width: int | None = None,
+        self, config: MAEConfig, sizes: tuple[int, int, int], drop_path_rate: float, memory_width: int | None = None
     ):
         super().__init__()
+        width, num_heads, mlp_width = sizes
         self.norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.attention = MAEAttention(config, width, num_heads, memory_width)
         self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
@@ -254,20 +233,11 @@ class MAELayer(GradientCheckpointingLayer):
 
 def encoder_layers(config: MAEConfig) -> nn.ModuleList:
     """The encoder's blocks; drop path rises linearly with depth."""
+    sizes = config.hidden_size, config.num_attention_heads, config.intermediate_size
     last = max(config.num_hidden_layers - 1, 1)
     return nn.ModuleList(
-        MAELayer(
-            config,
-            config.hidden_size,
-            config.num_attention_heads,
-            config.intermediate_size,
-            config.drop_path_rate * index / last,
-        )
-        for index in range(config.num_hidden_layers)
+        MAELayer(config, sizes, config.drop_path_rate * index / last) for index in range(config.num_hidden_layers)
     )
-
-
-# ---------------------------------------------------------------------------------------------- decoders
 
 
 class MAEDecoder(nn.Module):
@@ -281,10 +251,9 @@ class MAEDecoder(nn.Module):
             self.decoder_embed = nn.Linear(config.hidden_size, E)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, E))
         self.decoder_pos_embed = MAEPositions(config, E)
-        heads, mlp_width = config.decoder_num_attention_heads, config.decoder_intermediate_size
+        sizes = E, config.decoder_num_attention_heads, config.decoder_intermediate_size
         self.decoder_layers = nn.ModuleList(
-            MAELayer(config, E, heads, mlp_width, memory_width=memory_width)
-            for _ in range(config.decoder_num_hidden_layers)
+            MAELayer(config, sizes, 0, memory_width) for _ in range(config.decoder_num_hidden_layers)
         )
         self.decoder_norm = nn.LayerNorm(E, eps=config.layer_norm_eps)
         self.decoder_pred = nn.Linear(E, P * Q * config.num_channels)
@@ -292,15 +261,9 @@ class MAEDecoder(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, ids_restore: torch.Tensor, grid_size: tuple[int, int]
     ) -> torch.Tensor:
-        """Predict all patches.
+        """(B, 1 + K, D) class token and visible tokens, in shuffled order -> (B, N, V) pixels, in image order.
 
-        Args:
-            hidden_states: (B, 1 + K, D) class token and visible tokens, in shuffled order.
-            ids_restore: (B, N) index that puts a shuffled sequence back in image order.
-            grid_size: (h, w) patches.
-
-        Returns:
-            (B, N, V) pixels, in image order.
+        `ids_restore` (B, N) puts a shuffled sequence back in image order.
         """
         tokens = self.decoder_embed(hidden_states)
         class_token, visible = tokens[:, :1], tokens[:, 1:]
@@ -352,16 +315,9 @@ class MAECrossDecoder(MAEDecoder):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, memory: torch.Tensor | tuple[torch.Tensor, ...], ids: torch.Tensor, grid_size: tuple[int, int]
     ) -> torch.Tensor:
-        """Predict the wanted patches.
+        """(B, 1 + K, D) class token and visible tokens, in any order -> (B, N, V) pixels, zero in patches not in `ids`.
 
-        Args:
-            memory: (B, 1 + K, D) class token and visible tokens, in any order; with `config.decoder_fusion` a tuple of
-                them: the encoder's embedding, then the output of each of its blocks.
-            ids: (B, M) wanted patches.
-            grid_size: (h, w) patches.
-
-        Returns:
-            (B, N, V) pixels, in image order; zero where unwanted.
+        With `config.decoder_fusion` the memory is a tuple: the encoder's embedding, then the output of each block.
         """
         shape = (ids.shape[0], grid_size[0] * grid_size[1], self.decoder_pred.out_features)
         if ids.shape[1] == 0:
@@ -373,9 +329,6 @@ class MAECrossDecoder(MAEDecoder):
             hidden_states = layer(hidden_states, one)
         predicted = self.decoder_pred(self.decoder_norm(hidden_states))
         return predicted.new_zeros(shape).scatter(1, ids.unsqueeze(-1).expand_as(predicted), predicted)
-
-
-# ---------------------------------------------------------------------------------------------- initial values
 
 
 def initialize(module: nn.Module, config: MAEConfig) -> None:

@@ -51,23 +51,6 @@ def normalize_patches(patches: torch.Tensor) -> torch.Tensor:
     return (patches - mean) / (variance + 1e-6).sqrt()
 
 
-def random_masking(noise: torch.Tensor, len_keep: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Keep the patches with the smallest noise (Sec. 3, "Masking": shuffle, keep the first).
-
-    Args:
-        noise: (B, N) sort keys; equal keys stay in image order.
-        len_keep: K.
-
-    Returns:
-        ids_shuffle: (B, N) patch indices, the K kept ones first.
-        mask: (B, N) 1 = removed, 0 = kept, in image order.
-        ids_restore: (B, N) index that puts a shuffled sequence back in image order.
-    """
-    ids_shuffle = noise.argsort(dim=1, stable=True)
-    ids_restore = ids_shuffle.argsort(dim=1)
-    return ids_shuffle, (ids_restore >= len_keep).to(noise.dtype), ids_restore
-
-
 def hashed_noise(seed: int, count: int, device: torch.device) -> torch.Tensor:
     """(count,) numbers in [0, 1) that are a function of the seed and of their place: equal on every device.
 
@@ -77,6 +60,12 @@ def hashed_noise(seed: int, count: int, device: torch.device) -> torch.Tensor:
     for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
         bits = (bits ^ (bits >> shift)) * factor % 2**32
     return ((bits ^ (bits >> 15)) >> 8) / 2**24  # 24 bits: what a float32 holds exactly
+
+
+def eval_noise(config: MAEConfig, pixel_values: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+    """(B, N) from U[0, 1), the same at every call: row i belongs to the i-th image of a batch."""
+    B, N = pixel_values.shape[0], grid_size[0] * grid_size[1]
+    return hashed_noise(config.eval_mask_seed, B * N, pixel_values.device).view(B, N)
 
 
 def cell_noise(noise: torch.Tensor, grid_size: tuple[int, int], cell: int) -> torch.Tensor:
@@ -110,27 +99,33 @@ def block_noise(noise: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor
     return (inside * order).amax(dim=1).flatten(1) + noise
 
 
+class ChosenPatches(NamedTuple):
+    """Which patches of a batch the encoder sees; all but the grid are None when it sees them all."""
+
+    grid_size: tuple[int, int]  # (h, w) patches of these images
+    ids_keep: torch.Tensor | None = None  # (B, K) the kept patches, in the order in which the encoder gets them
+    ids_shuffle: torch.Tensor | None = None  # (B, N) all patches, the kept ones first
+    ids_restore: torch.Tensor | None = None  # (B, N) index that puts a shuffled sequence back in image order
+    mask: torch.Tensor | None = None  # (B, N) 1 = removed, 0 = kept, in image order
+
+
+def random_masking(noise: torch.Tensor, len_keep: int, grid_size: tuple[int, int]) -> ChosenPatches:
+    """Keep the K patches with the smallest noise (B, N), of equal ones the first (Sec. 3, "Masking")."""
+    ids_shuffle = noise.argsort(dim=1, stable=True)
+    ids_restore = ids_shuffle.argsort(dim=1)
+    mask = (ids_restore >= len_keep).to(noise.dtype)
+    return ChosenPatches(grid_size, ids_shuffle[:, :len_keep], ids_shuffle, ids_restore, mask)
+
+
 def one_mask(mask: torch.Tensor | None, bool_masked_pos: torch.Tensor | None) -> torch.Tensor | None:
-    """The caller's mask, under whichever of its two names it came."""
+    """The caller's mask, whichever of its two names it came under."""
     if mask is not None and bool_masked_pos is not None:
         raise ValueError("mask and bool_masked_pos are two names of one thing, and both came; pass one of them")
     return mask if bool_masked_pos is None else bool_masked_pos
 
 
-def check_per_patch(name: str, tensor: torch.Tensor | None, shape: tuple[int, int]) -> None:
-    """Refuse a caller's noise or mask that doesn't have one number for each patch (B, N)."""
-    if tensor is not None and tuple(tensor.shape) != shape:
-        raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}, the images {shape} (images, patches); pass one number per patch"
-        )
-
-
 def count_kept(mask: torch.Tensor) -> int:
-    """K, the zeros in each row of a caller's mask (B, N).
-
-    Raises:
-        ValueError: if the rows keep different numbers, or nothing.
-    """
+    """K, the zeros in each row of a caller's mask (B, N); rows that differ, or keep nothing, are refused."""
     counts = (mask == 0).sum(dim=1)
     fewest, most = int(counts.min()), int(counts.max())
     if fewest != most:
@@ -142,24 +137,6 @@ def count_kept(mask: torch.Tensor) -> int:
     return fewest
 
 
-class ChosenPatches(NamedTuple):
-    """Which patches of a batch the encoder sees; all but the grid are None when it sees them all.
-
-    Args:
-        grid_size: (h, w) patches of these images.
-        ids_keep: (B, K) the kept patches, in the order in which the encoder gets them.
-        ids_shuffle: (B, N) all patches, the kept ones first.
-        ids_restore: (B, N) index that puts a shuffled sequence back in image order.
-        mask: (B, N) 1 = removed, 0 = kept, in image order.
-    """
-
-    grid_size: tuple[int, int]
-    ids_keep: torch.Tensor | None = None
-    ids_shuffle: torch.Tensor | None = None
-    ids_restore: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
-
-
 def choose_patches(
     config: MAEConfig,
     pixel_values: torch.Tensor,
@@ -169,16 +146,9 @@ def choose_patches(
     mask: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> ChosenPatches:
-    """Which patches the encoder sees: all, unless a ratio, noise, a mask or a generator asks for fewer.
+    """Which patches of images (B, C, H, W) the encoder sees; the arguments are those of `MAEModel`.
 
-    Args:
-        config: of the model.
-        pixel_values: (B, C, H, W).
-        grid_size: (h, w) patches of these images.
-        mask_ratio: as for `MAEModel`, like the rest.
-        noise: (B, N).
-        mask: (B, N).
-        generator: draws the noise.
+    All of them, unless a ratio, noise, a mask or a generator asks for fewer.
 
     Raises:
         ValueError: if mask, noise or ratio fit neither the images nor each other.
@@ -186,8 +156,12 @@ def choose_patches(
     if mask_ratio is None and noise is None and mask is None and generator is None:
         return ChosenPatches(grid_size)
     shape = pixel_values.shape[0], grid_size[0] * grid_size[1]
-    check_per_patch("noise", noise, shape)
-    check_per_patch("mask", mask, shape)
+    for name, given in (("noise", noise), ("mask", mask)):
+        if given is not None and tuple(given.shape) != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(given.shape)}, the images {shape} (images, patches); "
+                "pass one number per patch"
+            )
     if mask is not None:
         if noise is not None or mask_ratio is not None or generator is not None:
             raise ValueError(
@@ -196,8 +170,7 @@ def choose_patches(
         # Sorted by the mask itself: kept patches come first, in image order.
         len_keep, noise = count_kept(mask), (mask != 0).to(torch.float32)
     else:
-        ratio = config.mask_ratio if mask_ratio is None else mask_ratio
-        len_keep = config.num_kept_patches(ratio, grid_size)
+        len_keep = config.num_kept_patches(config.mask_ratio if mask_ratio is None else mask_ratio, grid_size)
         if noise is None:
             device = pixel_values.device if generator is None else generator.device
             noise = torch.rand(*shape, generator=generator, device=device)
@@ -205,5 +178,4 @@ def choose_patches(
             noise = block_noise(noise, grid_size)
         if config.mask_cell > 1:
             noise = cell_noise(noise, grid_size, config.mask_cell)
-    ids_shuffle, mask, ids_restore = random_masking(noise.to(pixel_values.device), len_keep)
-    return ChosenPatches(grid_size, ids_shuffle[:, :len_keep], ids_shuffle, ids_restore, mask)
+    return random_masking(noise.to(pixel_values.device), len_keep, grid_size)

@@ -22,26 +22,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_mae import SIZES, MAEConfig
 from .hub_code_mae import SavedWithCode
-from .layers_mae import (
-    MAEAttention,
-    MAECrossDecoder,
-    MAEDecoder,
-    MAEEmbeddings,
-    MAELayer,
-    MAEPatchEmbed,
-    MAEPositions,
-    encoder_layers,
-    initialize,
-)
-from .masking_mae import (
-    ChosenPatches,
-    choose_patches,
-    gather_tokens,
-    hashed_noise,
-    normalize_patches,
-    one_mask,
-    patchify,
-)
+from .layers_mae import MAEAttention, MAECrossDecoder, MAEDecoder, MAEEmbeddings, MAELayer, encoder_layers, initialize
+from .masking_mae import ChosenPatches, choose_patches, eval_noise, gather_tokens, normalize_patches, one_mask, patchify
 
 
 class MAEKwargs(TypedDict, total=False):
@@ -129,18 +111,18 @@ class MAEPreTrainedModel(SavedWithCode, PreTrainedModel):  # pyright: ignore[rep
     ) -> Any:
         """Load as every transformers model does; also at another `image_size` or with other `num_channels`.
 
-        The checkpoint is loaded as it is and then moved by `resize_input`, so that nothing is dropped on the way.
+        The checkpoint is loaded at its own size and then moved by `resize_input`, so that no weights are dropped.
         """
         if pretrained_model_name_or_path is None or kwargs.get("state_dict") is not None:
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
         stored = MAEConfig.of_checkpoint(pretrained_model_name_or_path, **kwargs)
+        own = {key: getattr(stored, key) for key in ("image_size", "num_channels")}
         if isinstance(config, PreTrainedConfig):
+            target = {key: getattr(config, key) for key in own}
             config = copy.deepcopy(config)
-            target = {key: getattr(config, key) for key in ("image_size", "num_channels")}
-            for key in target:
-                setattr(config, key, getattr(stored, key))
+            config.update(own)
         else:
-            target = {key: kwargs.pop(key, getattr(stored, key)) for key in ("image_size", "num_channels")}
+            target = {key: kwargs.pop(key, value) for key, value in own.items()}
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded).resize_input(**target)
         return loaded
@@ -150,9 +132,9 @@ class MAEPreTrainedModel(SavedWithCode, PreTrainedModel):  # pyright: ignore[rep
     ) -> None:
         """Move the model to another image size or channel count, in place.
 
-        Position tables follow `config.position_resize`. Channels follow the rule "mean": every new channel starts
-        from the mean of the old channels' filters, scaled so that the sum over channels keeps its size, and the
-        decoder predicts for it the mean of what it predicted for the old ones.
+        Position tables follow `config.position_resize`. Every new channel starts from the mean of the old channels'
+        filters, scaled so that the sum over channels stays, and the decoder predicts for it the mean of what it
+        predicted for the old ones.
 
         Args:
             image_size: pixels, one side or (height, width); unchanged when omitted.
@@ -162,15 +144,15 @@ class MAEPreTrainedModel(SavedWithCode, PreTrainedModel):  # pyright: ignore[rep
             ValueError: if the size is not a multiple of the patch size.
         """
         new = copy.deepcopy(self.config)
-        new.image_size = self.config.image_size if image_size is None else image_size
-        if isinstance(new.image_size, tuple):
-            new.image_size = list(new.image_size)
-        new.num_channels = self.config.num_channels if num_channels is None else num_channels
+        if image_size is not None:
+            new.image_size = list(image_size) if isinstance(image_size, tuple) else image_size
+        if num_channels is not None:
+            new.num_channels = num_channels
         new._check()
         self.config.image_size, self.config.num_channels = new.image_size, new.num_channels
         for module in self.modules():
-            if isinstance(module, (MAEPositions, MAEPatchEmbed, MAEDecoder)):
-                module.follow(new)
+            if follow := getattr(module, "follow", None):  # position tables, patch projection, decoder
+                follow(new)
 
     def _refuse_unknown(self, kwargs: MAEKwargs) -> None:
         """A misspelt argument must not vanish among the keyword arguments that transformers passes through."""
@@ -180,7 +162,7 @@ class MAEPreTrainedModel(SavedWithCode, PreTrainedModel):  # pyright: ignore[rep
 
 
 class MAEModel(MAEPreTrainedModel):
-    """The encoder. Without `mask_ratio`, `noise`, `mask` or `generator` it sees every patch, always alike."""
+    """The encoder. Without `mask_ratio`, `noise`, `mask` or `generator` it sees every patch, deterministically."""
 
     def __init__(self, config: MAEConfig, add_final_norm: bool = True):
         super().__init__(config)
@@ -276,8 +258,7 @@ class MAEForPreTraining(MAEPreTrainedModel):
         Args:
             pixel_values: (B, C, H, W) normalised pixels.
             mask_ratio: `config.mask_ratio` when omitted. This and the other arguments are those of `MAEModel`.
-            noise: drawn when omitted: anew in training; in evaluation by `config.eval_mask_seed`, the same for each
-                batch.
+            noise: drawn when omitted; in evaluation by `config.eval_mask_seed`, the same numbers for each batch.
             mask: all that it removes is predicted, whatever `config.prediction_ratio` says.
             generator: draws the noise.
             bool_masked_pos: another name for `mask`.
@@ -291,10 +272,10 @@ class MAEForPreTraining(MAEPreTrainedModel):
         """
         grid_size = self.config.patch_grid(pixel_values.shape, interpolate_pos_encoding)
         mask = one_mask(mask, bool_masked_pos)
-        if mask is None and noise is None and generator is None and not self.training:
-            noise = self.eval_noise(pixel_values, grid_size)
-        if mask is None and mask_ratio is None:
-            mask_ratio = self.config.mask_ratio
+        if mask is None:
+            mask_ratio = self.config.mask_ratio if mask_ratio is None else mask_ratio
+            if noise is None and generator is None and not self.training:
+                noise = eval_noise(self.config, pixel_values, grid_size)
         chosen = choose_patches(self.config, pixel_values, grid_size, mask_ratio, noise, mask, generator)
         # return_dict also where the config says False
         encoded = self.mae(pixel_values, chosen=chosen, return_dict=True, **kwargs)
@@ -313,20 +294,11 @@ class MAEForPreTraining(MAEPreTrainedModel):
     def decode(self, encoded: MAEModelOutput, chosen: ChosenPatches, ids: torch.Tensor) -> torch.Tensor:
         """(B, N, V) predicted patches in image order: all, or those of `ids` (B, M) by the "cross" decoder."""
         if self.config.decoder_attention == "cross":
-            memory = encoded.last_hidden_state if encoded.features is None else encoded.features
-            return self.decoder(memory, ids, chosen.grid_size)
+            return self.decoder(encoded.features or encoded.last_hidden_state, ids, chosen.grid_size)
         return self.decoder(encoded.last_hidden_state, chosen.ids_restore, chosen.grid_size)
 
-    def eval_noise(self, pixel_values: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
-        """(B, N) from U[0, 1), the same at every call: row i belongs to the i-th image of a batch."""
-        B, N = pixel_values.shape[0], grid_size[0] * grid_size[1]
-        return hashed_noise(self.config.eval_mask_seed, B * N, pixel_values.device).view(B, N)
-
     def patch_target(self, pixel_values: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
-        """What `logits` should be, (B, N, V) float32, or of the patches `ids` (B, M) alone, (B, M, V).
-
-        With `norm_pix_loss` each patch is normalised by itself.
-        """
+        """What `logits` should be, (B, N, V) float32, or (B, M, V) of `ids` alone; normalised with `norm_pix_loss`."""
         target = patchify(pixel_values.float(), self.config.patch_height_width, ids)
         return normalize_patches(target) if self.config.norm_pix_loss else target
 
@@ -336,7 +308,6 @@ class MAEForPreTraining(MAEPreTrainedModel):
         With `partly`, as many of them as `config.prediction_ratio` says: those that would have been kept next, so that
         the noise that draws a mask draws them too.
         """
-        assert chosen.ids_keep is not None
         assert chosen.ids_shuffle is not None
         kept, end = chosen.ids_keep.shape[1], chosen.ids_shuffle.shape[1]
         if partly and self.config.prediction_ratio is not None:
@@ -376,17 +347,3 @@ def mae_vit_large(**config_overrides: Any) -> MAEForPreTraining:
 def mae_vit_huge(**config_overrides: Any) -> MAEForPreTraining:
     """MAE with a ViT-H/14 encoder, random weights; keys of `MAEConfig` override the table of sizes."""
     return MAEForPreTraining(MAEConfig(**{**SIZES["huge"], **config_overrides}))
-
-
-__all__ = [
-    "MAEForPreTraining",
-    "MAEForPreTrainingOutput",
-    "MAEModel",
-    "MAEModelOutput",
-    "MAEPreTrainedModel",
-    "mae_vit_base",
-    "mae_vit_huge",
-    "mae_vit_large",
-    "mae_vit_small",
-    "mae_vit_tiny",
-]

@@ -57,11 +57,8 @@ class RunFolder:
         return _table(config.get("recipe", {}), self.config_file), _table(config.get("derived", {}), self.config_file)
 
     def append_event(self, event: dict[str, Any]) -> None:
-        """Append one event, which has a `step`; on a line of its own, even if the last one was cut off."""
-        with self.metrics_file.open("ab+") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
-            whole = file.read() in (b"", b"\n")
-            file.write((b"" if whole else b"\n") + json.dumps(event).encode() + b"\n")
+        """Append one event, which has a `step`."""
+        append_line(self.metrics_file, event)
 
     def events(self) -> list[dict[str, Any]]:
         """All events, as they were logged."""
@@ -236,6 +233,15 @@ def _read_lines(path: Path, belongs: Callable[[dict[str, Any]], bool]) -> list[d
         first = skipped[0].decode(errors="replace")
         logger.warning("%s: %d lines skipped that were cut off or aren't ours, e.g. %.40s", path, len(skipped), first)
     return kept
+
+
+def append_line(path: Path, value: dict[str, Any]) -> None:
+    """Append to a JSON lines file, on a line of its own even if the last one was cut off. Other processes may, too."""
+    with path.open("ab+") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        whole = file.read() in (b"", b"\n")
+        # One write of a short line: lines of other processes don't get mixed up with it.
+        file.write((b"" if whole else b"\n") + json.dumps(value).encode() + b"\n")
 
 
 def _write_lines(path: Path, values: Sequence[dict[str, Any]]) -> None:

@@ -62,8 +62,8 @@ class BadImage(ValueError):
         super().__init__(message)
         self.reason = reason
 
-    def __reduce__(self):
-        return type(self), (str(self), self.reason)
+
+BadSample = tuple[str, str]  # the key of a row that can't be used, and the reason
 
 
 def decode_image(
@@ -112,14 +112,8 @@ def decode_image(
 def load_image(data: bytes | np.ndarray | BadImage, least: int) -> Image.Image | np.ndarray:
     """Decode one sample to what it is stored as, a PIL image of any mode or an array of any shape.
 
-    Args:
-        data: as for `decode_image`.
-        least: a JPEG may be decoded at a half, a quarter or an eighth of its sides, as long as the shorter one keeps
-            this many pixels.
-
-    Raises:
-        BadImage: for every fault of the data.
-        MissingPackage: where tifffile is needed and not installed.
+    A JPEG may be decoded at a half, a quarter or an eighth of its sides, as long as the shorter one keeps `least`
+    pixels. `data` and errors are those of `decode_image`.
     """
     with as_bad_image():
         image = _read(data, None)
@@ -131,18 +125,10 @@ def load_image(data: bytes | np.ndarray | BadImage, least: int) -> Image.Image |
 
 
 def probe_image(data: bytes | np.ndarray | BadImage) -> tuple[int, str]:
-    """Say which `num_channels` and `dtype` fit a sample.
+    """The `num_channels` and `dtype` that fit a sample; `data` and errors are those of `decode_image`.
 
-    Args:
-        data: as for `decode_image`.
-
-    Returns:
-        Channels, and `uint8`, `uint16` or `float32`. Every colour or palette image that Pillow reads counts as 3,
-        with transparency or without; an array has as many channels as its shorter end axis is long.
-
-    Raises:
-        BadImage: for every fault of the data that its header shows.
-        MissingPackage: where tifffile is needed and not installed.
+    Every colour or palette image that Pillow reads counts as 3 channels, with transparency or without; an array has as
+    many as its shorter end axis is long. Of most files only the header is read.
     """
     with as_bad_image():
         image = _read(data, None)
@@ -217,9 +203,9 @@ def _decode_fast(data: bytes, num_channels: int, min_pixels: int) -> np.ndarray 
             return None
         _check_size(width, height, data)
         factor = _factor(width, height, min_pixels)
-        least = (height // factor, width // factor) if factor > 1 else (0, 0)
+        least = {"min_height": height // factor, "min_width": width // factor}
         # strict: what libjpeg only warns of is an error.
-        return simplejpeg.decode_jpeg(data, colorspace, min_height=least[0], min_width=least[1], strict=True)
+        return simplejpeg.decode_jpeg(data, colorspace, **least, strict=True)
     except BadImage:
         raise
     except ValueError:
@@ -237,13 +223,11 @@ def _check_shape(shape: Sequence[int], num_channels: int | None) -> None:
         raise BadImage(f"shape {tuple(shape)} is not that of one image", "WrongChannels")
     if min(shape) < 1:
         raise BadImage(f"shape {tuple(shape)} has no pixels", "EmptyFile")
-    limit = Image.MAX_IMAGE_PIXELS
-    elements = int(np.prod(shape, dtype=np.float64))
+    limit = Image.MAX_IMAGE_PIXELS or math.inf
     height, width = sorted(shape)[-2:]
-    # The second bound is on memory: a few kilobytes of compressed TIFF may claim thousands of bands.
-    if max(shape) > MAX_SIDE or (
-        limit is not None and (height * width > limit or elements > limit * max(num_channels or 64, 4))
-    ):
+    # This bound is on memory: a few kilobytes of compressed TIFF may claim thousands of bands.
+    too_deep = math.prod(shape) > limit * max(num_channels or 64, 4)
+    if max(shape) > MAX_SIDE or height * width > limit or too_deep:
         raise BadImage(f"shape {tuple(shape)}, at most {limit} pixels are decoded", "TooManyPixels")
 
 
@@ -280,14 +264,13 @@ def _read_tiff(data: bytes, num_channels: int | None) -> Image.Image | np.ndarra
 
 def _count_frames(image: Image.Image, most: int) -> int:
     """Frames of a file, or `most`: they may be any number, and the time of Pillow's own count grows with its square."""
-    for frame in range(1, most):
-        try:
-            image.seek(frame)
-        except EOFError:
-            most = frame
-            break
+    frames = 1
+    with contextlib.suppress(EOFError):
+        while frames < most:
+            image.seek(frames)
+            frames += 1
     image.seek(0)
-    return most
+    return frames
 
 
 def _read_with_tifffile(data: bytes, num_channels: int | None) -> np.ndarray:
@@ -354,10 +337,8 @@ def _to_channels_last(array: np.ndarray, num_channels: int) -> np.ndarray:
     for channels in (num_channels, 1) if num_channels == 3 else (num_channels,):
         if array.ndim == 2 and channels == 1:
             banded = array[:, :, None]
-        elif array.ndim == 3 and array.shape[0] == channels:
-            banded = np.moveaxis(array, 0, -1)
-        elif array.ndim == 3 and array.shape[-1] == channels:
-            banded = array
+        elif array.ndim == 3 and channels in (array.shape[0], array.shape[-1]):
+            banded = np.moveaxis(array, 0, -1) if array.shape[0] == channels else array
         else:
             continue
         return np.broadcast_to(banded, (*banded.shape[:2], num_channels))
@@ -365,10 +346,16 @@ def _to_channels_last(array: np.ndarray, num_channels: int) -> np.ndarray:
     raise BadImage(message, "WrongChannels")
 
 
-def _to_dtype(array: np.ndarray, dtype: str) -> np.ndarray:
+def to_native(array: np.ndarray) -> np.ndarray:
+    """Numbers in the byte order of this machine, truth values as 0 and 255."""
+    if array.dtype.kind not in "buif":
+        raise BadImage(f"the image holds {array.dtype}, which is no number", "WrongDtype")
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    if array.dtype == np.bool_:
-        array = array.astype(np.uint8) * 255
+    return array.astype(np.uint8) * 255 if array.dtype == np.bool_ else array
+
+
+def _to_dtype(array: np.ndarray, dtype: str) -> np.ndarray:
+    array = to_native(array)
     if array.dtype.kind == "f" and dtype == "float32":
         array = array.astype(np.float32, copy=False)
         if not np.isfinite(array).all():
@@ -390,13 +377,8 @@ def _to_dtype(array: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _natural_dtype(array: np.ndarray) -> str:
-    """The smallest of our dtypes that keeps every value."""
-    if array.dtype == np.bool_ or array.dtype == np.uint8:
-        return "uint8"
-    if array.dtype.kind not in "uif":
-        raise BadImage(f"the image holds {array.dtype}, which is no number", "WrongDtype")
-    if array.dtype.newbyteorder("=") == np.uint16:
-        return "uint16"
+    """The smallest of our dtypes that keeps every value; 16-bit data stays that, however small its values are."""
+    array = to_native(array)
     if array.dtype.kind == "f" or int(array.min()) < 0 or int(array.max()) > 65_535:
         return "float32"
-    return "uint8" if int(array.max()) <= 255 else "uint16"
+    return "uint8" if int(array.max()) <= 255 and array.dtype != np.uint16 else "uint16"

@@ -1,6 +1,5 @@
 """Labelled images one by one, as a Trainer wants them: decoded, cropped, changed and normalised."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import DataError
 from ..image_processing_mae import MAEImageProcessor
+from ..run_folder import append_line
 from .augment import sample_rng, training_view
-from .decode import BadImage, decode_image
+from .decode import BadImage, BadSample, decode_image
 from .loader import each_batch, ignore_termination
 from .mix import Mixing, RandAugment, RandomErasing
 from .order import Rows
@@ -20,8 +20,6 @@ from .transform import ImageSpec, evaluation_view, make_normalizer
 
 # A data set with only a few bad images doesn't give this many of them in a row.
 TRIES = 10
-
-BadSample = tuple[str, str]  # key and reason
 
 
 class LabelledImages(Dataset):
@@ -101,17 +99,12 @@ class LabelledImages(Dataset):
                 return decode_image(row.image, self.spec.num_channels, self.spec.dtype, self.spec.min_pixels), index
             except BadImage as error:
                 message = f"{row.key}: {error}"
-                self._note(row.key, error)
+                if self.bad_file and self.epoch == 0:
+                    append_line(self.bad_file, {"key": row.key, "reason": error.reason})
             index = int(rng.integers(len(self.rows)))
             row = self.rows.read_one(index)
         name = self.rows.source.name
         raise DataError(f"{TRIES} random images of {name} in a row can't be decoded ({message}); check the data")
-
-    def _note(self, key: str, error: BadImage) -> None:
-        if self.bad_file and self.epoch == 0:
-            # One write of a short line: lines of other processes don't get mixed up with it.
-            with self.bad_file.open("a") as file:
-                file.write(json.dumps({"key": key, "reason": error.reason}) + "\n")
 
 
 class Collator:
@@ -160,17 +153,11 @@ def without_bad(rows: Rows, spec: ImageSpec, num_workers: int = 0) -> list[BadSa
     Raises:
         DataError: if none is left.
     """
-    reasons: list[BadSample | None] = []
     loader = DataLoader(
-        _Reasons(rows, spec),
-        batch_size=64,
-        num_workers=num_workers,
-        collate_fn=list,
-        worker_init_fn=ignore_termination if num_workers else None,
+        _Reasons(rows, spec), 64, num_workers=num_workers, collate_fn=list, worker_init_fn=ignore_termination
     )
-    batch: Any
-    for batch in each_batch(loader):
-        reasons += batch
+    batches: Any = each_batch(loader)
+    reasons: list[BadSample | None] = [reason for batch in batches for reason in batch]
     bad = [reason for reason in reasons if reason]
     if len(bad) == len(rows):
         key, reason = bad[0]

@@ -12,9 +12,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, SourceUnavailable
+import fsspec
+from huggingface_hub import HfApi
+
+from ..errors import DataError, SourceUnavailable, one_line
 from ..keys.data_keys import SourceKeys
-from .remote import is_remote, one_line, with_retries
+from .remote import is_remote, with_retries
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +80,7 @@ def locate(keys: SourceKeys) -> Place:
 def _locate(dataset: str, config_name: str | None, revision: str | None) -> Place:
     if dataset == "digits":
         return Place(dataset, "digits", {"train": []})
-    on_hub = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/?", dataset)
-    if on_hub:
+    if on_hub := re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/?", dataset):
         return _locate_on_hub(dataset, on_hub[1], config_name, on_hub[2] or revision)
     path = dataset.removeprefix("file://")
     if is_remote(path):
@@ -87,8 +89,7 @@ def _locate(dataset: str, config_name: str | None, revision: str | None) -> Plac
     if os.path.isdir(path):
         return _locate_folder(dataset, path, config_name)
     patterns = _expand_braces(path)
-    files = [file for pattern in patterns for file in _matches(pattern, required=len(patterns) > 1)]
-    if files:
+    if files := [file for pattern in patterns for file in _matches(pattern, required=len(patterns) > 1)]:
         return _locate_files(dataset, files)
     if dataset.startswith((".", "/", "~", "file:")) or dataset.count(os.sep) > 1 or dataset.endswith(_ARCHIVES):
         raise DataError(f"there is no file or folder {dataset}; check the path")
@@ -139,8 +140,7 @@ def _locate_folder(dataset: str, path: str, config_name: str | None) -> Place:
     if kind == "imagefolder" or kind is None:
         return _locate_images(dataset, path, names)
     # An absolute path: a relative one may be the name of one of the builders of `datasets`, such as `text`.
-    builder = load_builder(dataset, os.path.abspath(path), name=config_name)
-    return _from_builder(dataset, builder)
+    return _from_builder(dataset, load_builder(dataset, os.path.abspath(path), name=config_name))
 
 
 def _walk(root: str) -> Iterable[str]:
@@ -162,23 +162,15 @@ def _locate_images(dataset: str, root: str, names: list[str]) -> Place:
     names = [name for name in names if _kind(name) == "imagefolder"]
     if not names:
         raise DataError(f"no images in {dataset}; expected files ending in {' '.join(IMAGE_EXTENSIONS)}")
-    folders = Counter(name.split("/", 1)[0] for name in names if "/" in name)
-    split_folders: dict[str, str] = {}
-    for split, aliases in SPLIT_FOLDERS.items():
-        for alias in aliases:
-            if alias in folders and split not in split_folders:
-                split_folders[split] = f"{alias}/"
-    others = [name for name in folders if f"{name}/" not in split_folders.values()]
-    if split_folders and others:
-        logger.warning(
-            "%s has split folders (%s); its other folders are left out: %s",
-            dataset,
-            " ".join(split_folders.values()),
-            ", ".join(sorted(others)[:5]),
-        )
-    split_folders = split_folders or {"train": ""}
-    splits = {split: [name for name in names if name.startswith(folder)] for split, folder in split_folders.items()}
-    return Place(dataset, "imagefolder", splits, root, split_folders)
+    folders = {name.split("/", 1)[0] for name in names if "/" in name}
+    found = {split: [name for name in aliases if name in folders] for split, aliases in SPLIT_FOLDERS.items()}
+    class_level = {split: f"{aliases[0]}/" for split, aliases in found.items() if aliases} or {"train": ""}
+    others = sorted(name for name in folders if f"{name}/" not in class_level.values())
+    if others and any(found.values()):
+        message = "%s has split folders (%s); its other folders are left out: %s"
+        logger.warning(message, dataset, " ".join(class_level.values()), ", ".join(others[:5]))
+    splits = {split: [name for name in names if name.startswith(folder)] for split, folder in class_level.items()}
+    return Place(dataset, "imagefolder", splits, root, class_level)
 
 
 def _locate_files(dataset: str, files: list[str]) -> Place:
@@ -201,9 +193,16 @@ def common_folder(paths: list[str]) -> str:
     return os.path.commonprefix(paths).rpartition("/")[0]  # noqa: RUF071
 
 
-def _locate_url(dataset: str) -> Place:
-    import fsspec
+def short_names(urls: list[str]) -> list[str]:
+    """File names, with as many folders as make them unique."""
+    names = [posixpath.basename(url.split("?", 1)[0]) for url in urls]
+    if len(set(names)) == len(urls):
+        return names
+    folder = common_folder(urls)
+    return [url.removeprefix(f"{folder}/") for url in urls]
 
+
+def _locate_url(dataset: str) -> Place:
     files: list[str] = []
     for pattern in _expand_braces(dataset):
         try:
@@ -244,8 +243,6 @@ def _locate_url_folder(dataset: str, fs: Any, path: str) -> Place:
 
 def _locate_on_hub(dataset: str, repo: str, config_name: str | None, revision: str | None) -> Place:
     if "/" not in repo:
-        from huggingface_hub import HfApi
-
         # Names of one word are from the Hub's early days. They lead to a full one, which is what its files go by.
         try:
             repo = with_retries(lambda: HfApi().dataset_info(repo, revision=revision), dataset).id
@@ -258,12 +255,9 @@ def _locate_on_hub(dataset: str, repo: str, config_name: str | None, revision: s
 
 
 def load_builder(dataset: str, path: str, **options: Any) -> Any:
-    """`datasets.load_dataset_builder`, with its many exceptions as DataErrors.
+    """`datasets.load_dataset_builder(path)`, with its many exceptions as DataErrors about `dataset`.
 
-    Args:
-        dataset: what the user typed, for messages.
-        path: absolute local path, id on the Hub, or the name of a kind of files.
-        options: passed on.
+    A path is an absolute local one, an id on the Hub, or the name of a kind of files.
     """
     try:
         import datasets
@@ -282,9 +276,8 @@ def load_builder(dataset: str, path: str, **options: Any) -> Any:
 def _from_builder(dataset: str, builder: Any) -> Place:
     data_files = builder.config.data_files or {str(split): [] for split in builder.info.splits or {}}
     splits = {str(split): list(dict.fromkeys(map(str, files))) for split, files in data_files.items()}
-    place = Place(dataset, builder.name, splits, builder=builder)
-    if builder.repo_id is not None:
-        place.revision = builder.hash
+    revision = None if builder.repo_id is None else builder.hash
+    place = Place(dataset, builder.name, splits, builder=builder, revision=revision)
     if builder.name == "imagefolder":
         place.root = common_folder([file for files in splits.values() for file in files])
         for split, files in splits.items():

@@ -1,58 +1,51 @@
 """Rows of tables: Arrow tables mapped from the local disk, and parquet files read in place.
 
 `find_columns` chooses the columns of image and label for both. A parquet file is read one row group at a time, and a
-corrupt row group costs its own rows only; a mapped table is checked once, when it is opened.
+corrupt row group costs its own rows only; a mapped table is checked once, when it is opened. This module is imported
+where there is a table: datasets and pyarrow are of an extra.
 """
 
 import itertools
 import logging
-from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
+import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from datasets.table import embed_table_storage
 
-from ..errors import DataError
+from ..errors import DataError, nearest, one_line
 from .decode import BadImage
-from .remote import is_remote, one_line, open_bytes
-from .shards import Row, Source, in_threads
+from .locate import Place
+from .remote import is_remote, open_bytes
+from .shards import BlockSource, Row, Source, in_threads
 
 logger = logging.getLogger(__name__)
 
 LABEL_NAMES = ("label", "labels", "fine_label", "cls")
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Which columns of a table hold image and label."""
+def find_columns(features: datasets.Features, place: Place) -> tuple[str, str | None, list[str] | None]:
+    """Choose the columns of image and label, by name where the user gave one, else by type.
 
-    image: str
-    label: str | None
-    label_names: list[str] | None
+    Without a name, the image is the only column of type Image; where there is none, the only one of binary type; where
+    there is none either, the only one of nested numbers. The label is the only ClassLabel column, or one with a usual
+    name; there may be none.
 
-
-def find_columns(features: Any, image_column: str | None, label_column: str | None, where: str) -> Columns:
-    """Choose the columns of image and label, by name where one is given, else by type.
-
-    Args:
-        features: the `datasets.Features` of the table.
-        image_column: name, or None for the only column of type Image; where there is none, the only one of binary
-            type; where there is none either, the only one of nested numbers.
-        label_column: name, or None for the only ClassLabel column, or one with a usual name, or no label.
-        where: what the user typed, for messages.
+    Returns:
+        Both columns, and the names of the classes.
 
     Raises:
         DataError: for a name that isn't there, and if the choice is not clear.
     """
-    import datasets
-
+    where, image_column, label_column = place.name, place.image_column, place.label_column
     for flag, name in (("--image_column", image_column), ("--label_column", label_column)):
         if name is not None and name not in features:
-            near = get_close_matches(name, list(features), 1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise DataError(f"{where} has no column {name!r} for {flag}; {hint}its columns: {', '.join(features)}")
+            hint = nearest(name, features) or ";"
+            raise DataError(f"{where} has no column {name!r} for {flag}{hint} its columns: {', '.join(features)}")
     ranks = {name: rank for name, feature in features.items() if (rank := _image_rank(feature)) is not None}
     best = [name for name, rank in ranks.items() if rank == min(ranks.values())]
     if image_column is not None and image_column not in ranks:
@@ -67,13 +60,11 @@ def find_columns(features: Any, image_column: str | None, label_column: str | No
         label_column = classes[0] if len(classes) == 1 else (usual[0] if usual else None)
     label = features.get(label_column) if label_column else None
     names = list(label.names) if isinstance(label, datasets.ClassLabel) and label.names else None
-    return Columns(image_column or best[0], label_column, names)
+    return image_column or best[0], label_column, names
 
 
 def _image_rank(feature: Any) -> int | None:
     """0 for images, 1 for bytes, 2 for nested numbers; None for a column that can't hold images."""
-    import datasets
-
     if isinstance(feature, datasets.Image):
         return 0
     if isinstance(feature, dict):
@@ -92,8 +83,6 @@ def _image_rank(feature: Any) -> int | None:
 
 def image_of(value: Any) -> bytes | np.ndarray | BadImage:
     """The image in a cell of an image column (a `pyarrow.Scalar`), as `Row.image` has it."""
-    import pyarrow as pa
-
     if isinstance(value, pa.ExtensionScalar):
         value = value.value
     if isinstance(value, pa.StructScalar) and value.is_valid:
@@ -109,9 +98,6 @@ def image_of(value: Any) -> bytes | np.ndarray | BadImage:
 
 def _nested_array(value: Any) -> np.ndarray | BadImage:
     """Nested Arrow lists of equal lengths as an array, in the numbers' own dtype."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     values = value.values
     shape = [len(values)]
     while isinstance(values, (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)):
@@ -128,131 +114,87 @@ def _nested_array(value: Any) -> np.ndarray | BadImage:
 class ArrowSource(Source):
     """A `datasets.Dataset` on the local disk, mapped into memory: one shard.
 
-    Args:
-        name: what the user typed.
-        split: name of the split.
-        dataset: the table.
-        columns: of image and label.
-        follow_paths: read the files that rows name instead of holding bytes. Only for tables that `datasets` itself
-            made from files that it found.
+    `follow_paths` reads the files that rows name instead of holding bytes. Only for tables that `datasets` itself made
+    from files that it found.
 
     Raises:
         DataError: if the table is corrupt.
     """
 
-    def __init__(self, name: str, split: str, dataset: Any, columns: Columns, follow_paths: bool = False):
-        import pyarrow as pa
-
-        super().__init__(name, split, [split], [len(dataset)], random_access=True)
-        names = [columns.image] + ([columns.label] if columns.label else [])
-        self._table = dataset.select_columns(names).with_format("arrow")
+    def __init__(self, place: Place, split: str, dataset: Any, follow_paths: bool = False):
+        super().__init__(place.name, split, [split], [len(dataset)], random_access=True)
+        self._image, self._label, self.label_names = find_columns(dataset.features, place)
+        columns = [self._image, self._label] if self._label else [self._image]
+        self._table, self._follow_paths = dataset.select_columns(columns).with_format("arrow"), follow_paths
         try:
             # Arrow believes a mapped file, and one flipped bit of an offset ends the process at the row. This reads
             # the offsets of all rows and their texts, and none of the images.
             self._table.data.table.validate(full=True)
         except pa.ArrowException as error:
-            raise DataError(f"the table of {name} is corrupt ({one_line(error)}); make it again") from error
-        self._columns, self._follow_paths, self.label_names = columns, follow_paths, columns.label_names
+            raise DataError(f"the table of {place.name} is corrupt ({one_line(error)}); make it again") from error
 
     def read(self, shard: int, rows: Sequence[int]) -> list[Row]:
         if not rows:
             return []
         table = self._table[list(rows)]
         if self._follow_paths:
-            from datasets.table import embed_table_storage
-
             table = embed_table_storage(table)
-        images = table[self._columns.image]
-        labels = table[self._columns.label].to_pylist() if self._columns.label else [None] * len(rows)
+        images = table[self._image]
+        labels = table[self._label].to_pylist() if self._label else [None] * len(rows)
         return [self._row(shard, row, image_of(images[i]), labels[i]) for i, row in enumerate(rows)]
 
     def known_labels(self) -> list[Any]:
-        column = self._columns.label
+        column = self._label
         return self._table.select_columns(column)[:][column].to_pylist() if column else [None] * len(self)
 
 
-class ParquetSource(Source):
-    """Parquet files read in place, a row group at a time.
+class ParquetSource(BlockSource):
+    """Parquet files read in place, a row group at a time; `place` and `split` are what to read."""
 
-    Args:
-        name: what the user typed.
-        split: name of the split.
-        urls: local paths or URLs, a shard each.
-        names: for people, in the same order.
-        features: the `datasets.Features` where the data set declares them, else None: the first file's are used.
-        image_column: see `find_columns`.
-        label_column: see `find_columns`.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        split: str,
-        urls: list[str],
-        names: list[str],
-        features: Any,
-        image_column: str | None,
-        label_column: str | None,
-    ):
-        footers = in_threads(_read_footer, urls)
-        self._urls, self._metadata = urls, [metadata for metadata, _ in footers]
-        super().__init__(name, split, names, [m.num_rows for m in self._metadata], random_access=False)
+    def __init__(self, place: Place, split: str):
+        footers = in_threads(_read_footer, place.splits[split])
+        super().__init__(place, split, [edges for _, edges, _ in footers])
+        self._metadata = [metadata for metadata, _, _ in footers]
+        self.file_sizes = [size for _, _, size in footers]
         schemas = [metadata.schema.to_arrow_schema() for metadata in self._metadata]
-        features = features or _declared_features(schemas[0], names[0])
-        self._columns = find_columns(features, image_column, label_column, name)
-        for column in filter(None, (self._columns.image, self._columns.label)):
-            for schema, shard_name in zip(schemas, names, strict=True):
+        declared = place.builder.info.features if place.builder else None
+        features = declared or _declared_features(schemas[0], self.shard_names[0])
+        self._image, self._label, self.label_names = find_columns(features, place)
+        self._columns = [self._image, self._label] if self._label else [self._image]
+        for column in self._columns:
+            for schema, shard_name in zip(schemas, self.shard_names, strict=True):
                 if column not in schema.names:
-                    raise DataError(f"{shard_name} has no column {column!r}, which others of {name} have; leave it out")
-        self.label_names = self._columns.label_names
-        edges = [_row_group_edges(metadata) for metadata in self._metadata]
-        self._starts = [starts[:-1] for starts in edges]
-        self.blocks = [
-            (shard, start, stop)
-            for shard, starts in enumerate(edges)
-            for start, stop in itertools.pairwise(starts)
-            if stop > start
-        ]
-        self.file_sizes = [size for _, size in footers]
-        self._last: tuple[tuple[int, int], Any] | None = None
+                    message = f"{shard_name} has no column {column!r}, which others of {place.name} have"
+                    raise DataError(f"{message}; leave it out")
 
     def read(self, shard: int, rows: Sequence[int]) -> list[Row]:
         result = []
         for row in rows:
-            group = bisect_right(self._starts[shard], row) - 1
-            table = self._row_group(shard, group)
-            if isinstance(table, BadImage):
-                result.append(self._row(shard, row, table, None))
-                continue
-            at = row - self._starts[shard][group]
-            label = table[self._columns.label][at].as_py() if self._columns.label else None
-            result.append(self._row(shard, row, image_of(table[self._columns.image][at]), label))
+            start, table = self._block(shard, row)
+            image, label = table, None
+            if not isinstance(table, BadImage):
+                image = image_of(table[self._image][row - start])
+                label = table[self._label][row - start].as_py() if self._label else None
+            result.append(self._row(shard, row, image, label))
         return result
 
-    def _row_group(self, shard: int, group: int) -> Any:
-        """The two columns of a row group, the last one from memory; a `BadImage` for all its rows if it is corrupt."""
-        if self._last is None or self._last[0] != (shard, group):
-            self._last = None  # frees the memory of one before the next is fetched
-            table = self._read_row_group(shard, group)
-            if isinstance(table, BadImage) and is_remote(self._urls[shard]):
-                table = self._read_row_group(shard, group)  # perhaps it was the transfer
-            if isinstance(table, BadImage):
-                logger.warning("%s; its rows are skipped, and count as bad", table)
-            self._last = (shard, group), table
-        return self._last[1]
+    def _read_block(self, shard: int, number: int) -> tuple[int, Any]:
+        """A row group's first row and its columns; a `BadImage` for all its rows if it is corrupt."""
+        table = self._read_row_group(shard, number)
+        if isinstance(table, BadImage) and is_remote(self._urls[shard]):
+            table = self._read_row_group(shard, number)  # perhaps it was the transfer
+        if isinstance(table, BadImage):
+            logger.warning("%s; its rows are skipped, and count as bad", table)
+        return self._edges[shard][number], table
 
     def _read_row_group(self, shard: int, group: int) -> Any:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        columns = list(filter(None, (self._columns.image, self._columns.label)))
         with open_bytes(self._urls[shard]) as file:
             try:
                 # pre_buffer joins the column chunks into one request; no threads, for the sake of forked workers.
                 parquet = pq.ParquetFile(
                     file, metadata=self._metadata[shard], pre_buffer=True, page_checksum_verification=True
                 )
-                table = parquet.read_row_group(group, columns=columns, use_threads=False)
+                table = parquet.read_row_group(group, columns=self._columns, use_threads=False)
                 table.validate(full=True)  # text that is not UTF-8, which would be found out at a label
                 if len(table) != self._metadata[shard].row_group(group).num_rows:
                     raise pa.ArrowInvalid(f"it holds {len(table)} rows")
@@ -265,16 +207,16 @@ class ParquetSource(Source):
         return table
 
 
-def _read_footer(url: str) -> tuple[Any, int]:
-    """A parquet file's metadata, and its size in bytes."""
-    import pyarrow.parquet as pq
-
+def _read_footer(url: str) -> tuple[Any, list[int], int]:
+    """A parquet file's metadata; the first row of each row group, and the number of all rows; its size in bytes."""
     with open_bytes(url) as file:
         try:
             metadata = pq.ParquetFile(file).metadata
-            if _row_group_edges(metadata)[-1] != metadata.num_rows:
+            sizes = (metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+            edges = list(itertools.accumulate(sizes, initial=0))
+            if edges[-1] != metadata.num_rows:
                 raise ValueError(f"its row groups don't have {metadata.num_rows} rows together")
-            return metadata, file.seek(0, 2)
+            return metadata, edges, file.seek(0, 2)
         except DataError:
             raise
         except Exception as error:  # any, for names and types that are corrupt
@@ -283,16 +225,8 @@ def _read_footer(url: str) -> tuple[Any, int]:
 
 
 def _declared_features(schema: Any, shard_name: str) -> Any:
-    import datasets
-
     try:
         return datasets.Features.from_arrow_schema(schema)
     except Exception as error:  # any, for JSON that is corrupt
         message = f"what {shard_name} says of its columns is corrupt ({one_line(error)})"
         raise DataError(f"{message}; fetch it again or leave it out") from error
-
-
-def _row_group_edges(metadata: Any) -> list[int]:
-    """The first row of each row group, and the number of all rows."""
-    sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-    return list(itertools.accumulate(sizes, initial=0))

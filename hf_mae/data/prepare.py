@@ -14,24 +14,28 @@ import hashlib
 import io
 import json
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets.info import DatasetInfosDict
+from huggingface_hub import DatasetCardData
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..errors import DataError
-from ..files import sha256, write_bytes
+from ..errors import DataError, one_line
+from ..files import sha256, write_bytes, write_json, write_text
 from ..image_processing_base_mae import resize_bands
 from ..keys.data_keys import PrepareRecipe
-from .decode import BadImage, as_bad_image, load_image
+from ..run_folder import RunFolder
+from .decode import BadImage, BadSample, as_bad_image, load_image, to_native
 from .loader import each_batch, ignore_termination
 from .locate import locate
 from .order import Rows
-from .remote import one_line
 from .sources import open_split
 from .transform import BICUBIC, height_width
 
@@ -54,43 +58,29 @@ def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
     splits = [Rows(open_split(place, split)) for split in ([recipe.split] if recipe.split else place.splits)]
     features = _find_features(splits)
     manifest: dict[str, Any] = {"shortest_edge": recipe.shortest_edge, "quality": recipe.quality, "splits": {}}
-    bad: list[BadSample] = []
+    bad: list[dict[str, str]] = []
     try:
         parts = [_Shards(rows, features, folder, recipe) for rows in splits]
         _make_room(folder / "data", {name for shards in parts for name in shards.names})
         for shards in parts:
             name, records = shards.rows.source.split, _write_all(shards, recipe.num_workers)
-            bad_of_split = [BadSample(name, *sample) for record in records for sample in record.pop("bad")]
-            _check_bad(bad_of_split, len(shards.rows), recipe)
-            reasons = Counter(sample.reason for sample in bad_of_split)
+            left_out = [sample for record in records for sample in record.pop("bad")]
+            _check_bad(left_out, len(shards.rows), recipe)
+            reasons = Counter(reason for _, reason in left_out)
             count = sum(record["rows"] for record in records)
             manifest["splits"][name] = {"rows": count, "bad": dict(sorted(reasons.items())), "shards": records}
-            bad += bad_of_split
-        write_bytes(folder / "bad_samples.jsonl", "".join(json.dumps(vars(sample)) + "\n" for sample in bad).encode())
-        write_bytes(folder / "README.md", _card(manifest, features).encode())
-        write_bytes(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+            bad += [{"split": name, "key": key, "reason": reason} for key, reason in left_out]
+        RunFolder(folder).write_bad_samples(bad)
+        write_text(folder / "README.md", _card(manifest, features))
+        write_json(manifest, folder / "manifest.json")
     except OSError as error:
-        raise DataError(
-            f"{folder} can't be written: {one_line(error)}; free the disk, or name another folder"
-        ) from error
+        message = f"{folder} can't be written: {one_line(error)}"
+        raise DataError(f"{message}; free the disk, or name another folder") from error
     return manifest
 
 
-@dataclass
-class BadSample:
-    """An image that was left out."""
-
-    split: str
-    key: str
-    reason: str
-
-
 def _make_room(folder: Path, names: set[str]) -> None:
-    """Get the folder of the shards ready for those of one preparation.
-
-    Raises:
-        DataError: if it holds others, which would be read with them.
-    """
+    """Get the folder of the shards ready for those of one preparation; others in it would be read with them."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
         if path.name.startswith(".tmp-"):
@@ -101,9 +91,6 @@ def _make_room(folder: Path, names: set[str]) -> None:
 
 def _find_features(splits: list[Rows]) -> Any:
     """The `datasets.Features` that all splits get: image, and label where one has any."""
-    import datasets
-    import pyarrow as pa
-
     label_feature: dict[str, Any] = {}
     for rows in splits:
         if rows.source.label_names is not None:
@@ -127,9 +114,10 @@ def _mixed_labels(rows: Rows, error: Exception) -> DataError:
 
 def _check_bad(bad: list[BadSample], count: int, recipe: PrepareRecipe) -> None:
     if len(bad) > recipe.max_bad_fraction * count:
+        key, reason = bad[0]
         raise DataError(
-            f"{len(bad)} of {count} images of {recipe.dataset} can't be decoded (the first is {bad[0].key}: "
-            f"{bad[0].reason}), more than max_bad_fraction {recipe.max_bad_fraction}; check the data, or raise it"
+            f"{len(bad)} of {count} images of {recipe.dataset} can't be decoded (the first is {key}: {reason}), more "
+            f"than max_bad_fraction {recipe.max_bad_fraction}; check the data, or raise it"
         )
 
 
@@ -143,14 +131,7 @@ def reencode(data: bytes | np.ndarray | BadImage, shortest_edge: int, quality: i
     JPEG; what JPEG can't hold (transparency, palettes, 16 bits) becomes PNG, without loss but for the smaller size, and
     what Pillow can't hold an `.npy` file. EXIF data is dropped; its orientation is not applied in training either.
 
-    Args:
-        data: as for `decode_image`.
-        shortest_edge: pixels of the shorter side.
-        quality: of JPEG.
-
-    Raises:
-        BadImage: for every fault of the data.
-        MissingPackage: where tifffile is needed and not installed.
+    `shortest_edge` is in pixels, `quality` that of JPEG. `data` and errors are those of `decode_image`.
     """
     image = load_image(data, 2 * shortest_edge)
     with as_bad_image():
@@ -177,11 +158,7 @@ def reencode(data: bytes | np.ndarray | BadImage, shortest_edge: int, quality: i
 
 def _bands_last(array: np.ndarray) -> np.ndarray:
     """(H, W), (C, H, W) or (H, W, C) -> (H, W) of one band, (H, W, C) of more."""
-    if array.dtype.kind not in "buif":
-        raise BadImage(f"the image holds {array.dtype}, which is no number", "WrongDtype")
-    array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    if array.dtype == np.bool_:
-        array = array.astype(np.uint8) * 255
+    array = to_native(array)
     if array.ndim == 3 and array.shape[0] <= array.shape[-1]:  # as `probe_image` has it
         array = np.moveaxis(array, 0, -1)
     return array[:, :, 0] if array.ndim == 3 and array.shape[-1] == 1 else array
@@ -227,31 +204,22 @@ class _Shards(Dataset):
         count = -(-len(rows) // recipe.rows_per_shard)
         self.names = [f"{rows.source.split}-{number:05d}-of-{count:05d}.parquet" for number in range(count)]
         source = json.dumps(rows.source.fingerprint, sort_keys=True).encode(errors="surrogateescape")
-        self.settings = {
-            "source": hashlib.sha256(source).hexdigest(),
-            **{key: getattr(recipe, key) for key in ("shortest_edge", "quality", "rows_per_shard")},
-        }
+        settings = {key: getattr(recipe, key) for key in ("shortest_edge", "quality", "rows_per_shard")}
+        self.settings = {"source": hashlib.sha256(source).hexdigest(), **settings}
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        import pyarrow as pa
-
         path = self.folder / "data" / self.names[number]
-        try:
-            bad = self._bad_of_finished(path)
-            if bad is None:
-                bad = self._write(path, number)
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            raise _mixed_labels(self.rows, error) from error
-        return {"file": f"data/{path.name}", **_facts(path), "bad": bad}
+        bad = self._bad_of_finished(path)
+        if bad is None:
+            bad = self._write(path, number)
+        facts = {"rows": pq.read_metadata(path).num_rows, "bytes": path.stat().st_size, "sha256": sha256(path)}
+        return {"file": f"data/{path.name}", **facts, "bad": bad}
 
-    def _bad_of_finished(self, path: Path) -> list[tuple[str, str]] | None:
-        """Key and reason of the bad images of a shard that is there; None if it has to be written."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
+    def _bad_of_finished(self, path: Path) -> list[BadSample] | None:
+        """The bad images of a shard that is there; None if it has to be written."""
         try:
             record = json.loads(pq.read_schema(path).metadata[b"hf_mae"])
         except (FileNotFoundError, pa.ArrowInvalid, KeyError, TypeError):
@@ -262,15 +230,11 @@ class _Shards(Dataset):
                 raise DataError(f"{path} was prepared with {what}; name another folder, or remove this one")
         return record["bad"]
 
-    def _write(self, path: Path, number: int) -> list[tuple[str, str]]:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
+    def _write(self, path: Path, number: int) -> list[BadSample]:
         start = number * self.recipe.rows_per_shard
         index = self.rows.index[start : start + self.recipe.rows_per_shard]
-        schema = self.features.arrow_schema
-        images: list[dict[str, Any]] = []
-        labels, bad = [], []
+        columns: dict[str, list[Any]] = {"image": [], "label": []}
+        bad: list[BadSample] = []
         for row in self.rows.read(index):
             try:
                 content = reencode(row.image, self.recipe.shortest_edge, self.recipe.quality)
@@ -278,11 +242,14 @@ class _Shards(Dataset):
                 bad.append((row.key, error.reason))
                 continue
             key = row.key.encode(errors="backslashreplace").decode()  # a file's name need not be text
-            images.append({"bytes": content, "path": key})
-            labels.append(row.label)
-        columns = {"image": images, "label": labels}
+            columns["image"].append({"bytes": content, "path": key})
+            columns["label"].append(row.label)
+        schema = self.features.arrow_schema
+        try:
+            table = pa.table([pa.array(columns[column.name], column.type) for column in schema], schema=schema)
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise _mixed_labels(self.rows, error) from error
         record = json.dumps({"settings": self.settings, "bad": bad}).encode()
-        table = pa.table([pa.array(columns[column.name], column.type) for column in schema], schema=schema)
         table = table.replace_schema_metadata({**(schema.metadata or {}), b"hf_mae": record})
         stream = io.BytesIO()
         # The images are compressed as they are.
@@ -293,29 +260,16 @@ class _Shards(Dataset):
 
 def _write_all(shards: _Shards, num_workers: int) -> list[dict[str, Any]]:
     """What the manifest says of each shard, and of its bad images."""
+    ahead = 1 if num_workers else None
     loader = DataLoader(
-        shards,
-        batch_size=None,
-        num_workers=num_workers,
-        worker_init_fn=ignore_termination if num_workers else None,
-        prefetch_factor=1 if num_workers else None,
+        shards, batch_size=None, num_workers=num_workers, worker_init_fn=ignore_termination, prefetch_factor=ahead
     )
     records: Any = each_batch(loader)
     return list(tqdm(records, shards.rows.name, total=len(shards), unit="shard", disable=None))
 
 
-def _facts(path: Path) -> dict[str, Any]:
-    import pyarrow.parquet as pq
-
-    return {"rows": pq.read_metadata(path).num_rows, "bytes": path.stat().st_size, "sha256": sha256(path)}
-
-
 def _card(manifest: dict[str, Any], features: Any) -> str:
     """README.md: the table that `datasets` and the Hub read, and some words for people."""
-    import datasets
-    from datasets.info import DatasetInfosDict
-    from huggingface_hub import DatasetCardData
-
     splits = datasets.SplitDict()
     for name, split in manifest["splits"].items():
         size = sum(shard["bytes"] for shard in split["shards"])

@@ -4,7 +4,6 @@ A failed read is tried again with growing pauses, and raises `SourceUnavailable`
 network never passes for a bad sample.
 """
 
-import errno
 import io
 import logging
 import random
@@ -12,7 +11,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, TypeVar, cast
 
+import fsspec
+
 from ..errors import DataError, SourceUnavailable, one_line
+from ..files import is_disk_full
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +48,11 @@ def is_transient(error: BaseException) -> bool:
         return True
     if _status(error) is not None:
         return False
-    if any(_is_broken_connection(cause) for cause in chain):
+    names = {base.__name__ for cause in chain for base in type(cause).__mro__}
+    if names & _CONNECTION_ERRORS or any(isinstance(cause, (TimeoutError, ConnectionError)) for cause in chain):
         return True
     final = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-    disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return isinstance(error, OSError) and not isinstance(error, final) and not disk_full
+    return isinstance(error, OSError) and not isinstance(error, final) and not is_disk_full(error)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -67,18 +69,8 @@ def _status(error: BaseException) -> int | None:
     return status if isinstance(status, int) else None
 
 
-def _is_broken_connection(error: BaseException) -> bool:
-    return isinstance(error, (TimeoutError, ConnectionError)) or any(
-        base.__name__ in _CONNECTION_ERRORS for base in type(error).__mro__
-    )
-
-
 def with_retries(call: Callable[[], _Result], what: str) -> _Result:
-    """Call, and call again after transient failures: `RETRY_TRIES` times in all.
-
-    Args:
-        call: function without arguments; it must be safe to repeat.
-        what: name for messages, such as a URL.
+    """Call a function that is safe to repeat, up to `RETRY_TRIES` times; `what` names it in messages.
 
     Raises:
         SourceUnavailable: if every try failed.
@@ -98,8 +90,7 @@ def with_retries(call: Callable[[], _Result], what: str) -> _Result:
                 raise
             cause = f"{type(error).__name__}: {one_line(error)}"
             if attempt == RETRY_TRIES:
-                remedy = "check the network, then start again"
-                message = f"{what} could not be read in {attempt} tries ({cause}); {remedy}"
+                message = f"{what} could not be read in {attempt} tries ({cause}); check the network, then start again"
                 raise SourceUnavailable(message) from error
             delay = min(RETRY_FIRST_DELAY * 2 ** (attempt - 1), RETRY_MAX_DELAY) * _jitter.uniform(0.5, 1.0)
             logger.warning("try %d of %d for %s failed, again in %.1f s (%s)", attempt, RETRY_TRIES, what, delay, cause)
@@ -108,11 +99,7 @@ def with_retries(call: Callable[[], _Result], what: str) -> _Result:
 
 
 def open_bytes(url: str, *, read_ahead: bool = False) -> BinaryIO:
-    """Open a local path or an fsspec URL for reading and seeking.
-
-    Args:
-        url: path or URL.
-        read_ahead: for many small reads in order: a request then brings `READ_AHEAD` bytes.
+    """Open a local path or an fsspec URL for reading and seeking; `read_ahead` is for many small reads in order.
 
     Raises:
         DataError: if there is no such file; for a URL, as `with_retries` says.
@@ -127,12 +114,7 @@ def open_bytes(url: str, *, read_ahead: bool = False) -> BinaryIO:
 
 
 def read_whole(fs: Any, url: str) -> bytes:
-    """All bytes of a remote file.
-
-    Args:
-        fs: its fsspec file system.
-        url: the file's URL, with protocol.
-    """
+    """All bytes of the file at a URL of this fsspec file system."""
 
     def call() -> bytes:
         path = fs._strip_protocol(url)
@@ -152,12 +134,9 @@ class RemoteFile(io.RawIOBase):
         super().__init__()
         self.url = url
         self._position = 0
-        self._handle: Any = None
         self.size = with_retries(self._connect, url)
 
     def _connect(self) -> int:
-        import fsspec
-
         fs, path = fsspec.core.url_to_fs(self.url)
         # Readers here know which bytes they need; fsspec's own read-ahead would fetch 5 MB around each.
         self._handle = fs.open(path, "rb", cache_type="none")
@@ -169,10 +148,9 @@ class RemoteFile(io.RawIOBase):
     def _fetch(self, start: int, stop: int) -> bytes:
         if self._handle is None:
             self._connect()
-        handle: Any = self._handle
         try:
-            handle.seek(start)
-            data = handle.read(stop - start)
+            self._handle.seek(start)
+            data = self._handle.read(stop - start)
             if len(data) != stop - start:
                 raise OSError(f"got {len(data)} of {stop - start} bytes")
         except ValueError as error:  # a web server that only sends files from their start
@@ -186,16 +164,12 @@ class RemoteFile(io.RawIOBase):
         start, stop = self._position, min(self._position + len(buffer), self.size)
         if start >= stop:
             return 0
-        data = with_retries(lambda: self._fetch(start, stop), self.url)
-        buffer[: len(data)] = data
+        buffer[: stop - start] = with_retries(lambda: self._fetch(start, stop), self.url)
         self._position = stop
-        return len(data)
+        return stop - start
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}[whence]
-        return self._position
-
-    def tell(self) -> int:
         return self._position
 
     def readable(self) -> bool:

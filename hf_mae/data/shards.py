@@ -1,24 +1,24 @@
 """`Source`: what every reader of undecoded rows has in common; and the readers of arrays and of image files.
 
-The readers of tables are in parquet.py, those of tars in tars.py. No reader keeps a file open between calls, only
+The readers of tables are in parquet.py, that of tars in tars.py. No reader keeps a file open between calls, only
 names, sizes and offsets. So each can be pickled to a spawned worker or used after a fork, and two processes never share
 a file position.
 """
 
 import itertools
-import logging
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import fsspec
 import numpy as np
 
 from ..errors import DataError
 from .decode import BadImage
+from .locate import Place, short_names
 from .remote import is_remote, open_bytes, read_whole
-
-logger = logging.getLogger(__name__)
 
 FILES_BLOCK = 64  # remote image files
 THREADS = 16  # requests at the same time, where files are opened or fetched in numbers
@@ -75,12 +75,9 @@ class Source:
         return sum(self.shard_sizes)
 
     def read(self, shard: int, rows: Sequence[int]) -> list[Row]:
-        """Rows of one shard, in the order asked for.
+        """Rows of one shard, by their numbers in it, in the order asked for.
 
-        Args:
-            shard: index of the shard.
-            rows: row numbers in it; of a source without random access, best all of one block, which is then fetched
-                once.
+        Without random access, best ask for rows of one block at a time: it is then fetched once.
 
         Raises:
             SourceUnavailable: if the network failed at every try.
@@ -91,10 +88,6 @@ class Source:
     def known_labels(self) -> list[Any] | None:
         """The labels of all rows, in order; None where the only way to them is reading the rows."""
         return None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # The block that a stream read last is not worth sending to a worker.
-        return self.__dict__ | ({"_last": None} if "_last" in self.__dict__ else {})
 
     def _row(self, shard: int, row: int, image: bytes | np.ndarray | BadImage, label: Any) -> Row:
         return Row(shard, row, f"{self.shard_names[shard]}#{row}", image, label)
@@ -113,30 +106,19 @@ class ArraySource(Source):
 
 
 class FileSource(Source):
-    """One image a file, one shard.
+    """One image a file, one shard: `names` are paths relative to `place.root`, `labels` their (n,) class indices."""
 
-    Args:
-        name: what the user typed.
-        split: name of the split.
-        root: folder, a local path or a URL.
-        names: the files' paths relative to it, in the order of the rows.
-        labels: (n,) class indices, or None.
-    """
-
-    def __init__(self, name: str, split: str, root: str, names: list[str], labels: np.ndarray | None = None):
-        super().__init__(name, split, [split], [len(names)], random_access=not is_remote(root))
-        self._root, self._names, self._labels = root.rstrip("/"), names, labels
+    def __init__(self, place: Place, split: str, names: list[str], labels: np.ndarray | None):
+        super().__init__(place.name, split, [split], [len(names)], random_access=not is_remote(place.root))
+        self._root, self._names, self._labels = place.root.rstrip("/"), names, labels
         if not self.random_access:
-            edges = [*range(0, len(names), FILES_BLOCK), len(names)]
-            self.blocks = [(0, start, stop) for start, stop in itertools.pairwise(edges)]
+            self.blocks = _blocks([[*range(0, len(names), FILES_BLOCK), len(names)]])
 
     def read(self, shard: int, rows: Sequence[int]) -> list[Row]:
         urls = [f"{self._root}/{self._names[row]}" for row in rows]
         if self.random_access:
             images = [_read_local(url) for url in urls]
         else:
-            import fsspec
-
             fs, _ = fsspec.core.url_to_fs(self._root)
             images = in_threads(lambda url: read_whole(fs, url), urls)
         return [
@@ -151,6 +133,40 @@ class FileSource(Source):
 def _read_local(path: str) -> bytes:
     with open_bytes(path) as file:
         return file.read()
+
+
+class BlockSource(Source):
+    """Rows of files, a shard each, that can be read a block at a time; the last block is kept in memory.
+
+    `edges` has, for each shard, the first row of every block and, at the end, the number of all rows.
+    """
+
+    def __init__(self, place: Place, split: str, edges: list[list[int]], random_access: bool = False):
+        self._urls, self._edges = place.splits[split], edges
+        super().__init__(place.name, split, short_names(self._urls), [rows[-1] for rows in edges], random_access)
+        self.blocks = _blocks(edges)
+        self._last: tuple[tuple[int, int], Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The block that was read last is not worth sending to a worker.
+        return self.__dict__ | {"_last": None}
+
+    def _block(self, shard: int, row: int) -> Any:
+        """What `_read_block` gives for the block that a row is in."""
+        place = shard, bisect_right(self._edges[shard], row) - 1
+        if self._last is None or self._last[0] != place:
+            self._last = None  # frees the memory of one before the next is fetched
+            self._last = place, self._read_block(*place)
+        return self._last[1]
+
+    def _read_block(self, shard: int, number: int) -> Any:
+        raise NotImplementedError
+
+
+def _blocks(edges: list[list[int]]) -> list[tuple[int, int, int]]:
+    """(shard, start, stop) of the blocks between these edges, without empty ones."""
+    pairs = ((shard, *pair) for shard, rows in enumerate(edges) for pair in itertools.pairwise(rows))
+    return [(shard, start, stop) for shard, start, stop in pairs if stop > start]
 
 
 def in_threads(call: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:

@@ -8,18 +8,17 @@ import glob
 import hashlib
 import logging
 import os
-import posixpath
 from dataclasses import replace
 from typing import Any
 
+import fsspec
 import numpy as np
 
-from ..errors import DataError
+from ..errors import DataError, one_line
 from ..keys.data_keys import DataKeys, SourceKeys, SplitKeys
-from .locate import SPLIT_FOLDERS, Place, common_folder, load_builder, locate
+from .locate import SPLIT_FOLDERS, Place, load_builder, locate, short_names
 from .order import HELD_OUT, Rows
-from .parquet import ArrowSource, Columns, ParquetSource, find_columns
-from .remote import is_remote, one_line, with_retries
+from .remote import is_remote, with_retries
 from .shards import ArraySource, FileSource, Source, in_threads
 from .tars import TarSource
 
@@ -45,22 +44,14 @@ def open_splits(keys: SplitKeys, streaming: bool | None = None) -> tuple[Rows, R
     """Open the rows to learn from and those to evaluate on.
 
     Without `eval_dataset` and `eval_split`, the evaluation split is found by its name; a data set that has none gets a
-    held-out part, chosen by a hash of each row's place.
-
-    Args:
-        keys: of the data.
-        streaming: see `open_split`; another `eval_dataset` gets the default.
+    held-out part, chosen by a hash of each row's place. `streaming` is for `dataset` alone. Errors are those of
+    `locate` and `open_split`.
 
     Returns:
-        rows: to learn from.
-        eval_rows: to evaluate on.
-        evaluated_on: what those are, for people.
-
-    Raises:
-        DataError: as `locate` and `open_split`.
+        Rows to learn from, rows to evaluate on, and what the latter are, for people.
     """
     place = locate(keys)
-    source, evaluation = open_split(place, keys.split, streaming), None
+    source = open_split(place, keys.split, streaming)
     if keys.eval_dataset:
         other = locate(
             SourceKeys(dataset=keys.eval_dataset, image_column=keys.image_column, label_column=keys.label_column)
@@ -68,26 +59,23 @@ def open_splits(keys: SplitKeys, streaming: bool | None = None) -> tuple[Rows, R
         evaluation = open_split(other, keys.eval_split or "train")
     elif name := keys.eval_split or _evaluation_split(place, keys.split):
         evaluation = open_split(place, name, streaming)
-    if evaluation is None:
+    else:
         rows = Rows(source, "train", max_samples=keys.max_samples)
         eval_rows = Rows(source, "held_out", max_samples=keys.max_eval_samples)
         return rows, eval_rows, f"{HELD_OUT:.0%} of {keys.split}, held out by a hash of each row's place"
     rows, eval_rows = Rows(source, max_samples=keys.max_samples), Rows(evaluation, max_samples=keys.max_eval_samples)
-    return rows, eval_rows, f"split {evaluation.split} of {evaluation.name}"
+    return rows, eval_rows, eval_rows.name
 
 
 def _evaluation_split(place: Place, training: str) -> str | None:
-    names = ("validation", "val", "valid", "test")
+    names = SPLIT_FOLDERS["validation"] + SPLIT_FOLDERS["test"]
     return next((name for name in names if name in place.splits and name != training), None)
 
 
 def open_split(place: Place, split: str, streaming: bool | None = None) -> Source:
     """Get ready to read the rows of a split.
 
-    Args:
-        place: the data set, as `locate` found it.
-        split: name of the split.
-        streaming: True reads files in place, False downloads and maps them; None streams what is remote.
+    `streaming` True reads files in place, False downloads and maps them; None streams what is remote.
 
     Raises:
         DataError: for what the user can mend; one line that names the remedy.
@@ -109,13 +97,9 @@ def open_split(place: Place, split: str, streaming: bool | None = None) -> Sourc
             logger.warning("%s; meanwhile they are read in place", error)
     if place.kind == "imagefolder":
         return _open_images(place, split)
-    files, columns = place.splits[split], (place.image_column, place.label_column)
     if place.kind == "parquet":
-        features = place.builder.info.features if place.builder else None
-        source = ParquetSource(place.name, split, files, _short_names(files), features, *columns)
-        source.fingerprint = _fingerprint(place, source, source.file_sizes)
-        return source
-    source = TarSource(place.name, split, files, _short_names(files), *columns)
+        return _open_parquet(place, split)
+    source = TarSource(place, split)
     source.fingerprint = _fingerprint(place, source)
     return source
 
@@ -166,28 +150,26 @@ def _open_images(place: Place, split: str) -> Source:
     if place.label_column not in (None, "label"):
         message = f"{place.name} is a folder of images, its labels are its class folders, not {place.label_column!r}"
         raise DataError(f"{message}; leave out --label_column")
-    names = place.splits[split]
-    sizes: list[int] = []
+    names, files = place.splits[split], {}
     if place.revision is None:
-        all_sizes = _sizes([f"{place.root}/{name}" for name in names])
-        names = [name for name, size in zip(names, all_sizes, strict=True) if size is not None]
-        sizes = [size for size in all_sizes if size is not None]
-        if len(names) < len(all_sizes):
-            logger.warning("%s: %d links lead nowhere and are left out", place.name, len(all_sizes) - len(names))
+        sizes = _sizes([f"{place.root}/{name}" for name in names])
+        sized = [(name, size) for name, size in zip(names, sizes, strict=True) if size is not None]
+        if len(sized) < len(names):
+            logger.warning("%s: %d links lead nowhere and are left out", place.name, len(names) - len(sized))
+        names = [name for name, _ in sized]
+        # A digest: the list itself would be in every checkpoint, and may have millions of files.
+        listing = "\n".join(f"{size} {name}" for name, size in sized).encode(errors="surrogateescape")
+        digest = hashlib.sha256(listing).hexdigest()
+        files = {"count": len(names), "bytes": sum(size for _, size in sized), "sha256": digest}
     classes = {key: _classes(files, place.class_level[key]) for key, files in place.splits.items()}
     class_names = sorted({name for of_split in classes.values() for name in of_split})
     labels = None
     if len(class_names) > 1 and classes[split]:
         number = {name: i for i, name in enumerate(class_names)}
         labels = np.array([number[name] for name in _classes(names, place.class_level[split])], dtype=np.int64)
-    source = FileSource(place.name, split, place.root, names, labels)
+    source = FileSource(place, split, names, labels)
     source.label_names = None if labels is None else class_names
-    source.fingerprint = _fingerprint(place, source)
-    if place.revision is None:
-        # A digest: the list itself would be in every checkpoint, and may have millions of files.
-        listing = "\n".join(f"{size} {name}" for name, size in zip(names, sizes, strict=True))
-        digest = hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()
-        source.fingerprint["files"] = {"count": len(names), "bytes": sum(sizes), "sha256": digest}
+    source.fingerprint = _fingerprint(place, source, files)
     return source
 
 
@@ -197,18 +179,29 @@ def _classes(names: list[str], folder: str) -> list[str]:
     return [part[0] for part in parts] if all(len(part) == 2 for part in parts) else []
 
 
+def _open_parquet(place: Place, split: str) -> Source:
+    from .parquet import ParquetSource
+
+    source = ParquetSource(place, split)
+    files = [list(file) for file in zip(source.shard_names, source.file_sizes, strict=True)]
+    source.fingerprint = _fingerprint(place, source, files)
+    return source
+
+
 def _open_saved(place: Place, split: str) -> Source:
     import datasets
+
+    from .parquet import ArrowSource
 
     try:
         loaded: Any = datasets.load_from_disk(place.root)
     except Exception as error:  # any, for files that are corrupt
         raise DataError(f"cannot read {place.name}: {one_line(error)}; save it again") from error
     table = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
-    source = ArrowSource(place.name, split, table, _columns(place, table.features))
-    source.fingerprint = _fingerprint(place, source)
+    source = ArrowSource(place, split, table)
     files = [file["filename"] for file in table.cache_files]
-    source.fingerprint["files"] = [[os.path.basename(file), os.path.getsize(file)] for file in files]
+    sizes = [[os.path.basename(file), os.path.getsize(file)] for file in files]
+    source.fingerprint = _fingerprint(place, source, sizes)
     return source
 
 
@@ -232,32 +225,30 @@ def _open_mapped(place: Place, split: str) -> Source:
         cause = error.__cause__ or error
         message = f"cannot read {place.name}: {type(cause).__name__}: {one_line(cause)}"
         raise DataError(f"{message}; check its files") from error
+    from .parquet import ArrowSource  # after load_builder, which says so if a package is missing
+
     own_files = "imagefolder" in (builder.name, builder.info.builder_name)
-    source = ArrowSource(place.name, split, table, _columns(place, table.features), follow_paths=own_files)
+    source = ArrowSource(place, split, table, follow_paths=own_files)
     source.fingerprint = _fingerprint(place, source) | {"kind": f"{place.kind}, mapped"}
     return source
 
 
-def _columns(place: Place, features: Any) -> Columns:
-    return find_columns(features, place.image_column, place.label_column, place.name)
-
-
-def _fingerprint(place: Place, source: Source, sizes: list[int] | None = None) -> dict[str, Any]:
+def _fingerprint(place: Place, source: Source, files: Any = None) -> dict[str, Any]:
+    """`Source.fingerprint`: the revision, or what `files` says of the files; their names and sizes when omitted."""
     facts: dict[str, Any] = {"kind": place.kind, "split": source.split, "rows": source.shard_sizes}
     if place.revision is not None:
         return facts | {"revision": place.revision}
-    files = place.splits[source.split]
-    if place.kind == "imagefolder" and place.builder is not None:
-        files = [f"{place.root}/{file}" for file in files]
-    if files and (place.kind != "imagefolder" or place.builder is not None):
-        sizes = sizes or [size or 0 for size in _sizes(files)]
-        facts["files"] = [[name, size] for name, size in zip(_short_names(files), sizes, strict=True)]
-    return facts
+    if files is None:
+        urls = place.splits[source.split]
+        if place.kind == "imagefolder":
+            urls = [f"{place.root}/{name}" for name in urls]
+        files = [[name, size or 0] for name, size in zip(short_names(urls), _sizes(urls), strict=True)]
+    return facts | {"files": files}
 
 
 def _sizes(urls: list[str]) -> list[int | None]:
     # A million local files are looked at faster than handed to threads.
-    return in_threads(_size, urls) if is_remote(urls[0]) else [_size(url) for url in urls]
+    return in_threads(_size, urls) if urls and is_remote(urls[0]) else [_size(url) for url in urls]
 
 
 def _size(url: str) -> int | None:
@@ -267,16 +258,5 @@ def _size(url: str) -> int | None:
             return os.stat(url).st_size
         except FileNotFoundError:
             return None
-    import fsspec
-
     fs, path = fsspec.core.url_to_fs(url)
     return with_retries(lambda: fs.size(path), url)
-
-
-def _short_names(urls: list[str]) -> list[str]:
-    """File names, with as many folders as make them unique."""
-    names = [posixpath.basename(url.split("?", 1)[0]) for url in urls]
-    if len(set(names)) == len(urls):
-        return names
-    folder = common_folder(urls)
-    return [url.removeprefix(f"{folder}/") for url in urls]

@@ -14,12 +14,9 @@ logger = logging.getLogger(__name__)
 
 
 def probe_rows(rows: Rows, most: int = 16) -> tuple[int, str]:
-    """Channels and pixel type of a data set, by a look at up to `most` of its images.
+    """The `num_channels` and `dtype` of a data set, by a look at up to `most` of its images.
 
     Gray images among colour ones count as colour; 8-bit ones among 16-bit ones as 16-bit.
-
-    Returns:
-        (num_channels, dtype), dtype one of "uint8", "uint16", "float32".
 
     Raises:
         DataError: if none can be decoded, or the channel counts don't go together.
@@ -43,16 +40,11 @@ def probe_rows(rows: Rows, most: int = 16) -> tuple[int, str]:
 
 
 def channel_stats(rows: Rows, num_channels: int, dtype: str, max_samples: int = 2048) -> dict[str, Any]:
-    """Mean and standard deviation of each channel over all pixels of (some of) the images.
-
-    Args:
-        rows: the data.
-        num_channels: C.
-        dtype: pixel type, see `RESCALE_FACTORS`; the figures are in rescaled units, for uint8 in [0, 1].
-        max_samples: maximum number of images that are read, see `spread`.
+    """Mean and standard deviation of each channel over all pixels of up to `max_samples` of the images, see `spread`.
 
     Returns:
-        `image_mean` and `image_std` (C numbers each), `rescale_factor`, `num_images`, `num_bad`.
+        `image_mean` and `image_std` (C numbers each, in units rescaled by `RESCALE_FACTORS`: for uint8 in [0, 1]),
+        `rescale_factor`, `num_images`, `num_bad`.
 
     Raises:
         DataError: if no image can be decoded, or pixels are not finite.

@@ -4,142 +4,107 @@ Member names are untrusted. They group members into samples and tell image from 
 """
 
 import hashlib
-import io
 import json
 import logging
 import tarfile
 import time
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import fsspec
 import numpy as np
 
-from ..errors import DataError
-from ..files import write_bytes
+from ..errors import DataError, one_line
+from ..files import replaced
 from .decode import BadImage
-from .locate import IMAGE_EXTENSIONS
-from .remote import is_remote, one_line, open_bytes, with_retries
-from .shards import Row, Source, in_threads
+from .locate import IMAGE_EXTENSIONS, Place
+from .remote import is_remote, open_bytes, with_retries
+from .shards import BlockSource, Row, in_threads
 
 logger = logging.getLogger(__name__)
 
 BLOCK_SAMPLES = 256
 BLOCK_BYTES = 64 * 2**20  # a block of a remote tar is one request, and is kept in memory
 INDEX_CACHE_SECONDS = 1.0  # an index that took longer is kept on disk: to make one means to read the whole tar
-# Columns of an index (n, 5), int64. A sample without label has label offset -1. A tar that ends early has one row more,
-# of image size -1, for all that is missing.
-_IMAGE, _IMAGE_SIZE, _LABEL, _LABEL_SIZE, _LABEL_IS_JSON = range(5)
 
 Members = dict[str, tuple[int, int]]  # what follows the first dot of a name -> offset and size in bytes
 
 
-class TarSource(Source):
+class TarSource(BlockSource):
     """Samples of uncompressed tars, a shard each: neighbouring members that share the name up to its first dot.
 
-    Args:
-        name: what the user typed.
-        split: name of the split.
-        urls: all local paths, or all URLs.
-        names: for people, in the same order.
-        image_column: what follows the first dot in the image's member name, or None for its only image extension.
-        label_column: the same of a member with the label as text, else a key in the sample's `.json`; None for
-            `.cls`, else the key "label".
+    `place.image_column` is what follows the first dot in the image's member name, or None for its only image extension.
+    `place.label_column` is the same of a member with the label as text, else a key in the sample's `.json`; or None for
+    `.cls`, else the key "label".
 
     Raises:
         DataError: if a tar cannot be read, no sample has an image, or one has several and none is chosen.
     """
 
-    def __init__(
-        self,
-        name: str,
-        split: str,
-        urls: list[str],
-        names: list[str],
-        image_column: str | None,
-        label_column: str | None,
-    ):
-        self._urls, self._label_key = urls, label_column or "label"
-        self._indices = in_threads(lambda url: _load_index(url, image_column, label_column), urls)
+    def __init__(self, place: Place, split: str):
+        urls, columns = place.splits[split], (place.image_column, place.label_column)
+        self._label_key = place.label_column or "label"
+        self._indices = in_threads(lambda url: _load_index(url, *columns), urls)
+        if place.image_column and not any(map(len, self._indices)):
+            message = f"no sample of {place.name} has a member .{place.image_column}"
+            raise DataError(f"{message}; choose another --image_column")
         remote = is_remote(urls[0])
-        sizes = [len(index) for index in self._indices]
-        if image_column and not sum(sizes):
-            raise DataError(f"no sample of {name} has a member .{image_column}; choose another --image_column")
-        super().__init__(name, split, names, sizes, random_access=not remote)
-        if remote:
-            self.blocks = [(i, *block) for i, index in enumerate(self._indices) for block in _blocks(index)]
-        self._starts: list[list[int]] = [[] for _ in urls]
-        for shard, start, _ in self.blocks:
-            self._starts[shard].append(start)
-        self._last: tuple[tuple[int, int, int], tuple[int, bytes]] | None = None
-        if label_column:
-            self._check_label(label_column)
+        edges = [_block_edges(index) if remote else [0, len(index)] for index in self._indices]
+        super().__init__(place, split, edges, random_access=not remote)
+        if place.label_column and self.read(self.blocks[0][0], [0])[0].label is None:
+            message = f"the first sample of {place.name} has no member .{place.label_column}"
+            raise DataError(f"{message} and no such key in its .json; choose another --label_column")
 
     def read(self, shard: int, rows: Sequence[int]) -> list[Row]:
-        if self.random_access:
-            with open_bytes(self._urls[shard]) as file:
-                return [self._sample(shard, row, file) for row in rows]
-        return [self._sample(shard, row, None) for row in rows]
-
-    def _check_label(self, label_column: str) -> None:
-        shard = next(shard for shard, size in enumerate(self.shard_sizes) if size)
-        if self.read(shard, [0])[0].label is None:
-            message = f"the first sample of {self.name} has no member .{label_column} and no such key in its .json"
-            raise DataError(f"{message}; choose another --label_column")
+        with open_bytes(self._urls[shard]) if self.random_access else nullcontext() as file:
+            return [self._sample(shard, row, file) for row in rows]
 
     def _sample(self, shard: int, row: int, file: BinaryIO | None) -> Row:
-        place = self._indices[shard][row].tolist()
-        if place[_IMAGE_SIZE] < 0:
+        image_at, image_size, label_at, label_size, is_json = self._indices[shard][row].tolist()
+        if image_size < 0:
             return self._row(shard, row, BadImage(f"{self.shard_names[shard]} ends early", "TruncatedTar"), None)
-        image = self._bytes(shard, row, place[_IMAGE], place[_IMAGE_SIZE], file)
+        image = self._bytes(shard, row, image_at, image_size, file)
         label = None
-        if place[_LABEL] >= 0:
-            text = self._bytes(shard, row, place[_LABEL], place[_LABEL_SIZE], file)
-            label = _parse_label(text, self._label_key if place[_LABEL_IS_JSON] else None)
+        if label_at >= 0:
+            text = self._bytes(shard, row, label_at, label_size, file)
+            label = _parse_label(text, self._label_key if is_json else None)
         return self._row(shard, row, image, label)
 
     def _bytes(self, shard: int, row: int, offset: int, size: int, file: BinaryIO | None) -> bytes:
         if file is None:
-            start, content = self._block(shard, row)
-            return content[offset - start : offset - start + size]
+            start, block = self._block(shard, row)
+            return block[offset - start : offset - start + size]
         file.seek(offset)
         content = file.read(size)
         if len(content) != size:
             raise DataError(f"{self._urls[shard]} has become shorter since the start of the run; restore the file")
         return content
 
-    def _block(self, shard: int, row: int) -> tuple[int, bytes]:
-        """Offset and bytes of the block that holds a row, the last one from memory."""
-        at = bisect_right(self._starts[shard], row) - 1
-        start, stop = [*self._starts[shard], self.shard_sizes[shard]][at : at + 2]
-        if self._last is None or self._last[0] != (shard, start, stop):
-            self._last = None  # frees the memory of one before the next is fetched
-            starts, ends = _extents(self._indices[shard][start:stop])
-            first = int(starts.min())
-            with open_bytes(self._urls[shard]) as remote:
-                remote.seek(first)
-                self._last = (shard, start, stop), (first, remote.read(int(ends.max()) - first))
-        return self._last[1]
+    def _read_block(self, shard: int, number: int) -> tuple[int, bytes]:
+        """Offset and bytes of a block."""
+        start, stop = self._edges[shard][number : number + 2]
+        starts, ends = _extents(self._indices[shard][start:stop])
+        with open_bytes(self._urls[shard]) as file:
+            first = file.seek(int(starts.min()))
+            return first, file.read(int(ends.max()) - first)
 
 
 def _extents(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Offsets of every sample's first byte, and of the one after its last."""
-    starts = np.where(index[:, _LABEL] < 0, index[:, _IMAGE], np.minimum(index[:, _IMAGE], index[:, _LABEL]))
-    ends = np.maximum(index[:, _IMAGE] + index[:, _IMAGE_SIZE], index[:, _LABEL] + index[:, _LABEL_SIZE])
-    return starts, ends
+    image, image_size, label, label_size, _ = index.T
+    return np.where(label < 0, image, np.minimum(image, label)), np.maximum(image + image_size, label + label_size)
 
 
-def _blocks(index: np.ndarray) -> Iterator[tuple[int, int]]:
-    """(start, stop) of runs of samples that are not too many and not too large."""
-    first_bytes, end_bytes = (offsets.tolist() for offsets in _extents(index))
-    start = 0
+def _block_edges(index: np.ndarray) -> list[int]:
+    """The first rows of blocks of samples that are not too many and not too large, and the number of all rows."""
+    starts, ends = (offsets.tolist() for offsets in _extents(index))
+    edges = [0]
     for row in range(1, len(index)):
-        if row - start == BLOCK_SAMPLES or end_bytes[row] - first_bytes[start] > BLOCK_BYTES:
-            yield start, row
-            start = row
-    if len(index):
-        yield start, len(index)
+        if row - edges[-1] == BLOCK_SAMPLES or ends[row] - starts[edges[-1]] > BLOCK_BYTES:
+            edges.append(row)
+    return [*edges, len(index)]
 
 
 def _parse_label(text: bytes, key: str | None) -> Any:
@@ -156,19 +121,16 @@ def _parse_label(text: bytes, key: str | None) -> Any:
 def _load_index(url: str, image_column: str | None, label_column: str | None) -> np.ndarray:
     """The index of a tar, from the cache where making it is slow."""
     cached = _cache_path(url, image_column, label_column)
-    if cached is not None and cached.exists():
-        try:
+    if cached is not None:
+        with suppress(ValueError, OSError, EOFError):  # absent, half written or from another time: made again below
             return np.load(cached, allow_pickle=False)
-        except (ValueError, OSError, EOFError):
-            pass  # half written or from another time: made again below
     started = time.monotonic()
     index = _make_index(url, image_column, label_column)
     if cached is not None and time.monotonic() - started > INDEX_CACHE_SECONDS:
         try:
             cached.parent.mkdir(parents=True, exist_ok=True)
-            content = io.BytesIO()
-            np.save(content, index)
-            write_bytes(cached, content.getbuffer())
+            with replaced(cached) as temporary:
+                np.save(temporary, index)
         except OSError as error:
             logger.warning("the index of %s is not kept (%s)", url, one_line(error))
     return index
@@ -178,7 +140,6 @@ def _cache_path(url: str, *columns: str | None) -> Path | None:
     """Where the index of this version of a remote file is kept; None if nothing tells its versions apart."""
     if not is_remote(url):
         return None
-    import fsspec
     from datasets import config
 
     fs, path = fsspec.core.url_to_fs(url)
@@ -197,14 +158,15 @@ def _make_index(url: str, image_column: str | None, label_column: str | None) ->
     """Read a tar's headers.
 
     Returns:
-        (n, 5) int64: image offset and size, label offset (-1: none) and size in bytes, 1 where the label is JSON.
+        (n, 5) int64: image offset and size, label offset (-1: none) and size in bytes, 1 where the label is JSON. A tar
+        that ends early has one row more, of image size -1, for all that is missing.
     """
     places = []
     with open_bytes(url, read_ahead=True) as file:
         for members in _samples(file, url):
             if members is None:
                 # At the place of the sample before, so that their block is no larger for it.
-                places.append((places[-1][_IMAGE] if places else 0, -1, -1, 0, 0))
+                places.append((places[-1][0] if places else 0, -1, -1, 0, 0))
                 continue
             if image_column is not None:
                 images = [image_column.lower()] if image_column.lower() in members else []

@@ -15,14 +15,7 @@ from hf_mae.data.sources import open_splits
 from hf_mae.errors import DataError
 from hf_mae.keys.data_keys import DataKeys, SplitKeys
 
-
-@pytest.fixture(autouse=True)
-def own_caches(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf" / "datasets")
-    datasets.disable_progress_bars()
-    yield
-    fsspec.filesystem("memory").store.clear()
-
+pytestmark = pytest.mark.usefixtures("own_caches")
 
 IMAGES = 40  # of a split; enough for a held-out part
 
