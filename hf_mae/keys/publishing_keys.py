@@ -18,12 +18,14 @@ class Numbers(Recipe):
     """What weights don't say about themselves; None: not given."""
 
     image_size: ImageSize | None = model_key(None, "move to another size in pixels, such as 224 or 208x320", "as it is")
-    num_attention_heads: int | None = model_key(None, "attention heads of a file's encoder", "by the encoder's width")
+    num_attention_heads: int | None = model_key(
+        None, "attention heads of the encoder in a .pth or .safetensors file", "by its width"
+    )
     decoder_num_attention_heads: int | None = model_key(
-        None, "attention heads of a file's decoder", "by the decoder's width"
+        None, "attention heads of the decoder in a .pth or .safetensors file", "by its width"
     )
     norm_pix_loss: bool | None = model_key(
-        None, "whether a file's decoder predicts normalised patches", "as the file says"
+        None, "whether the decoder in a .pth file predicts normalised patches", "by the file's name"
     )
 
 
@@ -33,7 +35,7 @@ class ConvertRecipe(Numbers):
 
     model: str = positional_key(".pth or .safetensors file, folder, or Hub id", metavar="SRC")
     output_dir: str = positional_key("folder to write; missing or empty", metavar="DST")
-    to: Format = key("mae", "format to write")
+    to: Format = key("mae", "format of the model that is written")
     num_channels: int | None = model_key(None, "move to another number of channels", "as it is")
 
 
@@ -68,8 +70,8 @@ class CardRecipe(ModelInput):
 class ReportRecipe(Recipe):
     """Keys of `hf-mae report RUN [RUN ...]`."""
 
-    runs: list[str] = positional_key("folders of the runs", metavar="RUN")
-    output: str | None = key(None, "HTML file to write", "report.html of the first run", metavar="FILE")
+    runs: list[str] = positional_key("folders of the runs to report", metavar="RUN")
+    output: str | None = key(None, "file for the HTML page", "report.html of the first run", metavar="FILE")
 
 
 @dataclass
@@ -77,7 +79,7 @@ class DemoRecipe(ModelInput):
     """Keys of `hf-mae demo`."""
 
     gallery: str | None = data_key(None, "data set in which the page looks for the nearest images", "none")
-    gallery_split: str = data_key("train", "split of the gallery", metavar="NAME")
+    gallery_split: str = data_key("train", "split of the gallery to read", metavar="NAME")
     max_gallery: int = data_key(1000, "maximum number of images in the gallery, evenly spaced")
     host: str = key("127.0.0.1", "address to listen on; 0.0.0.0 lets everyone in", metavar="ADDRESS")
     port: int = key(7860, "port to listen on; 0 for any free port")
@@ -91,7 +93,7 @@ class ReconstructRecipe(ModelInput):
     """Keys of `hf-mae reconstruct IMAGE [IMAGE ...]`."""
 
     images: list[str] = positional_key("image files, folders of them, or data sets", group="data", metavar="IMAGE")
-    output: str = output_key("reconstruction.png", "picture to write", metavar="FILE")
+    output: str = output_key("reconstruction.png", "file for the picture, .png, .webp or .jpg", metavar="FILE")
     mask_ratios: list[float] = masking_key([0.75], "fractions of patches to hide, one after the other")
     seed: int = masking_key(0, "random seed of the masks")
     statistics: Statistics = output_key(

@@ -38,8 +38,8 @@ class RunRecipe(SplitKeys):
         None, "recipe to start from: a name of the package, or a YAML file", free=True, card=False, metavar="NAME|FILE"
     )
     dataset: str = inherit(SplitKeys, "dataset", "digits")
-    split: str = inherit(SplitKeys, "split", "train", "split to train on")
-    max_samples: int | None = inherit(SplitKeys, "max_samples", None, "maximum number of training images")
+    split: str = inherit(SplitKeys, "split", "train", "split of the data to train on")
+    max_samples: int | None = inherit(SplitKeys, "max_samples", None, "train on at most this many images")
     max_eval_samples: int | None = inherit(SplitKeys, "max_eval_samples", 2048)
     crop_scale: list[float] = data_key(
         [0.2, 1.0], "smallest and largest area of a random crop, as fractions of the image"
@@ -68,7 +68,9 @@ class RunRecipe(SplitKeys):
     compile: bool = hardware_key(False, "compile the model with torch.compile")
     attn_implementation: str = hardware_key("sdpa", "attention kernel, such as eager, sdpa or flash_attention_2")
     deterministic: bool = hardware_key(False, "repeat a run bit by bit on a GPU too, at some cost in speed")
-    output_dir: str | None = checkpoint_key(None, "folder of the run", "outputs/RECIPE", card=False, metavar="DIR")
+    output_dir: str | None = checkpoint_key(
+        None, "folder for the run and its model", "outputs/RECIPE", card=False, metavar="DIR"
+    )
     resume: str = checkpoint_key(
         "none",
         "checkpoint to continue from: auto takes the newest complete one, if any",
@@ -78,8 +80,8 @@ class RunRecipe(SplitKeys):
     seed: int = optimization_key(0, "random seed of weights, order, crops, flips and masks")
     num_workers: int = hardware_key(2, "loader processes for each training process")
     log_steps: int = log_key(20, "steps between two lines of the log")
-    eval_steps: int | None = evaluation_key(None, "steps between two evaluations", "a tenth of the run")
-    save_steps: int | None = checkpoint_key(None, "steps between two checkpoints", "a tenth of the run")
+    eval_steps: int | None = evaluation_key(None, "optimizer steps between two evaluations", "a tenth of the run")
+    save_steps: int | None = checkpoint_key(None, "optimizer steps between two checkpoints", "a tenth of the run")
     keep_checkpoints: int = checkpoint_key(2, "number of newest checkpoints to keep, 2 or more")
     log_with: str | None = log_key(
         None, "trackers: tensorboard, wandb, trackio or all", "none", card=False, metavar="NAME"

@@ -54,11 +54,11 @@ def test_every_field_and_every_key_of_the_configuration_is_a_flag(capsys):
         load_pretrain_recipe(["--help"])
     flags = re.findall(r"^  --(\w+)", capsys.readouterr().out, re.MULTILINE)
     own = {field.name for field in fields(RunRecipe)} | {field.name for field in fields(PretrainRunKeys)}
-    config = {name for name in MAEConfig.__annotations__ if not name.startswith("_")}
+    config = set(MODEL_KEYS)
     assert {"hidden_size", "decoder_num_hidden_layers", "norm_pix_loss", "mask_ratio", "patch_size"} <= config
     assert sorted(flags) == sorted(own | config)
     assert own == own_keys()
-    assert config == set(MODEL_KEYS)
+    assert config < MAEConfig.__annotations__.keys()
     # All that can't be told apart by a name would be lost.
     assert not own & config
 
@@ -67,7 +67,7 @@ def test_every_key_of_the_configuration_reaches_the_model_configuration():
     default = MAEConfig()
     other = {
         "hidden_act": "relu", "mask_strategy": "block", "pooling": "cls", "position_resize": "sincos",
-        "decoder_attention": "cross", "pyramid_scales": [2, 1],
+        "decoder_attention": "cross",
         "image_size": "64x32", "num_attention_heads": 6, "decoder_num_attention_heads": 8, "mask_cell": 2,
     }  # fmt: skip
     for key in MODEL_KEYS:
