@@ -1,7 +1,6 @@
 """`hf-mae demo`: a page to try a pretrained model on one's own photo, and the same page as a Space."""
 
 import shutil
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import gradio as gr
 import torch
 from gradio.themes import Default
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .data.decode import BadImage
 from .data.loader import EvaluationSet, each_batch, make_loader
@@ -21,8 +20,8 @@ from .evaluation.knn import nearest
 from .files import check_free, new_folder, write_text
 from .keys.publishing_keys import DemoRecipe, Statistics
 from .visualize.command import Reconstructor
-from .visualize.grid import FOOTERS, GRAY, to_pictures
-from .visualize.reconstruction import masked_scores, reconstruct, seeded_noise, to_unit_range
+from .visualize.grid import FOOTERS, GRAY, shown_bands, to_pictures
+from .visualize.reconstruction import masked_scores, reconstruct, seeded_noise
 
 SIDE, THUMBNAIL, NEIGHBOURS = 384, 96, 8
 PICTURES = {
@@ -37,17 +36,11 @@ HIDE, ATTEND = "hides or shows it", "shows what it attends to"
 
 @dataclass(frozen=True)
 class Session:
-    """What a visitor looks at.
+    """What a visitor looks at."""
 
-    Args:
-        pixel_values: (1, C, H, W) the photo.
-        hidden: (N,) True where a patch is hidden.
-        seed: of the next mask.
-    """
-
-    pixel_values: torch.Tensor
-    hidden: torch.Tensor
-    seed: int = 0
+    pixel_values: torch.Tensor  # (1, C, H, W) the photo
+    hidden: torch.Tensor  # (N,) True where a patch is hidden
+    seed: int = 0  # of the next mask
 
 
 class Demo:
@@ -55,7 +48,7 @@ class Demo:
 
     Args:
         model: folder or Hub id.
-        gallery: images for the nearest neighbours; none of these when omitted.
+        gallery: images for the nearest neighbours; no neighbours are shown when omitted.
 
     Raises:
         DataError: if there is no such model or no such gallery.
@@ -84,17 +77,14 @@ class Demo:
 
     def _pictures(self, images: torch.Tensor, like: torch.Tensor, side: int) -> list[Image.Image]:
         processor = self.reconstructor.processor
-        bands = slice(3 if images.shape[1] >= 3 else 1)
-        mean, std = (list(values)[bands] for values in (processor.image_mean, processor.image_std))
-        shown = to_unit_range(images[:, bands], like[:, bands], mean, std)
-        return to_pictures(shown, side)
+        return to_pictures(shown_bands(images, like, processor.image_mean, processor.image_std), side)
+
+    def photo(self, session: Session) -> Image.Image:
+        """The photo as the page shows it."""
+        return self._pictures(session.pixel_values, session.pixel_values, SIDE)[0]
 
     def open(self, file: str | Path, ratio: float) -> Session:
-        """A photo from a file, with some of it hidden.
-
-        Raises:
-            BadImage: if it can't be decoded.
-        """
+        """A photo from a file, with some of it hidden; raises BadImage if it can't be decoded."""
         pixel_values = self.reconstructor.pixel_values([Path(file).read_bytes()])
         return self.hide(Session(pixel_values, torch.zeros(0, dtype=torch.bool)), ratio)
 
@@ -119,12 +109,10 @@ class Demo:
         return replace(session, hidden=hidden) if hidden.any() and not hidden.all() else session
 
     def draw(self, session: Session, statistics: Statistics) -> tuple[list[Image.Image], str]:
-        """Photo, masked photo, predictions, these with the visible patches; and what is to be said of them."""
-        mask = session.hidden.to(torch.float32)[None].to(self.reconstructor.device)
+        """Photo, masked photo, predictions, predictions with the visible patches; and the caption."""
+        mask = session.hidden.float()[None].to(self.reconstructor.device)
         result = reconstruct(self.model, session.pixel_values, mask=mask, statistics=statistics)
-        (photo,), (pasted,) = (
-            self._pictures(images, result.pixel_values, SIDE) for images in (result.pixel_values, result.pasted)
-        )
+        photo, (pasted,) = self.photo(session), self._pictures(result.pasted, result.pixel_values, SIDE)
         removed = to_pictures(result.removed.float(), SIDE)[0].convert("1", dither=Image.Dither.NONE)
         gray = Image.new("RGB", photo.size, (round(255 * GRAY),) * 3)
         processor = self.reconstructor.processor
@@ -142,16 +130,15 @@ class Demo:
         """Where a patch of the whole photo looks in the last layer, the mean of its heads, as heat; framed itself."""
         attentions = self.model.mae(session.pixel_values, output_attentions=True).attentions
         weights = attentions[-1][0].mean(dim=0)[1 + patch, 1:].view(1, 1, *self.grid_size)
-        (photo,) = self._pictures(session.pixel_values, session.pixel_values, SIDE)
+        photo = self.photo(session)
         heat = to_pictures(weights / weights.max(), max(photo.size))[0].convert("L").resize(photo.size)
         picture = Image.composite(Image.new("RGB", photo.size, (255, 60, 0)), photo.convert("L").convert("RGB"), heat)
         h, w = self.grid_size
         height, width, (row, column) = photo.height / h, photo.width / w, divmod(patch, w)
-        box = [round(side) for side in (column * width, row * height, (column + 1) * width, (row + 1) * height)]
-        frame = Image.new("RGB", (box[2] - box[0], box[3] - box[1]), (0, 120, 255))
-        inner = photo.crop((box[0] + 2, box[1] + 2, box[2] - 2, box[3] - 2))
-        frame.paste(inner, (2, 2))
-        picture.paste(frame, (box[0], box[1]))
+        left, top = round(column * width), round(row * height)
+        right, bottom = round((column + 1) * width), round((row + 1) * height)
+        inner = photo.crop((left + 2, top + 2, right - 2, bottom - 2))
+        picture.paste(ImageOps.expand(inner, 2, (0, 120, 255)), (left, top))
         return picture
 
     @torch.no_grad()
@@ -172,7 +159,7 @@ def build(demo: Demo) -> gr.Blocks:
 
     def show(session: Session | None, statistics: Statistics) -> list[Any]:
         if session is None:
-            return [None, None, None, None, None, ""]
+            return [None] * 5 + [""]
         pictures, caption = demo.draw(session, statistics)
         return [session, *pictures, caption]
 
@@ -195,15 +182,10 @@ def build(demo: Demo) -> gr.Blocks:
         if session is None:
             return [*show(None, statistics), None]
         x, y = event.index
-        width, height = _size(session)
-        patch = demo.patch_at(x, y, width, height)
+        patch = demo.patch_at(x, y, *demo.photo(session).size)
         if click == ATTEND:
             return [*[gr.skip()] * len(pictures), demo.attention(session, patch)]
         return [*show(demo.toggle(session, patch), statistics), gr.skip()]
-
-    def _size(session: Session) -> tuple[int, int]:
-        (photo,) = demo._pictures(session.pixel_values, session.pixel_values, SIDE)
-        return photo.size
 
     with gr.Blocks(title="Masked autoencoder", analytics_enabled=False) as page:
         gr.Markdown(f"# Masked autoencoder\n`{Path(demo.name).name}`: what is hidden is guessed from what is visible.")
@@ -231,11 +213,10 @@ def build(demo: Demo) -> gr.Blocks:
         )  # fmt: skip
         pictures, attention = [session, *shown[:4], caption], shown[4]
         file.change(opened, [file, ratio, statistics], [*pictures, attention, neighbours], show_progress="minimal")
-        # While the slider is dragged, the newest place of it is what is drawn next.
-        ratio.change(
-            remasked, [session, ratio, statistics], pictures, show_progress="hidden", trigger_mode="always_last"
-        )
-        again.click(redrawn, [session, ratio, statistics], pictures, show_progress="minimal")
+        # While the slider is dragged, its newest place is drawn next.
+        chosen = [session, ratio, statistics]
+        ratio.change(remasked, chosen, pictures, show_progress="hidden", trigger_mode="always_last")
+        again.click(redrawn, chosen, pictures, show_progress="minimal")
         statistics.change(show, [session, statistics], pictures, show_progress="minimal")
         shown[1].select(clicked, [session, click, statistics], [*pictures, attention], show_progress="minimal")
     return page
@@ -248,13 +229,10 @@ def launch(page: gr.Blocks, **options: Any) -> Any:
 
 
 def run_demo(recipe: DemoRecipe) -> str | None:
-    """Start the page and stay, or write a Space.
-
-    Returns:
-        The folder of the Space, if one was written.
+    """Start the page and stay, or write a Space; its folder.
 
     Raises:
-        UserError: for what a user can mend; one line with the remedy.
+        UserError: if there is no such model, or the port or the folder can't be had.
     """
     if recipe.output_dir:
         return export_space(recipe)
@@ -291,15 +269,10 @@ REQUIREMENTS = (
     "torch", "torchvision", "transformers>=5.17", "safetensors", "accelerate>=1.12", "datasets>=5.2", "evaluate>=0.4.6",
     "fsspec[http]", "pyarrow>=21", "pyyaml>=6", "scikit-learn>=1.5", "tqdm",
 )  # fmt: skip
-MODEL_FILES: Sequence[str] = ("config.json", "model.safetensors", "preprocessor_config.json")
 
 
 def export_space(recipe: DemoRecipe) -> str:
-    """Write the files of a Space: the page, this package, and the model if it is a folder.
-
-    Raises:
-        UserError: if there is no such model, the folder holds something else, or it can't be written.
-    """
+    """Write the files of a Space: the page, this package, and the model if it is a folder."""
     target, model = Path(str(recipe.output_dir)), Path(recipe.model)
     check_free(target, "name another folder by --output_dir")
     Reconstructor(recipe.model)  # raises if it can't be loaded
@@ -308,7 +281,7 @@ def export_space(recipe: DemoRecipe) -> str:
         shutil.copytree(Path(__file__).parent, folder / "hf_mae", ignore=shutil.ignore_patterns("__pycache__"))
         if model.is_dir():
             (folder / "model").mkdir()
-            for file in MODEL_FILES:
+            for file in ("config.json", "model.safetensors", "preprocessor_config.json"):
                 shutil.copy(model / file, folder / "model")
         write_text(folder / "app.py", APP.format(model="model" if model.is_dir() else recipe.model))
         write_text(folder / "README.md", README.format(gradio=gr.__version__, name=name))

@@ -3,9 +3,7 @@
 import base64
 import io
 import json
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,65 +14,34 @@ from .errors import DataError
 from .files import write_text
 from .run_folder import RunFolder, curve
 
-# Key of metrics.jsonl -> title of its curve and a factor.
+# Key of metrics.jsonl -> title of its curve.
 CURVES = {
-    "loss": ("Training loss", 1),
-    "eval_loss": ("Evaluation loss", 1),
-    "top1": ("Accuracy, %", 1),
-    "knn_top1": ("kNN accuracy, %", 1),
-    "linear_top1": ("Linear accuracy, %", 1),
-    "rankme": ("RankMe", 1),
-    "lr": ("Learning rate", 1),
-    "grad_norm": ("Gradient norm", 1),
-    "images_per_second": ("Images a second", 1),
-    "data_wait": ("Time spent waiting for data, %", 100),
+    "loss": "Training loss",
+    "eval_loss": "Evaluation loss",
+    "top1": "Accuracy, %",
+    "knn_top1": "kNN accuracy, %",
+    "linear_top1": "Linear accuracy, %",
+    "rankme": "RankMe",
+    "lr": "Learning rate",
+    "grad_norm": "Gradient norm",
+    "images_per_second": "Images a second",
+    "data_wait": "Time spent waiting for data, %",
 }
 COLOURS = ("#1f6feb", "#d9480f", "#2b8a3e", "#862e9c", "#0b7285", "#a61e4d")
-MOST_PICTURES, MOST_BAD = 12, 20
+MOST_PICTURES = 12
 
 
-@dataclass
 class Run:
-    """What a run's folder records.
+    """What a run's folder records; a DataError if it isn't one."""
 
-    Args:
-        name: of the folder.
-        recipe: keys that it ran with.
-        derived: what followed from them, the data and the machine.
-        events: of metrics.jsonl.
-        results: of results.json.
-        bad: lines of bad_samples.jsonl.
-        pictures: (step, file) of the reconstructions, by step.
-    """
-
-    name: str
-    recipe: dict[str, Any]
-    derived: dict[str, Any]
-    events: list[dict[str, Any]]
-    results: list[dict[str, Any]]
-    bad: list[dict[str, str]]
-    pictures: list[tuple[int, Path]]
-
-    @classmethod
-    def read(cls, path: Path) -> "Run":
-        """Read a run's folder.
-
-        Raises:
-            DataError: if it is none.
-        """
+    def __init__(self, path: Path):
         folder = RunFolder(path)
         if not folder.metrics_file.is_file():
             raise DataError(f"{path} has no metrics.jsonl; name the folder of a run of hf-mae pretrain or finetune")
-        recipe, derived = folder.config()
-        return cls(
-            name=path.resolve().name,
-            recipe=recipe,
-            derived=derived,
-            events=folder.events(),
-            results=folder.results(),
-            bad=folder.bad_samples(),
-            pictures=folder.pictures(),
-        )
+        self.name = path.resolve().name
+        self.recipe, self.derived = folder.config()
+        self.events, self.results, self.bad = folder.events(), folder.results(), folder.bad_samples()
+        self.pictures = folder.pictures()
 
     def curve(self, key: str) -> list[tuple[int, float]]:
         """(step, value) of a key, by step."""
@@ -87,7 +54,7 @@ class Run:
         figures = {"steps": f"{steps:,} of {total:,}" if isinstance(total, int) else f"{steps:,}"}
         for key in ("eval_loss", "knn_top1", "linear_top1", "top1"):
             if values := [value for _, value in self.curve(key)]:
-                figures[CURVES[key][0]] = f"{_number(values[0])} → {_number(values[-1])}"
+                figures[CURVES[key]] = f"{_number(values[0])} → {_number(values[-1])}"
         if speeds := sorted(value for _, value in self.curve("images_per_second")):
             figures["Images a second, median"] = _number(speeds[len(speeds) // 2])
         return figures
@@ -103,24 +70,19 @@ class Run:
     @property
     def bad_by_reason(self) -> list[tuple[str, list[str]]]:
         """(reason, keys) of the images that can't be decoded, the most frequent reason first."""
-        counts = Counter(sample["reason"] for sample in self.bad)
-        return [
-            (reason, [sample["key"] for sample in self.bad if sample["reason"] == reason])
-            for reason, _ in counts.most_common()
-        ]
+        keys: dict[str, list[str]] = {}
+        for sample in self.bad:
+            keys.setdefault(sample["reason"], []).append(sample["key"])
+        return sorted(keys.items(), key=lambda item: -len(item[1]))
 
 
 def write_report(folders: Sequence[str | Path], out: str | Path) -> None:
-    """Write the HTML file: curves, reconstructions, results, bad samples, recipes, hardware.
-
-    Args:
-        folders: of the runs.
-        out: the file. It needs no other file and no network.
+    """Write one HTML file, which needs no other file and no network: curves, pictures, results, recipes, hardware.
 
     Raises:
-        DataError: if a folder is none of a run, or the file can't be written.
+        DataError: if a folder doesn't hold a run, or the file can't be written.
     """
-    text = page([Run.read(Path(folder)) for folder in folders])
+    text = page([Run(Path(folder)) for folder in folders])
     try:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         write_text(Path(out), text)
@@ -131,31 +93,27 @@ def write_report(folders: Sequence[str | Path], out: str | Path) -> None:
 def page(runs: Sequence[Run]) -> str:
     """The whole file."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
     environment.filters |= {"number": _number, "plain": _plain}
     return environment.get_template("report.html").render(
         title=" and ".join(run.name for run in runs),
         runs=[(_colour(index), run) for index, run in enumerate(runs)],
         headings=list(dict.fromkeys(heading for run in runs for heading in run.summary)),
-        plots=plots(runs),
+        plots=_plots(runs),
         settings=[
-            ("Recipe", compare_settings([run.recipe for run in runs])),
-            ("Run and hardware", compare_settings([run.derived for run in runs])),
+            ("Recipe", _compare([run.recipe for run in runs])),
+            ("Run and hardware", _compare([run.derived for run in runs])),
         ],
-        most_bad=MOST_BAD,
     )
 
 
-def plots(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
+def _plots(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
     """(title, SVG) of each figure that any run has more than one value of."""
     drawn = []
-    for key, (title, factor) in CURVES.items():
+    for key, title in CURVES.items():
+        factor = 100 if key == "data_wait" else 1
         lines = [[(step, factor * value) for step, value in run.curve(key)] for run in runs]
         if max(map(len, lines)) > 1:
             drawn.append((title, _plot(title, lines, [run.name for run in runs])))
@@ -186,14 +144,12 @@ def _plot(title: str, lines: Sequence[list[tuple[int, float]]], names: Sequence[
     return Markup(svg[svg.index("<svg") :])
 
 
-def compare_settings(settings: Sequence[dict[str, Any]]) -> list[tuple[str, list[Any], bool]]:
+def _compare(settings: Sequence[dict[str, Any]]) -> list[tuple[str, list[Any], bool]]:
     """(key, its value in each run, whether these differ), without keys that have no value in any."""
     keys = dict.fromkeys(key for table in settings for key in table)
     rows = [(key, [table.get(key) for table in settings]) for key in keys]
     return [
-        (key, values, any(value != values[0] for value in values))
-        for key, values in rows
-        if any(value is not None for value in values)
+        (key, values, values.count(values[0]) < len(values)) for key, values in rows if values != [None] * len(values)
     ]
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import draw_noise, pixels, tiny, tiny_config
+from tiny import AUTO_MODELS, PROCESSORS, draw_noise, pixels, tiny, tiny_config
 from torch.utils.data import Dataset
 from transformers import (
     AutoBackbone,
@@ -20,15 +20,7 @@ from transformers import (
 )
 
 import hf_mae
-from hf_mae import (
-    MAEBackbone,
-    MAEConfig,
-    MAEForImageClassification,
-    MAEForPreTraining,
-    MAEImageProcessor,
-    MAEImageProcessorPil,
-    MAEModel,
-)
+from hf_mae import MAEConfig, MAEForImageClassification, MAEForPreTraining, MAEImageProcessor, MAEModel
 
 LABELS = {0: "cat", 1: "dog", 2: "owl"}
 PROCESSOR_SETTINGS = {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}
@@ -69,16 +61,12 @@ def test_auto_config_makes_our_config(pretrained):
 
 
 @pytest.mark.parametrize(
-    ("auto_class", "model_class"),
-    [
-        (AutoModel, MAEModel),
-        (AutoModelForPreTraining, MAEForPreTraining),
-        (AutoModelForMaskedImageModeling, MAEForPreTraining),
-        (AutoModelForImageClassification, MAEForImageClassification),
-    ],
+    "auto_class",
+    [AutoModel, AutoModelForPreTraining, AutoModelForMaskedImageModeling, AutoModelForImageClassification],
     ids=lambda cls: cls.__name__,
 )
-def test_auto_models_load_our_classes_with_equal_weights(auto_class, model_class, pretrained):
+def test_auto_models_load_our_classes_with_equal_weights(auto_class, pretrained):
+    model_class = AUTO_MODELS[auto_class.__name__]
     model, own = auto_class.from_pretrained(pretrained), model_class.from_pretrained(pretrained)
     assert type(model) is model_class
     encoder, own_encoder = getattr(model, "mae", model), getattr(own, "mae", own)
@@ -88,19 +76,19 @@ def test_auto_models_load_our_classes_with_equal_weights(auto_class, model_class
 
 def test_auto_backbone_makes_our_backbone_from_a_config():
     model = AutoBackbone.from_config(tiny_config(out_indices=[1, 4]))
-    assert type(model) is MAEBackbone
+    assert type(model) is AUTO_MODELS["AutoBackbone"]
     assert [tuple(map_.shape) for map_ in model(pixels()).feature_maps] == [(2, 48, 4, 4)] * 2
 
 
 def test_the_saved_backbone_gives_the_encoders_maps(pretrained):
-    backbone = MAEBackbone.from_pretrained(pretrained, out_indices=[2])
+    backbone = AUTO_MODELS["AutoBackbone"].from_pretrained(pretrained, out_indices=[2])
     expected = MAEModel.from_pretrained(pretrained)(pixels(), output_hidden_states=True).hidden_states[2]
     (feature_map,) = backbone(pixels()).feature_maps
     assert torch.equal(feature_map, expected[:, 1:].transpose(1, 2).unflatten(2, (4, 4)))
 
 
 def test_auto_image_processor_makes_either_backend_with_the_saved_settings(pretrained, image):
-    for backend, processor_class in (("torchvision", MAEImageProcessor), ("pil", MAEImageProcessorPil)):
+    for backend, processor_class in PROCESSORS.items():
         processor = AutoImageProcessor.from_pretrained(pretrained, backend=backend)
         assert type(processor) is processor_class
         assert processor.size["shortest_edge"] == 36

@@ -102,6 +102,12 @@ def test_lists_of_defaults_are_not_shared():
     assert read().crop_scale == Keys(model="m").crop_scale == [0.2, 1.0]
 
 
+def assert_has(keys, name, value):
+    """This key has the value, of the same type."""
+    found = getattr(keys, name)
+    assert (found, type(found)) == (value, type(value))
+
+
 @pytest.mark.parametrize(
     ("text", "name", "value"),
     [
@@ -132,9 +138,7 @@ def test_lists_of_defaults_are_not_shared():
     ],
 )
 def test_values_of_a_recipe_are_read_as_words_of_the_command_line(text, name, value, recipe_file):
-    found = getattr(read("--recipe", recipe_file(text)), name)
-    assert found == value
-    assert type(found) is type(value)
+    assert_has(read("--recipe", recipe_file(text)), name, value)
 
 
 @pytest.mark.parametrize(
@@ -164,9 +168,7 @@ def test_values_of_a_recipe_are_read_as_words_of_the_command_line(text, name, va
     ],
 )
 def test_typed_words_become_values_of_the_type_of_the_key(words, name, value):
-    found = getattr(read(*words.split()), name)
-    assert found == value
-    assert type(found) is type(value)
+    assert_has(read(*words.split()), name, value)
 
 
 def test_a_word_may_have_spaces_equals_signs_and_percent_signs():

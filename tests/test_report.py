@@ -72,7 +72,7 @@ def test_the_report_of_a_run_shows_its_figures_curves_pictures_recipe_and_machin
 
 
 def test_the_report_asks_the_network_for_nothing(finished):
-    text = page([Run.read(finished)])
+    text = page([Run(finished)])
     for _, name, value in Page(text).attributes:
         if name in ("src", "href", "srcset", "action", "data"):
             assert value.startswith(("data:", "#"))
@@ -81,7 +81,7 @@ def test_the_report_asks_the_network_for_nothing(finished):
 
 def test_the_points_of_a_curve_are_the_logged_values(finished):
     events = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    one = Run.read(finished)
+    one = Run(finished)
     assert one.curve("loss") == [(event["step"], event["loss"]) for event in events if "loss" in event]
     assert [step for step, _ in one.curve("eval_loss")] == [0, 3, 6]
     text = page([one])
@@ -112,7 +112,7 @@ def test_several_runs_stand_side_by_side_and_where_they_differ_is_marked(finishe
 
 
 def test_of_many_pictures_some_are_shown_the_first_and_last_among_them(finished, tmp_path):
-    many = Run.read(finished)
+    many = Run(finished)
     Image.new("RGB", (2, 2)).save(tmp_path / "p.png")
     many.pictures = [(step, tmp_path / "p.png") for step in range(0, 500, 5)]
     steps = [int(step) for step in re.findall(r"after step (\d+)<", page([many]))]
@@ -122,7 +122,7 @@ def test_of_many_pictures_some_are_shown_the_first_and_last_among_them(finished,
 
 
 def test_bad_samples_and_results_are_told_and_nothing_of_them_is_taken_for_html(finished):
-    one = Run.read(finished)
+    one = Run(finished)
     one.bad = [{"key": f"<b>{n}</b>.jpg", "reason": "Truncated"} for n in range(25)] + [{"key": "x", "reason": "Empty"}]
     one.results = [
         {"protocol": {"name": "knn"}, "figures": {"knn_top1": 51.25}, "ranges": {"knn_top1": [50.5, 52]},
@@ -139,7 +139,7 @@ def test_bad_samples_and_results_are_told_and_nothing_of_them_is_taken_for_html(
 
 def test_a_run_that_has_only_begun_is_reported_too(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval_loss": 1.5}\n')
-    found = Page(page([Run.read(tmp_path)]))
+    found = Page(page([Run(tmp_path)]))
     assert "1.5 → 1.5" in found.text
     assert "Reconstructions" not in found.text
 
@@ -165,7 +165,7 @@ def test_a_report_that_cannot_be_written_is_told_in_one_line(finished, tmp_path,
 
 
 def test_pictures_open(finished):
-    text = page([Run.read(finished)])
+    text = page([Run(finished)])
     data = re.findall(r"data:image/png;base64,([^\"]+)", text)[-1]
     with Image.open(BytesIO(base64.b64decode(data))) as picture:
         picture.load()

@@ -3,8 +3,25 @@
 import torch
 from torch import nn
 
-from hf_mae import MAEConfig, MAEForPreTraining, MAEImageProcessor
+from hf_mae import (
+    MAEBackbone,
+    MAEConfig,
+    MAEForImageClassification,
+    MAEForPreTraining,
+    MAEImageProcessor,
+    MAEImageProcessorPil,
+    MAEModel,
+)
 
+# What each of transformers' Auto classes, and each backend of its AutoImageProcessor, makes of ours.
+AUTO_MODELS = {
+    "AutoModel": MAEModel,
+    "AutoModelForPreTraining": MAEForPreTraining,
+    "AutoModelForMaskedImageModeling": MAEForPreTraining,
+    "AutoModelForImageClassification": MAEForImageClassification,
+    "AutoBackbone": MAEBackbone,
+}
+PROCESSORS = {"torchvision": MAEImageProcessor, "pil": MAEImageProcessorPil}
 TINY = {
     "image_size": 32,
     "patch_size": 8,

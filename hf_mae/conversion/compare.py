@@ -4,18 +4,17 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
-from ..classifier_mae import MAEForImageClassification
 from ..configuration_mae import MAEConfig
 from ..errors import UserError
 from ..modeling_mae import MAEForPreTraining
+from . import reference
 
 TOLERANCE = 1e-5  # of the outputs' own scale, where that is above 1
 
 
 class Probe(NamedTuple):
-    """Images (2, C, H, W) of noise, and which patches (2, N) are removed in pretraining (1 = removed)."""
+    """Images (B, C, H, W) of noise, and which patches (B, N) are removed in pretraining (1 = removed)."""
 
     images: torch.Tensor
     mask: torch.Tensor
@@ -25,61 +24,56 @@ Outputs = dict[str, torch.Tensor]
 Run = Callable[[Probe], Outputs]
 
 
-def make_probe(config: MAEConfig) -> Probe:
-    """Always the same ones for a shape."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2, config.num_channels, *config.image_height_width, generator=generator)
-    order = torch.rand(2, config.num_patches, generator=generator).argsort(dim=1)
-    # A checkpoint of which nothing was to be masked any more still has a decoder to be checked.
-    kept = config.num_kept_patches(config.mask_ratio or 0.75)
-    return Probe(images, (order >= kept).float())
+def make_probe(config: MAEConfig, images: int = 2, seed: int = 0) -> Probe:
+    """This number of images of the model's size, the same ones for a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    pixel_values = torch.randn(images, config.num_channels, *config.image_height_width, generator=generator)
+    order = torch.rand(images, config.num_patches, generator=generator).argsort(dim=1)
+    # mask_ratio may be 0; use 0.75 to exercise the decoder.
+    return Probe(pixel_values, (order >= config.num_kept_patches(config.mask_ratio or 0.75)).float())
 
 
-def run_ours(model: nn.Module) -> Run:
+def run_ours(model: Any, probe: Probe) -> Outputs:
     """Predictions and loss of a pretraining model, logits of a classifier, tokens of an encoder."""
-
-    def run(probe: Probe) -> Outputs:
-        if isinstance(model, MAEForPreTraining):
-            output = model(probe.images, mask=probe.mask)
-            return {"logits": output.logits, "loss": output.loss}
-        if isinstance(model, MAEForImageClassification):
-            return {"logits": model(probe.images).logits}
-        return {"last_hidden_state": model(probe.images).last_hidden_state}
-
-    return run
+    masked = {"mask": probe.mask} if isinstance(model, MAEForPreTraining) else {}
+    return _outputs(model(probe.images, **masked))
 
 
-def run_transformers(model: Any) -> Run:
+def run_transformers(model: Any, probe: Probe) -> Outputs:
     """The same of transformers' ViTMAE and ViT."""
-
-    def run(probe: Probe) -> Outputs:
-        N = probe.mask.shape[1]
-        if model.config.model_type != "vit_mae":
-            output = model(probe.images)
-            return {"logits": output.logits} if "logits" in output else {"last_hidden_state": output.last_hidden_state}
-        decodes, order = hasattr(model, "decoder"), torch.arange(N) / N
-        # An encoder of theirs always masks, and shuffles by the noise: with nothing removed, rising noise leaves
-        # everything in its place. The half keeps N * (1 - ratio) away from where it would round down.
-        removed = float(probe.mask[0].sum()) - 0.5 if decodes else 0.0
-        ratio, model.config.mask_ratio = model.config.mask_ratio, removed / N
-        output = model(probe.images, noise=(probe.mask if decodes else 0 * probe.mask) + order / 2)
-        model.config.mask_ratio = ratio
-        if decodes:
-            return {"logits": output.logits, "loss": output.loss}
-        return {"last_hidden_state": output.last_hidden_state}
-
-    return run
+    if model.config.model_type != "vit_mae":
+        return _outputs(model(probe.images))
+    # An encoder of theirs always masks, and shuffles by the noise: with nothing removed, rising noise leaves
+    # everything in its place. The half keeps N * (1 - ratio) away from where it would round down.
+    mask, N = probe.mask if hasattr(model, "decoder") else 0 * probe.mask, probe.mask.shape[1]
+    ratio, model.config.mask_ratio = model.config.mask_ratio, max(0.0, float(mask[0].sum()) - 0.5) / N
+    output = model(probe.images, noise=mask + torch.arange(N) / N / 2)
+    model.config.mask_ratio = ratio
+    return _outputs(output)
 
 
-def run_timm(model: Any) -> Run:
+def _outputs(output: Any) -> Outputs:
+    names = ("logits", "loss") if "logits" in output else ("last_hidden_state",)
+    return {name: output[name] for name in names if name in output}
+
+
+def run_timm(model: Any, probe: Probe) -> Outputs:
     """The same of a timm VisionTransformer: logits if it has classes."""
+    if model.num_classes:
+        return {"logits": model(probe.images)}
+    return {"last_hidden_state": model.forward_features(probe.images)}
 
-    def run(probe: Probe) -> Outputs:
-        if model.num_classes:
-            return {"logits": model(probe.images)}
-        return {"last_hidden_state": model.forward_features(probe.images)}
 
-    return run
+def run_original(weights: dict[str, torch.Tensor], config: MAEConfig, probe: Probe) -> Outputs:
+    """The same of the original's forward on its own weights, whose names say of what kind they are."""
+    heads = config.num_attention_heads
+    if "decoder_pred.weight" in weights:
+        decoder_heads, norm_pix_loss = config.decoder_num_attention_heads, config.norm_pix_loss
+        logits, loss = reference.pretrain(weights, *probe, heads, decoder_heads, norm_pix_loss)
+        return {"logits": logits, "loss": loss}
+    if "head.weight" in weights:
+        return {"logits": reference.classify(weights, probe.images, heads)}
+    return {"last_hidden_state": reference.features(weights, probe.images, heads)}
 
 
 def compare(expected: Outputs, got: Outputs) -> float:

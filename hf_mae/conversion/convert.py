@@ -4,6 +4,7 @@ Read the source, check ours against the source's own implementation, adapt it on
 read it back by the target's own implementation, check again, and only then give it its name.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,14 @@ def convert(recipe: ConvertRecipe) -> dict[str, Any]:
     """
     check_free(Path(recipe.output_dir))
     source = open_source(recipe.model, recipe)
-    config, ours = source.model.config, run_ours(source.model)
+    config, ours = source.model.config, partial(run_ours, source.model)
     differences = {"read": compare_runs(source.run, ours, config, f"{recipe.model} and hf_mae")}
     changes = _adapt(source, recipe)
     model, more = part_for(source.model, recipe.to)
     with new_folder(Path(recipe.output_dir)) as folder:
         written = WRITERS[recipe.to](model, source.processor, folder)
-        differences["written"] = compare_runs(run_ours(model), written, config, f"hf_mae and {recipe.to}")
+        pair = f"hf_mae and {recipe.to}"
+        differences["written"] = compare_runs(partial(run_ours, model), written, config, pair)
         record = _record(source, recipe, differences, changes + more)
         write_json(record, RunFolder(folder).conversion_file)
     return record | {"use": describe_use(recipe.to, model, recipe.output_dir)}
@@ -51,16 +53,16 @@ def convert(recipe: ConvertRecipe) -> dict[str, Any]:
 def _adapt(source: Source, recipe: ConvertRecipe) -> list[str]:
     """Another image size or channel count, in place; what was done, in words."""
     config, changes = source.model.config, []
-    size = height_width(recipe.image_size) if recipe.image_size else config.image_height_width
     old, channels = config.image_height_width, config.num_channels
+    height, width = height_width(recipe.image_size or config.image_size)
     try:
-        source.model.resize_input(list(size) if size[0] != size[1] else size[0], recipe.num_channels)
+        source.model.resize_input(height if height == width else [height, width], recipe.num_channels)
     except ValueError as error:
         raise UserError(str(error)) from error
-    if size != old:
+    if (height, width) != old:
         settings = {key: getattr(source.processor, key) for key in SETTINGS}
         source.processor = evaluation_processor(config, **settings)
-        changes.append(f"image_size {old[0]}x{old[1]} -> {size[0]}x{size[1]}, positions: {config.position_resize}")
+        changes.append(f"image_size {old[0]}x{old[1]} -> {height}x{width}, positions: {config.position_resize}")
     if config.num_channels != channels:
         adapt_channels(source.processor, config.num_channels)
         rule = "sum" if config.num_channels == 1 else "mean, scaled to the same sum"
@@ -94,9 +96,9 @@ def describe_conversion(record: dict[str, Any], dest: str) -> str:
     lines = [
         f"{record['class']} from {record['from']} to {record['to']}: outputs differ by {largest:.1g} at most",
         *(f"changed  {change}" for change in record["changes"]),
-        *([f"licence  {record['licence']}"] if record["licence"] else []),
-        *([f"         {record['licence_note']}"] if record["licence_note"] else []),
+        f"licence  {record['licence']}" if record["licence"] else "",
+        f"         {record['licence_note']}" if record["licence_note"] else "",
         f"written  {dest} (conversion.json says from what)",
         f"load it  {record['use']}",
     ]
-    return "\n".join(lines)
+    return "\n".join(filter(None, lines))

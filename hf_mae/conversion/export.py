@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..files import check_free, new_folder
 from ..keys.publishing_keys import ExportRecipe, Numbers
 from ..modeling_mae import MAEForPreTraining
-from .compare import compare
+from .compare import compare, make_probe
 from .read import open_source
 
 BATCHES = (1, 2, 5)  # sizes that are compared
@@ -41,8 +41,8 @@ def export(recipe: ExportRecipe) -> dict[str, Any]:
     """Export a model, or write nothing.
 
     Returns:
-        `part` ("encoder" or "classifier"), `file`, `inputs` and `outputs` (name -> shape), `difference` (the largest),
-        and `use`: the lines that run the result.
+        `part` ("encoder" or "classifier"), `file`, `inputs` and `outputs` (names with shapes), `difference` (the
+        largest), and `use`: the lines that run the result.
 
     Raises:
         UserError: if the source can't be read, DEST isn't empty, or outputs differ by more than 1e-5 of their scale.
@@ -50,21 +50,27 @@ def export(recipe: ExportRecipe) -> dict[str, Any]:
     check_free(Path(recipe.output_dir))
     source = open_source(recipe.model, Numbers())
     model = source.model.mae if isinstance(source.model, MAEForPreTraining) else source.model
-    (file, write), tensors = WRITERS[recipe.to], Tensors(model).eval()
+    (name, write), tensors = WRITERS[recipe.to], Tensors(model).eval()
+    batches = [make_probe(model.config, images, seed=images).images for images in BATCHES]
     with new_folder(Path(recipe.output_dir)) as folder:
-        graph = write(tensors, _images(model, 2), folder / file)
-        difference = max(_difference(tensors, graph, batch, recipe.to) for batch in BATCHES)
+        graph = write(tensors, batches[1], folder / name)
+        difference = max(_difference(tensors, graph, batch, recipe.to) for batch in batches)
         model.config.save_pretrained(folder)
         source.processor.save_pretrained(folder)
-    outputs = dict(zip(tensors.names, tensors(_images(model, 1)), strict=True))
+    file = f"{recipe.output_dir}/{name}"
     return {
         "part": "classifier" if isinstance(model, MAEForImageClassification) else "encoder",
-        "file": f"{recipe.output_dir}/{file}",
-        "inputs": {"pixel_values": ["batch", *_images(model, 1).shape[1:]]},
-        "outputs": {name: ["batch", *value.shape[1:]] for name, value in outputs.items()},
+        "file": file,
+        "inputs": _shapes({"pixel_values": batches[0]}),
+        "outputs": _shapes(dict(zip(tensors.names, tensors(batches[0]), strict=True))),
         "difference": difference,
-        "use": USES[recipe.to].format(file=f"{recipe.output_dir}/{file}"),
+        "use": USES[recipe.to].format(file=file),
     }
+
+
+def _shapes(tensors: dict[str, torch.Tensor]) -> str:
+    sides = {name: ", ".join(map(str, value.shape[1:])) for name, value in tensors.items()}
+    return ", ".join(f"{name} (batch, {shape})" for name, shape in sides.items())
 
 
 def write_onnx(tensors: Tensors, images: torch.Tensor, file: Path) -> Graph:
@@ -74,14 +80,9 @@ def write_onnx(tensors: Tensors, images: torch.Tensor, file: Path) -> Graph:
     import onnxscript  # noqa: F401
 
     program: Any = torch.onnx.export(
-        tensors,
-        (images,),
-        dynamo=True,
-        verbose=False,
-        input_names=["pixel_values"],
-        output_names=tensors.names,
+        tensors, (images,), dynamo=True, verbose=False, input_names=["pixel_values"], output_names=tensors.names,
         dynamic_shapes={"pixel_values": {0: "batch"}},
-    )
+    )  # fmt: skip
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # where on this machine each line of code lies
     program.save(file, external_data=sum(p.numel() for p in tensors.parameters()) * 4 > 2e9)
@@ -109,36 +110,23 @@ USES = {
 }
 
 
-def _images(model: Any, batch: int) -> torch.Tensor:
-    """(B, C, H, W) of noise, the same ones for a shape."""
-    shape = batch, model.config.num_channels, *model.config.image_height_width
-    return torch.randn(shape, generator=torch.Generator().manual_seed(batch))
-
-
 @torch.no_grad()
-def _difference(tensors: Tensors, graph: Graph, batch: int, to: str) -> float:
-    images = _images(tensors.model, batch)
+def _difference(tensors: Tensors, graph: Graph, images: torch.Tensor, to: str) -> float:
     expected, got = (dict(zip(tensors.names, run(images), strict=True)) for run in (tensors, graph))
     try:
         return compare(expected, got)
     except ValueError as error:
         raise UserError(
-            f"the model and its {to} graph differ for {batch} images ({error}); nothing was written"
+            f"the model and its {to} graph differ for {len(images)} images ({error}); nothing was written"
         ) from error
 
 
 def describe_export(result: dict[str, Any]) -> str:
     """What the command prints of it."""
-    (name, shape), *_ = result["inputs"].items()
-    outputs = ", ".join(f"{name} {_shape(shape)}" for name, shape in result["outputs"].items())
     return (
-        f"{result['part']} with {name} {_shape(shape)} -> {outputs}: any batch, this image size\n"
+        f"{result['part']} with {result['inputs']} -> {result['outputs']}: any batch, this image size\n"
         f"compared with the model on batches of {', '.join(map(str, BATCHES))}: largest difference "
         f"{result['difference']:.1g}\n"
         f"written  {result['file']}\n"
         f"run it   {result['use']}"
     )
-
-
-def _shape(shape: list[Any]) -> str:
-    return f"({', '.join(map(str, shape))})"

@@ -1,14 +1,18 @@
 """Names and shapes of weights in the original's (and timm's) layout and in transformers', against ours.
 
-One table a layout, from our names to theirs; the way back goes through the names that a model of ours expects.
+One table a layout, from our names to theirs; the way back goes through the names that a model of ours expects. Then
+transformers' classes, and the settings that they share with ours.
 """
 
 import re
+from typing import Any
 
 import torch
 from torch import nn
 
+from ..classifier_mae import MAEForImageClassification
 from ..errors import UserError
+from ..modeling_mae import MAEForPreTraining, MAEModel
 
 # Our names -> the original's, in this order. timm's encoders and classifiers have the same.
 _ORIGINAL = (
@@ -39,12 +43,7 @@ LAYOUTS = {"original": _ORIGINAL, "transformers": _TRANSFORMERS}
 
 
 def their_names(name: str, layout: str) -> list[str]:
-    """What a weight of ours is called there; three names where theirs keeps query, key and value apart.
-
-    Args:
-        name: e.g. `mae.layers.0.attention.qkv.weight`.
-        layout: "original" or "transformers".
-    """
+    """What a weight of ours, e.g. `mae.layers.0.norm1.bias`, is called there; a fused qkv may have three names."""
     for pattern, replacement in LAYOUTS[layout]:
         name = re.sub(pattern, replacement, name)
     if layout == "transformers" and ".qkv." in name:
@@ -86,3 +85,31 @@ def load_layout(model: nn.Module, theirs: dict[str, torch.Tensor], layout: str) 
                 "fits; check --image_size and the numbers of heads"
             )
     model.load_state_dict(ours)
+
+
+# model_type of transformers -> class of ours -> theirs; the first of each type is what a config without a name means.
+PEERS: dict[str, dict[Any, str]] = {
+    "vit_mae": {MAEForPreTraining: "ViTMAEForPreTraining", MAEModel: "ViTMAEModel"},
+    "vit": {MAEModel: "ViTModel", MAEForImageClassification: "ViTForImageClassification"},
+}
+
+
+def peer_options(name: str) -> dict[str, Any]:
+    """Keywords for a class of transformers: its ViTModel would add a pooler, which the encoder didn't learn."""
+    return {"add_pooling_layer": False} if name == "ViTModel" else {}
+
+
+def shared_settings(config: Any, name: str) -> dict[str, Any]:
+    """The settings of a config, ours or theirs, that our class and this one of transformers both have."""
+    keys = [
+        "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
+        "initializer_range", "layer_norm_eps", "image_size", "patch_size", "num_channels", "qkv_bias",
+    ]  # fmt: skip
+    if name.startswith("ViTMAE"):
+        keys += [
+            "decoder_hidden_size", "decoder_num_hidden_layers", "decoder_num_attention_heads",
+            "decoder_intermediate_size", "mask_ratio", "norm_pix_loss",
+        ]  # fmt: skip
+    if name == "ViTForImageClassification":
+        keys += ["id2label", "label2id", "problem_type"]
+    return {key: getattr(config, key) for key in keys}

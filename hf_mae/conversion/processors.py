@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from transformers import ViTImageProcessor
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..configuration_mae import MAEConfig
@@ -10,7 +11,6 @@ from ..data.transform import crop_settings, default_crop_pct
 from ..files import read_json
 from ..image_processing_mae import MAEImageProcessor
 
-FILE = "preprocessor_config.json"
 # What ours, and ViTImageProcessor, may say besides sizes.
 SETTINGS = ("do_resize", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "resample")
 INTERPOLATION = {"bilinear": 2, "bicubic": 3}  # PIL.Image.Resampling
@@ -21,15 +21,13 @@ def evaluation_processor(config: MAEConfig, crop_pct: float | None = None, **set
 
     Args:
         config: of the model, for its image size and channels.
-        crop_pct: the crop's share of the resized side; see `default_crop_pct` when omitted.
+        crop_pct: the crop's share of the resized side; `default_crop_pct` when omitted.
         **settings: what else is known; mean and standard deviation are ImageNet's when omitted.
     """
     size = config.image_height_width
     crop = crop_settings(size, crop_pct or default_crop_pct(size))
-    normalization = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
-    processor: Any = MAEImageProcessor
-    processor = processor(num_channels=config.num_channels, **{**crop, **normalization, **settings})
-    return adapt_channels(processor, config.num_channels)
+    normalization: dict[str, Any] = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
+    return adapt_channels(MAEImageProcessor(**(crop | normalization | settings)), config.num_channels)
 
 
 def adapt_channels(processor: MAEImageProcessor, num_channels: int) -> MAEImageProcessor:
@@ -42,11 +40,11 @@ def adapt_channels(processor: MAEImageProcessor, num_channels: int) -> MAEImageP
 
 
 def read_processor(folder: Path, config: MAEConfig) -> MAEImageProcessor:
-    """Ours as it is; another one's mean and deviation with its own crop, or, if it has none, the evaluation crop.
+    """Ours unchanged; another one's mean and deviation with its own crop, or the evaluation crop if it has none.
 
     transformers' ViTMAE squeezes images to 224 x 224 where the original's evaluation resizes and crops them.
     """
-    file = folder / FILE
+    file = folder / "preprocessor_config.json"
     stored = read_json(file) if file.exists() else {}
     if str(stored.get("image_processor_type", "")).startswith("MAE"):
         return MAEImageProcessor.from_pretrained(folder)
@@ -58,17 +56,14 @@ def read_processor(folder: Path, config: MAEConfig) -> MAEImageProcessor:
 
 def write_transformers_processor(processor: MAEImageProcessor, folder: Path) -> None:
     """A `ViTImageProcessor` that does the same, up to one pixel in the place of the crop (see `center_spans`)."""
-    from transformers import ViTImageProcessor
-
     settings = {key: getattr(processor, key) for key in (*SETTINGS, "size", "crop_size", "do_center_crop")}
     ViTImageProcessor(**settings, do_convert_rgb=processor.num_channels == 3).save_pretrained(folder)
 
 
 def read_timm_processor(pretrained: dict[str, Any], config: MAEConfig) -> MAEImageProcessor:
     """The transform that timm makes of a model's `pretrained_cfg`."""
-    settings = {"image_mean": pretrained.get("mean"), "image_std": pretrained.get("std")}
+    known = {f"image_{key}": list(pretrained[key]) for key in ("mean", "std") if pretrained.get(key)}
     resample = INTERPOLATION.get(pretrained.get("interpolation", "bicubic"), 3)
-    known = {key: list(value) for key, value in settings.items() if value}
     return evaluation_processor(config, pretrained.get("crop_pct"), resample=resample, **known)
 
 

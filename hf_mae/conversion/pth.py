@@ -10,21 +10,16 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError, one_line
 
-# What the original's own checkpoints hold besides tensors and plain values: the options that they were trained with.
-_ALLOWED: list[Any] = [argparse.Namespace]
 
-
-def read_pth(path: str | Path) -> Any:
-    """What a `.pth` file holds, on the host. Nothing in it is run, whatever it says.
-
-    Args:
-        path: of a file that `torch.save` wrote, in its newer or older form.
+def read_pth(path: Path) -> Any:
+    """What a `.pth` file of `torch.save`, in its newer or older form, holds. Nothing in it is run, whatever it says.
 
     Raises:
         UserError: if it isn't one, or asks for code other than tensors, plain values and `argparse.Namespace`.
     """
     try:
-        with torch.serialization.safe_globals(_ALLOWED):
+        # The original's own checkpoints hold the options that they were trained with.
+        with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path} is not there; check the name") from error
@@ -35,6 +30,15 @@ def read_pth(path: str | Path) -> Any:
         ) from error
     except (RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
         raise UserError(f"{path} is no whole .pth file ({one_line(error)}); fetch it again") from error
+
+
+def _what_else(path: Path) -> str:
+    """Names of the code that a file asks for; only zip files can be asked without running them."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except (ValueError, RuntimeError):
+        names = []
+    return ", ".join(sorted(names)) or "more than tensors and plain values"
 
 
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -53,18 +57,9 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             raise UserError(f"{path} is no whole .safetensors file ({error}); fetch it again") from error
     else:
         content = read_pth(path)
-        inner = content.get("model", content) if isinstance(content, dict) else content
-        options = content.get("args") if inner is not content else None
-        weights, metadata = inner, vars(options) if isinstance(options, argparse.Namespace) else {}
+        weights = content.get("model", content) if isinstance(content, dict) else content
+        options = content.get("args") if weights is not content else None
+        metadata = vars(options) if isinstance(options, argparse.Namespace) else {}
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise UserError(f"{path} doesn't hold a model's weights by name; give a file that does")
     return {key: value.detach().float().contiguous() for key, value in weights.items()}, metadata
-
-
-def _what_else(path: str | Path) -> str:
-    """Names of the code that a file asks for; only zip files can be asked without running them."""
-    try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except (ValueError, RuntimeError):
-        names = []
-    return ", ".join(sorted(names)) or "more than tensors and plain values"

@@ -1,12 +1,15 @@
 """Models of other packages -> ours in memory, each with its own implementation to be checked against."""
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from ..classifier_mae import MAEForImageClassification
 from ..configuration_mae import SIZES, MAEConfig
@@ -18,24 +21,15 @@ from ..keys.publishing_keys import Numbers
 from ..modeling_mae import MAEForPreTraining, MAEModel
 from ..pretrained import loading
 from ..run_folder import RunFolder
-from . import reference
-from .compare import Outputs, Probe, Run, run_ours, run_timm, run_transformers
-from .layouts import load_layout
+from .compare import Run, run_original, run_ours, run_timm, run_transformers
+from .layouts import PEERS, load_layout, peer_options, shared_settings
 from .processors import evaluation_processor, read_processor, read_timm_processor
 from .pth import read_weights
+from .reference import depth
 
 NON_COMMERCIAL = "cc-by-nc-4.0"
 # The repositories of the original's authors, copies of them, and their places in a cache.
 _FACEBOOKS = re.compile(r"(^|/|--)vit-mae-(base|large|huge)(/|$)")
-SHARED = (
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "initializer_range",
-    "layer_norm_eps", "image_size", "patch_size", "num_channels", "qkv_bias",
-)  # fmt: skip
-PRETRAINING = (
-    "decoder_hidden_size", "decoder_num_hidden_layers", "decoder_num_attention_heads", "decoder_intermediate_size",
-    "mask_ratio", "norm_pix_loss",
-)  # fmt: skip
-LABELS = ("id2label", "label2id", "problem_type")
 
 
 @dataclass
@@ -46,8 +40,8 @@ class Source:
     model: Any
     processor: MAEImageProcessor
     run: Run  # by the source's own implementation
-    licence: str | None
-    sha256: dict[str, str]
+    licence: str | None = None
+    sha256: dict[str, str] = field(default_factory=dict)  # of its files, by name
     revision: str | None = None  # commit of a Hub repository
     before: dict[str, Any] | None = None  # what an earlier conversion recorded
 
@@ -85,12 +79,7 @@ def _read_folder(folder: Path, source: str, numbers: Numbers) -> Source:
     except (OSError, ValueError) as error:
         raise UserError(f"{source} has no config.json that can be read; name a model") from error
     kind = "timm" if "architecture" in config else config.get("model_type")
-    readers: dict[str, Callable[[Path, dict[str, Any]], Source]] = {
-        "mae": _read_ours,
-        "vit_mae": _read_transformers,
-        "vit": _read_transformers,
-        "timm": _read_timm,
-    }
+    readers = {"mae": _read_ours, "vit_mae": _read_transformers, "vit": _read_transformers, "timm": _read_timm}
     if kind not in readers:
         raise UserError(f"{source} is a model of type {kind}; there are {', '.join(readers)}, and .pth files")
     result = readers[kind](folder, config)
@@ -106,9 +95,6 @@ def _local(source: str) -> Path:
         return path
     if path.suffix in (".pth", ".pt", ".safetensors", ".bin") or source.count("/") != 1 or source[0] in "./~":
         raise UserError(f"{source} is not there; check the name")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     try:
         for weights in ("*.safetensors", "pytorch_model*.bin"):
             folder = Path(snapshot_download(source, allow_patterns=["*.json", weights], ignore_patterns=["*/*"]))
@@ -126,10 +112,10 @@ def _record(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         record = read_json(file)
+        if not isinstance(record, dict):
+            raise ValueError("it is not a table of keys")
     except ValueError as error:
         raise UserError(f"{file} is broken ({error}); if you know the licence of the weights, remove it") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{file} is not a table of keys; if you know the licence of the weights, remove it")
     return record
 
 
@@ -151,39 +137,27 @@ def _load(model_class: Any, folder: Path, **options: Any) -> Any:
     return model.eval()
 
 
-def _read_ours(folder: Path, config: dict[str, Any]) -> Source:
-    classes: dict[str, Any] = {
-        model.__name__: model for model in (MAEForPreTraining, MAEForImageClassification, MAEModel)
-    }
-    name = (config.get("architectures") or ["MAEForPreTraining"])[0]
+def _named_class(folder: Path, config: dict[str, Any], classes: dict[str, Any]) -> tuple[str, Any]:
+    """Name and class of ours for what a config says that the folder holds; the first class if it says nothing."""
+    name = (config.get("architectures") or list(classes))[0]
     if name not in classes:
         raise UserError(f"{folder} holds a {name}; there are {', '.join(classes)}")
-    model = _load(classes[name], folder)
-    processor = read_processor(folder, model.config)
-    return Source("mae", model, processor, run_ours(model), None, {})
+    return name, classes[name]
+
+
+def _read_ours(folder: Path, config: dict[str, Any]) -> Source:
+    classes = {model.__name__: model for model in (MAEForPreTraining, MAEForImageClassification, MAEModel)}
+    model = _load(_named_class(folder, config, classes)[1], folder)
+    return Source("mae", model, read_processor(folder, model.config), partial(run_ours, model))
 
 
 def _read_transformers(folder: Path, config: dict[str, Any]) -> Source:
-    import transformers
-
-    classes: dict[str, Any] = {
-        "ViTMAEForPreTraining": MAEForPreTraining,
-        "ViTMAEModel": MAEModel,
-        "ViTModel": MAEModel,
-        "ViTForImageClassification": MAEForImageClassification,
-    }
     kind = config["model_type"]
-    default = {"vit_mae": "ViTMAEForPreTraining", "vit": "ViTModel"}[kind]
-    name = (config.get("architectures") or [default])[0]
-    if name not in classes:
-        raise UserError(f"{folder} holds a {name}; there are {', '.join(classes)}")
-    peer = _load(getattr(transformers, name), folder, **({"add_pooling_layer": False} if name == "ViTModel" else {}))
-    keys = SHARED + (PRETRAINING if kind == "vit_mae" else ())
-    settings: dict[str, Any] = {key: getattr(peer.config, key) for key in keys}
-    settings |= {key: getattr(peer.config, key) for key in LABELS} if "Classification" in name else {}
-    settings |= {"pooling": "cls"} if kind == "vit" else {}
-    model = make_model(classes[name], settings, peer.state_dict(), "transformers")
-    return Source(kind, model, read_processor(folder, model.config), run_transformers(peer), None, {})
+    name, model_class = _named_class(folder, config, {theirs: ours for ours, theirs in PEERS[kind].items()})
+    peer = _load(getattr(transformers, name), folder, **peer_options(name))
+    settings = shared_settings(peer.config, name) | ({"pooling": "cls"} if kind == "vit" else {})
+    model = make_model(model_class, settings, peer.state_dict(), "transformers")
+    return Source(kind, model, read_processor(folder, model.config), partial(run_transformers, peer))
 
 
 # ---------------------------------------------------------------------------------------------- the original's layout
@@ -196,40 +170,19 @@ def _read_original(path: Path, numbers: Numbers) -> Source:
             f"{path} has no weights of an MAE by the original's names, but e.g. {', '.join(sorted(weights)[:3])}; "
             "give the original's file, or the folder of a model"
         )
-    settings, model_class = _config_from(weights, numbers.image_size), _class_of(weights)
+    model_class, settings = _class_and_settings(weights, numbers.image_size)
     for prefix in ("", "decoder_") if model_class is MAEForPreTraining else ("",):
         settings[f"{prefix}num_attention_heads"] = _heads(settings, prefix, numbers, metadata)
     if model_class is MAEForPreTraining:
         settings["norm_pix_loss"] = _norm_pix_loss(path, numbers, metadata)
     model = make_model(model_class, settings, weights, "original")
-    beside = RunFolder(path.parent).conversion_file.exists() and path.suffix == ".safetensors"
-    processor = read_processor(path.parent, model.config) if beside else evaluation_processor(model.config)
-    return Source("original", model, processor, run_original(weights, model.config), NON_COMMERCIAL, {})
-
-
-def run_original(weights: dict[str, torch.Tensor], config: MAEConfig) -> Run:
-    """The original's forward on its own weights; of what kind, their names say."""
-    heads = config.num_attention_heads
-
-    def run(probe: Probe) -> Outputs:
-        if "decoder_pred.weight" in weights:
-            logits, loss = reference.pretrain(
-                weights, *probe, heads, config.decoder_num_attention_heads, config.norm_pix_loss
-            )
-            return {"logits": logits, "loss": loss}
-        if "head.weight" in weights:
-            return {"logits": reference.classify(weights, probe.images, heads)}
-        return {"last_hidden_state": reference.features(weights, probe.images, heads)}
-
-    return run
+    ours = RunFolder(path.parent).conversion_file.exists() and path.suffix == ".safetensors"
+    processor = read_processor(path.parent, model.config) if ours else evaluation_processor(model.config)
+    return Source("original", model, processor, partial(run_original, weights, model.config), NON_COMMERCIAL)
 
 
 def make_model(model_class: Any, settings: dict[str, Any], weights: dict[str, torch.Tensor], layout: str) -> Any:
-    """A model of ours with these weights.
-
-    Raises:
-        UserError: if the numbers or the weights don't go together.
-    """
+    """A model of ours with these weights; a UserError if the numbers or the weights don't go together."""
     try:
         model = model_class(MAEConfig(**settings)).eval()
     except ValueError as error:
@@ -238,14 +191,8 @@ def make_model(model_class: Any, settings: dict[str, Any], weights: dict[str, to
     return model
 
 
-def _class_of(weights: dict[str, torch.Tensor]) -> Any:
-    if "decoder_pred.weight" in weights:
-        return MAEForPreTraining
-    return MAEForImageClassification if "head.weight" in weights else MAEModel
-
-
-def _config_from(weights: dict[str, torch.Tensor], image_size: int | list[int] | None) -> dict[str, Any]:
-    """What shapes say: everything but the heads. A number of patches that is no square needs the image size."""
+def _class_and_settings(weights: dict[str, torch.Tensor], image_size: Any) -> tuple[Any, dict[str, Any]]:
+    """What names and shapes say: all but the heads. A number of patches that isn't a square needs the image size."""
     D, C, P, Q = weights["patch_embed.proj.weight"].shape
     N = weights["pos_embed"].shape[1] - 1
     side = round(N**0.5)
@@ -257,7 +204,7 @@ def _config_from(weights: dict[str, torch.Tensor], image_size: int | list[int] |
         raise UserError(f"{N} patches make no square; say which height and width by --image_size H W")
     settings = {
         "hidden_size": D,
-        "num_hidden_layers": _depth(weights, "blocks"),
+        "num_hidden_layers": depth(weights, "blocks"),
         "intermediate_size": len(weights["blocks.0.mlp.fc1.weight"]),
         "image_size": size[0] if size[0] == size[1] else size,
         "patch_size": P if P == Q else [P, Q],
@@ -266,16 +213,14 @@ def _config_from(weights: dict[str, torch.Tensor], image_size: int | list[int] |
     }
     if "decoder_pred.weight" in weights:
         settings["decoder_hidden_size"] = len(weights["decoder_embed.weight"])
-        settings["decoder_num_hidden_layers"] = _depth(weights, "decoder_blocks")
+        settings["decoder_num_hidden_layers"] = depth(weights, "decoder_blocks")
         settings["decoder_intermediate_size"] = len(weights["decoder_blocks.0.mlp.fc1.weight"])
-    elif "head.weight" in weights:
+        return MAEForPreTraining, settings
+    if "head.weight" in weights:
         settings["num_labels"] = len(weights["head.weight"])
         settings["pooling"] = "mean" if "fc_norm.weight" in weights else "cls"
-    return settings
-
-
-def _depth(weights: dict[str, torch.Tensor], name: str) -> int:
-    return 1 + max(int(key.split(".")[1]) for key in weights if key.startswith(f"{name}."))
+        return MAEForImageClassification, settings
+    return MAEModel, settings
 
 
 def _heads(settings: dict[str, Any], prefix: str, numbers: Numbers, metadata: dict[str, Any]) -> int:
@@ -303,10 +248,7 @@ def _norm_pix_loss(path: Path, numbers: Numbers, metadata: dict[str, Any]) -> bo
 
 
 def _read_timm(folder: Path, config: dict[str, Any]) -> Source:
-    try:
-        import timm
-    except ModuleNotFoundError as error:
-        raise UserError("timm's models are checked against timm: pip install timm") from error
+    import timm
 
     files = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).exists()]
     if not files:
@@ -320,14 +262,13 @@ def _read_timm(folder: Path, config: dict[str, Any]) -> Source:
             raise KeyError(f"no model is called {config['architecture']}")
         peer: Any = timm.create_model(config["architecture"], pretrained=False, **options).eval()
         peer.load_state_dict(weights)
-        heads, eps = peer.blocks[0].attn.num_heads, peer.blocks[0].norm1.eps
-        height_width = list(peer.patch_embed.img_size)
-        settings = _config_from(weights, height_width) | {"num_attention_heads": heads, "layer_norm_eps": eps}
+        block, image_size = peer.blocks[0], list(peer.patch_embed.img_size)
+        model_class, settings = _class_and_settings(weights, image_size)
+        settings |= {"num_attention_heads": block.attn.num_heads, "layer_norm_eps": block.norm1.eps}
     except (RuntimeError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"{folder} is no ViT with a class token by timm's names: {one_line(error)}") from error
     if "head.weight" not in weights:
         settings["pooling"] = "cls" if peer.global_pool == "token" else "mean"
-    settings["image_size"] = height_width
-    model = make_model(_class_of(weights), settings, weights, "original")
+    model = make_model(model_class, settings | {"image_size": image_size}, weights, "original")
     processor = read_timm_processor(pretrained, model.config)
-    return Source("timm", model, processor, run_timm(peer), pretrained.get("license"), {})
+    return Source("timm", model, processor, partial(run_timm, peer), pretrained.get("license"))

@@ -1,7 +1,7 @@
 """The original's forward, on weights by the original's names: what conversions from and to it are checked against.
 
-Written on plain tensors and independently of modeling_mae.py, from the paper; the original's own figures pin it
-(tests/conversion/test_convert.py).
+Written from the paper, on plain tensors and independently of modeling_mae.py; the tests pin it to the original's own
+figures.
 """
 
 # Shape letters in this file
@@ -66,9 +66,13 @@ def pretrain(
     return logits, (error * mask).sum() / mask.sum()
 
 
+def depth(weights: Weights, name: str) -> int:
+    """The number of blocks whose names begin with "NAME."."""
+    return 1 + max(int(key.split(".")[1]) for key in weights if key.startswith(f"{name}."))
+
+
 def _blocks(weights: Weights, name: str, tokens: torch.Tensor, heads: int) -> torch.Tensor:
-    depth = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith(f"{name}."))
-    for block in (f"{name}.{index}" for index in range(depth)):
+    for block in (f"{name}.{index}" for index in range(depth(weights, name))):
         qkv = _linear(weights, f"{block}.attn.qkv", _norm(weights, f"{block}.norm1", tokens))
         query, key, value = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=2))
         scores = query @ key.transpose(2, 3) / query.shape[-1] ** 0.5

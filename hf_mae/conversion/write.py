@@ -2,22 +2,23 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ..auto_models_mae import AUTO_CLASSES
 from ..classifier_mae import MAEForImageClassification
 from ..errors import UserError
 from ..files import write_json
 from ..image_processing_mae import MAEImageProcessor
-from ..modeling_mae import MAEForPreTraining, MAEModel
-from .compare import Run, run_ours, run_timm, run_transformers
-from .layouts import to_layout
+from ..modeling_mae import MAEForPreTraining
+from .compare import Run, run_original, run_ours, run_timm, run_transformers
+from .layouts import PEERS, peer_options, shared_settings, to_layout
 from .processors import timm_settings, write_transformers_processor
-from .read import LABELS, PRETRAINING, SHARED, run_original
 from .reference import EPS
 
 # Writes the model and its processor into the folder; gives the run of what a reader finds there.
@@ -28,48 +29,56 @@ def write_ours(model: Any, processor: MAEImageProcessor, folder: Path) -> Run:
     """A model folder of this package."""
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    return run_ours(type(model).from_pretrained(folder).eval())
+    return partial(run_ours, type(model).from_pretrained(folder).eval())
 
 
 def write_vit_mae(model: Any, processor: MAEImageProcessor, folder: Path) -> Run:
     """transformers' `ViTMAEForPreTraining`, or `ViTMAEModel` of an encoder alone."""
-    from transformers import ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel
-
+    config = model.config
     if isinstance(model, MAEForImageClassification):
         raise UserError("ViTMAE has no classifier; use --to timm, or --to vit where the class token is pooled")
-    _refuse_oblong(model, "ViTMAE")
+    for key in ("image", "patch"):
+        height, width = getattr(config, f"{key}_height_width")
+        if height != width:
+            raise UserError(f"ViTMAE takes squares only, not {key}_size {height}x{width}; use --to vit or --to timm")
+        setattr(config, f"{key}_size", height)
     _refuse_cross_attention(model, "ViTMAE")
-    if model.config.mask_strategy != "random" or model.config.mask_cell != 1:
+    if config.mask_strategy != "random" or config.mask_cell != 1:
         raise UserError(
-            f"ViTMAE masks patch by patch at random: it can't express mask_strategy {model.config.mask_strategy} with "
-            f"mask_cell {model.config.mask_cell}; use --to mae or --to original"
+            f"ViTMAE masks patch by patch at random: it can't express mask_strategy {config.mask_strategy} with "
+            f"mask_cell {config.mask_cell}; use --to mae or --to original"
         )
-    peer_class: Any = ViTMAEForPreTraining if isinstance(model, MAEForPreTraining) else ViTMAEModel
-    return _write_transformers(peer_class, ViTMAEConfig, model, SHARED + PRETRAINING, processor, folder)
+    return _write_transformers("vit_mae", model, processor, folder)
 
 
 def write_vit(model: Any, processor: MAEImageProcessor, folder: Path) -> Run:
     """transformers' `ViTModel` (without its pooler), or `ViTForImageClassification` on the class token."""
-    from transformers import ViTConfig, ViTForImageClassification, ViTModel
-
-    if not isinstance(model, MAEForImageClassification):
-        return _write_transformers(ViTModel, ViTConfig, model, SHARED, processor, folder, add_pooling_layer=False)
-    if model.config.pooling != "cls":
+    if isinstance(model, MAEForImageClassification) and model.config.pooling != "cls":
         raise UserError("ViTForImageClassification can't express pooling mean, only the class token; use --to timm")
-    return _write_transformers(ViTForImageClassification, ViTConfig, model, SHARED + LABELS, processor, folder)
+    return _write_transformers("vit", model, processor, folder)
+
+
+def _write_transformers(kind: str, model: Any, processor: MAEImageProcessor, folder: Path) -> Run:
+    name = PEERS[kind][type(model)]
+    peer_class, options = getattr(transformers, name), peer_options(name)
+    peer = peer_class(peer_class.config_class(**shared_settings(model.config, name)), **options)
+    peer.load_state_dict(to_layout(model.state_dict(), "transformers"))
+    peer.save_pretrained(folder)
+    write_transformers_processor(processor, folder)
+    return partial(run_transformers, peer_class.from_pretrained(folder, **options).eval())
 
 
 def write_timm(model: Any, processor: MAEImageProcessor, folder: Path) -> Run:
     """A folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads."""
-    try:
-        import timm
-    except ModuleNotFoundError as error:
-        raise UserError("what is written for timm is checked against timm: pip install timm") from error
+    import timm
+
     config = model.config
     _refuse_other_activations(model, "timm's ViT")
     classifier = isinstance(model, MAEForImageClassification)
-    global_pool = "avg" if classifier and config.pooling == "mean" else "token"
-    names = {768: "vit_base_patch16_224", 1024: "vit_large_patch16_224", 1280: "vit_huge_patch14_224"}
+    head = {
+        "num_classes": model.num_labels if classifier else 0,
+        "global_pool": "avg" if classifier and config.pooling == "mean" else "token",
+    }
     arguments = {
         "img_size": list(config.image_height_width),
         "patch_size": list(config.patch_height_width),
@@ -80,17 +89,17 @@ def write_timm(model: Any, processor: MAEImageProcessor, folder: Path) -> Run:
         "mlp_ratio": config.intermediate_size / config.hidden_size,
         "qkv_bias": config.qkv_bias,
     }
-    num_classes = model.num_labels if classifier else 0
+    # Any name of a plain ViT would do: the arguments say everything.
+    names = {1024: "vit_large_patch16_224", 1280: "vit_huge_patch14_224"}
     settings = {
-        # Any name of a plain ViT would do: the arguments say everything.
         "architecture": names.get(config.hidden_size, "vit_base_patch16_224"),
-        "num_classes": num_classes,
+        "num_classes": head["num_classes"],
         "num_features": config.hidden_size,
-        "global_pool": global_pool,
-        "model_args": arguments | {"num_classes": num_classes, "global_pool": global_pool},
+        "global_pool": head["global_pool"],
+        "model_args": arguments | head,
         "pretrained_cfg": {
             **timm_settings(processor, config),
-            "num_classes": num_classes,
+            "num_classes": head["num_classes"],
             "fixed_input_size": True,
             # Before 1.0.31, timm takes the filters of any `first_conv` for those of 3 channels, and replaces others.
             "first_conv": "patch_embed.proj" if config.num_channels == 3 else None,
@@ -98,43 +107,63 @@ def write_timm(model: Any, processor: MAEImageProcessor, folder: Path) -> Run:
         },
     }
     write_json(settings, folder / "config.json")
-    _save(to_layout(model.state_dict(), "original"), folder)
-    return run_timm(timm.create_model(f"local-dir:{folder}", pretrained=True).eval())
+    _save(model, folder, {})
+    return partial(run_timm, timm.create_model(f"local-dir:{folder}", pretrained=True).eval())
 
 
 def write_original(model: Any, processor: MAEImageProcessor, folder: Path) -> Run:
     """The original's names and shapes in a safetensors file, for `load_state_dict`; a `.pth` would be a pickle."""
     _refuse_other_activations(model, "the original")
     _refuse_cross_attention(model, "the original")
-    weights, config = to_layout(model.state_dict(), "original"), model.config
+    config = model.config
     metadata = {"num_attention_heads": str(config.num_attention_heads)}
     if isinstance(model, MAEForPreTraining):
         metadata["decoder_num_attention_heads"] = str(config.decoder_num_attention_heads)
         metadata["norm_pix_loss"] = str(config.norm_pix_loss).lower()
-    _save(weights, folder, metadata)
+    _save(model, folder, metadata)
     processor.save_pretrained(folder)
-    return run_original(load_file(folder / "model.safetensors"), config)
+    return partial(run_original, load_file(folder / "model.safetensors"), config)
 
 
-# Of a pretraining model these hold the encoder.
-WITHOUT_DECODER = ("vit", "timm")
-# These fix the epsilon of their LayerNorms, where transformers' ViTMAE has 1e-12 by default.
-FIXED_EPS = ("timm", "original")
+def _refuse_cross_attention(model: Any, name: str) -> None:
+    if isinstance(model, MAEForPreTraining) and model.config.decoder_attention == "cross":
+        raise UserError(
+            f"{name} can't express decoder_attention cross; use --to vit or --to timm for the encoder alone"
+        )
+
+
+def _refuse_other_activations(model: Any, name: str) -> None:
+    if model.config.hidden_act != "gelu":
+        raise UserError(f"{name} can't express hidden_act {model.config.hidden_act}, only gelu; use --to vit_mae")
+
+
+def _save(model: nn.Module, folder: Path, metadata: dict[str, str]) -> None:
+    """Weights by the original's names. The library writes metadata in another order each time, so it is sorted here."""
+    weights = to_layout(model.state_dict(), "original")
+    contiguous = {key: value.detach().contiguous() for key, value in weights.items()}
+    save_file(contiguous, folder / "model.safetensors", {"format": "pt", **metadata})
+    with (folder / "model.safetensors").open("rb+") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length
+        file.seek(8)
+        file.write(text.ljust(length))
+
+
 WRITERS: dict[str, Writer] = {
-    "mae": write_ours,
-    "vit_mae": write_vit_mae,
-    "vit": write_vit,
-    "timm": write_timm,
-    "original": write_original,
-}
+    "mae": write_ours, "vit_mae": write_vit_mae, "vit": write_vit, "timm": write_timm, "original": write_original,
+}  # fmt: skip
 
 
 def part_for(model: Any, target: str) -> tuple[Any, list[str]]:
     """What a target holds of a model, all of it or the encoder alone; and what had to change for it, in words."""
-    if target in WITHOUT_DECODER and isinstance(model, MAEForPreTraining):
+    if target in ("vit", "timm") and isinstance(model, MAEForPreTraining):
         model = model.mae
     eps = model.config.layer_norm_eps
-    if target not in FIXED_EPS or eps == EPS:
+    # These two fix the epsilon of their LayerNorms; transformers' ViTMAE has 1e-12 by default.
+    if target not in ("timm", "original") or eps == EPS:
         return model, []
     model.config.layer_norm_eps = EPS
     for module in model.modules():
@@ -150,67 +179,8 @@ def describe_use(target: str, model: Any, dest: str) -> str:
     if target == "original":
         return f"from safetensors.torch import load_file; model.load_state_dict(load_file('{dest}/model.safetensors'))"
     if target == "mae":
-        kinds = {MAEForPreTraining: "AutoModelForPreTraining", MAEModel: "AutoModel"}
-        name = kinds.get(type(model), "AutoModelForImageClassification")
+        name = next(auto for auto, kind in AUTO_CLASSES.items() if kind is type(model))
         return f"import hf_mae; from transformers import {name}; model = {name}.from_pretrained({dest!r})"
-    classifier, pretraining = isinstance(model, MAEForImageClassification), isinstance(model, MAEForPreTraining)
-    if target == "vit":
-        name, option = ("ViTForImageClassification", "") if classifier else ("ViTModel", ", add_pooling_layer=False")
-    else:
-        name, option = "ViTMAEForPreTraining" if pretraining else "ViTMAEModel", ""
-    return f"from transformers import {name}; model = {name}.from_pretrained({dest!r}{option})"
-
-
-def _write_transformers(
-    peer_class: Any,
-    config_class: Any,
-    model: Any,
-    keys: tuple[str, ...],
-    processor: MAEImageProcessor,
-    folder: Path,
-    **options: Any,
-) -> Run:
-    peer = peer_class(config_class(**{key: getattr(model.config, key) for key in keys}), **options)
-    peer.load_state_dict(to_layout(model.state_dict(), "transformers"))
-    peer.save_pretrained(folder)
-    write_transformers_processor(processor, folder)
-    return run_transformers(peer_class.from_pretrained(folder, **options).eval())
-
-
-def _save(weights: dict[str, torch.Tensor], folder: Path, metadata: dict[str, str] | None = None) -> None:
-    contiguous = {key: value.detach().contiguous() for key, value in weights.items()}
-    file = folder / "model.safetensors"
-    save_file(contiguous, file, {"format": "pt", **(metadata or {})})
-    _sort_metadata(file)
-
-
-def _sort_metadata(path: Path) -> None:
-    """Sort the metadata of a safetensors file in place: the library writes it in another order each time."""
-    with path.open("rb+") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        assert len(text) <= length
-        file.seek(8)
-        file.write(text.ljust(length))
-
-
-def _refuse_oblong(model: Any, name: str) -> None:
-    for key in ("image", "patch"):
-        height, width = getattr(model.config, f"{key}_height_width")
-        if height != width:
-            raise UserError(f"{name} takes squares only, not {key}_size {height}x{width}; use --to vit or --to timm")
-        setattr(model.config, f"{key}_size", height)
-
-
-def _refuse_cross_attention(model: Any, name: str) -> None:
-    if isinstance(model, MAEForPreTraining) and model.config.decoder_attention == "cross":
-        raise UserError(
-            f"{name} can't express decoder_attention cross; use --to vit or --to timm for the encoder alone"
-        )
-
-
-def _refuse_other_activations(model: Any, name: str) -> None:
-    if model.config.hidden_act != "gelu":
-        raise UserError(f"{name} can't express hidden_act {model.config.hidden_act}, only gelu; use --to vit_mae")
+    name = PEERS[target][type(model)]
+    options = "".join(f", {key}={value}" for key, value in peer_options(name).items())
+    return f"from transformers import {name}; model = {name}.from_pretrained({dest!r}{options})"

@@ -1,6 +1,6 @@
 """The card of a model: one template, card.md, for `model_cards/` and for the README.md of a pushed repository.
 
-    print(Card.read("outputs/quickstart").text())
+    print(Card("outputs/quickstart").text())
 
 Everything in it is read from the model's folder: config.json and the files of its run. The card of a `checkpoint-STEP`
 is read from the folder of its run, up to that step. What these do not say, the card does not say either.
@@ -8,7 +8,6 @@ is read from the folder of its run, up to that step. What these do not say, the 
 
 import re
 import statistics
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,85 +15,43 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..files import read_json, sha256
-from ..keys import names_where
+from ..keys import height_width, names_where
 from ..keys.finetune_keys import FinetuneRecipe
 from ..keys.run_keys import PretrainRecipe
 from ..run_folder import RunFolder, curve, run_of
 
-TEMPLATE = Path(__file__).with_name("card.md")
 LICENCES = {"apache-2.0": "Apache-2.0", "cc-by-nc-4.0": "CC BY-NC 4.0 (not for commercial use)"}
 
 
-@dataclass
 class Card:
-    """What a card is made of; nothing in it is a path of one machine, except of what the user typed.
+    """What a card of a model's folder is made of; no path of one machine is in it, except what the user typed.
 
     Args:
-        name: title.
-        config: config.json.
-        recipe: keys of the run; empty if none is recorded.
-        derived: what the run derived from them.
-        events: lines of metrics.jsonl.
-        results: entries of results.json that belong to these weights.
-        conversion: conversion.json; empty for weights that were trained, not converted.
-        licence: of the weights, an id of the Hub's list; None if it is not known.
-        picture: path of the reconstructions, which the card shows from there: set it to where they are beside the card.
-        step: of a checkpoint that was taken before the end of its run.
-        repo_id: where the model is, or will be.
-        revision: a commit that was pulled back and compared.
+        folder: config.json has to be there; all else may be missing.
+        repo_id: USER/NAME on the Hub, where the model is or will be.
     """
 
-    name: str
-    config: dict[str, Any]
-    recipe: dict[str, Any] = field(default_factory=dict)
-    derived: dict[str, Any] = field(default_factory=dict)
-    events: list[dict[str, Any]] = field(default_factory=list)
-    results: list[dict[str, Any]] = field(default_factory=list)
-    conversion: dict[str, Any] = field(default_factory=dict)
-    licence: str | None = None
-    picture: str | None = None
-    step: int | None = None
-    repo_id: str | None = None
-    revision: str | None = None
-
-    @classmethod
-    def read(cls, folder: str | Path, repo_id: str | None = None) -> "Card":
-        """A card of a model's folder.
-
-        Args:
-            folder: config.json has to be there; all else may be missing.
-            repo_id: USER/NAME on the Hub.
-        """
+    def __init__(self, folder: str | Path, repo_id: str | None = None):
         folder = Path(folder)
         (run, step), model = run_of(folder), RunFolder(folder)
         recipe, derived = run.config()
         conversion = model.conversion()
         pictures = [path for number, path in run.pictures() if step is None or number == step]
-        return cls(
-            name=(repo_id or folder.resolve().name).split("/")[-1],
-            config=read_json(folder / "config.json"),
-            recipe=_portable(recipe),
-            derived=_portable(derived),
-            events=[event for event in run.events() if step is None or event["step"] <= step],
-            results=_own_results(model),
-            conversion=_portable(conversion),
-            licence=_licence_of(model, conversion, recipe),
-            picture=str(pictures[-1]) if pictures else None,
-            step=step if step != derived.get("total_steps") else None,
-            repo_id=repo_id,
-        )
-
-    # ------------------------------------------------------------------------------------------ what follows from it
+        self.repo_id, self.name = repo_id, (repo_id or folder.resolve().name).split("/")[-1]
+        self.config = read_json(folder / "config.json")
+        self.recipe, self.derived, self.conversion = map(_portable, (recipe, derived, conversion))
+        self.events = [event for event in run.events() if step is None or event["step"] <= step]
+        self.results = _own_results(model)
+        self.licence = _licence_of(model, conversion, recipe)
+        # The card shows the picture from this path: set it to where the picture is beside the card.
+        self.picture = str(pictures[-1]) if pictures else None
+        self.step = step if step != derived.get("total_steps") else None  # of a checkpoint before the end of its run
+        self.revision: str | None = None  # a commit that was pulled back and compared
 
     @property
     def classifies(self) -> bool:
         """Whether the model is a classifier."""
         return "MAEForImageClassification" in (self.config.get("architectures") or [])
-
-    @property
-    def cross_attention(self) -> bool:
-        """Whether the decoder only attends to the encoder's tokens."""
-        return self.config.get("decoder_attention") == "cross"
 
     @property
     def command(self) -> str:
@@ -114,38 +71,17 @@ class Card:
         number, strategy = self.derived.get("processes"), self.derived.get("strategy")
         return f"{number} ({strategy})" if number not in (None, 1) and strategy else _count(number)
 
-    @property
-    def images_per_second(self) -> float | None:
-        """The median speed of the training."""
-        speeds = [speed for _, speed in curve(self.events, "images_per_second") if speed]
-        return statistics.median(speeds) if speeds else None
-
     def recipe_yaml(self) -> str:
         """The keys of the run as a recipe file that `hf-mae` takes."""
         hidden = names_where(FinetuneRecipe if self.command == "finetune" else PretrainRecipe, card=False)
         keys = {key: value for key, value in self.recipe.items() if value is not None and key not in hidden}
         return yaml.safe_dump(keys, sort_keys=False)
 
-    # ------------------------------------------------------------------------------------------ the card
-
-    def metadata(self) -> ModelCardData:
+    def _metadata(self) -> ModelCardData:
         """The head of the card, which the Hub searches and shows."""
         dataset, model = str(self.recipe.get("dataset", "")), str(self.recipe.get("model") or "")
         known = self.licence is None or self.licence in LICENCES
-        return ModelCardData(
-            library_name="transformers",
-            license=self.licence if known else "other",
-            license_name=None if known else re.sub(r"[^a-z0-9.-]+", "-", str(self.licence).lower()),
-            pipeline_tag="image-classification" if self.classifies else "image-feature-extraction",
-            tags=["masked-autoencoder", "mae", "vision", "self-supervised-learning", "arxiv:2111.06377"],
-            datasets=[dataset] if _is_hub_id(dataset) else None,
-            base_model=model if _is_hub_id(model) else None,
-            model_name=self.name if (results := self._eval_results()) else None,
-            eval_results=results or None,
-        )
-
-    def _eval_results(self) -> list[EvalResult]:
-        return [
+        results = [
             EvalResult(
                 task_type="image-classification",
                 dataset_type=_slug(entry["data"]["dataset"]),
@@ -160,23 +96,36 @@ class Card:
             for figure, value in entry["figures"].items()
             if "top" in figure
         ]
+        return ModelCardData(
+            library_name="transformers",
+            license=self.licence if known else "other",
+            license_name=None if known else re.sub(r"[^a-z0-9.-]+", "-", str(self.licence).lower()),
+            pipeline_tag="image-classification" if self.classifies else "image-feature-extraction",
+            tags=["masked-autoencoder", "mae", "vision", "self-supervised-learning", "arxiv:2111.06377"],
+            datasets=[dataset] if _is_hub_id(dataset) else None,
+            base_model=model if _is_hub_id(model) else None,
+            model_name=self.name if results else None,
+            eval_results=results or None,
+        )
 
     def text(self) -> str:
         """The whole card, Markdown with its head."""
+        speeds = [speed for _, speed in curve(self.events, "images_per_second") if speed]
         card = ModelCard.from_template(
-            self.metadata(),
-            template_path=str(TEMPLATE),
+            self._metadata(),
+            template_path=str(Path(__file__).with_name("card.md")),
             card=self,
             config=self.config,
             recipe=self.recipe,
             derived=self.derived,
             eval_losses=[] if self.classifies else curve(self.events, "eval_loss"),
+            images_per_second=statistics.median(speeds) if speeds else None,
             licence_name=LICENCES.get(str(self.licence), self.licence),
             count=_count,
             figure=_figure,
             protocol=_protocol,
             settings=_settings,
-            sides=_sides,
+            sides=lambda size: "{} x {}".format(*height_width(size)),
         )
         return f"{card}\n"
 
@@ -206,15 +155,10 @@ def _licence_of(model: RunFolder, conversion: dict[str, Any], recipe: dict[str, 
 
 
 def _own_results(model: RunFolder) -> list[dict[str, Any]]:
-    """The results of these very weights: the folder may have got others since."""
-    weights = model.weights_file
-    own = sha256(weights) if weights.is_file() else None
+    """The results of exactly these weights: the folder may have got others since."""
+    own = sha256(model.weights_file) if model.weights_file.is_file() else None
     return [
-        {
-            **entry,
-            "data": {**_portable(entry["data"]), "evaluated_on": _portable_text(entry["data"]["evaluated_on"])},
-            "protocol": _portable(entry["protocol"]),
-        }
+        {**entry, "data": _portable(entry["data"]), "protocol": _portable(entry["protocol"])}
         for entry in model.results()
         if entry["checkpoint"].get("sha256") == own
     ]
@@ -224,18 +168,14 @@ def _own_results(model: RunFolder) -> list[dict[str, Any]]:
 
 
 def _portable(values: dict[str, Any]) -> dict[str, Any]:
-    """Paths of one machine by their last name; all else as it is."""
-
-    def portable(key: str, value: Any) -> Any:
-        if key == "evaluated_on":
-            return _portable_text(str(value))
-        return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
-
-    return {key: portable(key, value) for key, value in values.items()}
-
-
-def _portable_text(text: str) -> str:
-    return re.sub(r"(?<!\S)[/~]\S*/(\S+)", r"\1", text)
+    """Paths of one machine by their last name; other values unchanged."""
+    known = {
+        key: Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
+        for key, value in values.items()
+    }
+    if "evaluated_on" in values:  # a sentence with a path in it
+        known["evaluated_on"] = re.sub(r"(?<!\S)[/~]\S*/(\S+)", r"\1", str(values["evaluated_on"]))
+    return known
 
 
 def _is_hub_id(name: str) -> bool:
@@ -245,11 +185,6 @@ def _is_hub_id(name: str) -> bool:
 def _slug(name: str) -> str:
     """An id for the metadata, also for data that has none on the Hub."""
     return name if _is_hub_id(name) else re.sub(r"[^\w.-]+", "-", Path(name).name).strip("-") or "data"
-
-
-def _sides(size: int | list[int]) -> str:
-    height, width = (size, size) if isinstance(size, int) else size
-    return f"{height} x {width}"
 
 
 def _count(number: Any) -> str | None:

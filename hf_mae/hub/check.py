@@ -9,15 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import hf_hub_download
 from safetensors.torch import save_file
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageClassification,
-    AutoModelForPreTraining,
-)
 
 # What `save_pretrained` writes beside a model and its image processor (hub_code_mae.py): the files of that ending.
 CODE = tuple(sorted(path.name for path in Path(__file__).parents[1].glob("*_mae.py")))
@@ -31,23 +25,23 @@ def measure(place: str, **loading: Any) -> dict[str, torch.Tensor]:
         place: folder or Hub id.
         **loading: keywords of every `from_pretrained`.
     """
-    config = AutoConfig.from_pretrained(place, **loading)
+    config = transformers.AutoConfig.from_pretrained(place, **loading)
     height, width = config.image_height_width
     count = height * width * config.num_channels
     image = (torch.arange(count) * 7919 % 251).to(torch.uint8).view(height, width, config.num_channels).numpy()
     measured = {}
     for backend in ("torchvision", "pil"):
-        processor = AutoImageProcessor.from_pretrained(place, backend=backend, **loading)
+        processor = transformers.AutoImageProcessor.from_pretrained(place, backend=backend, **loading)
         pixel_values = processor(image, return_tensors="pt", input_data_format="channels_last").pixel_values
         measured[f"pixels of {type(processor).__name__}"] = pixel_values
-    model = AutoModel.from_pretrained(place, **loading).eval()
+    model = transformers.AutoModel.from_pretrained(place, **loading).eval()
     measured["features"] = model(pixel_values, interpolate_pos_encoding=True).last_hidden_state
     architecture = (config.architectures or [""])[0]
     if architecture == "MAEForPreTraining":
-        model = AutoModelForPreTraining.from_pretrained(place, **loading).eval()
+        model = transformers.AutoModelForPreTraining.from_pretrained(place, **loading).eval()
         measured["loss"] = model(pixel_values, interpolate_pos_encoding=True).loss
     if architecture == "MAEForImageClassification":
-        model = AutoModelForImageClassification.from_pretrained(place, **loading).eval()
+        model = transformers.AutoModelForImageClassification.from_pretrained(place, **loading).eval()
         measured["logits"] = model(pixel_values, interpolate_pos_encoding=True).logits
     return {name: value.float().contiguous() for name, value in measured.items()}
 
@@ -62,13 +56,9 @@ class _WithoutPackage:
 
 
 def main(repo_id: str, revision: str, code: str, output: str) -> int:
-    """Measure a revision of a repository, and write the tensors to a file.
+    """Measure a commit of a repository, and write the tensors to a safetensors file.
 
-    Args:
-        repo_id: USER/NAME.
-        revision: commit.
-        code: folder of the code files that were pushed; no others are run.
-        output: safetensors file to write.
+    Only code equal to the files in the folder `code`, those that were pushed, is run.
     """
     sys.meta_path.insert(0, _WithoutPackage)  # type: ignore[arg-type]
     for name in CODE:

@@ -15,13 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,  # pyright: ignore[reportPrivateImportUsage]
-    RepositoryNotFoundError,
-)
+from huggingface_hub import HfApi, errors
 from safetensors.torch import load_file
 
 from ..backbone_mae import MAEBackbone
@@ -38,7 +32,7 @@ from .card import Card
 
 MODELS = {cls.__name__: cls for cls in (MAEForPreTraining, MAEForImageClassification, MAEModel, MAEBackbone)}
 PICTURE = "reconstruction.png"
-# What an earlier push may have left, and a model of other parts has not.
+# What an earlier push may have left and another model doesn't have.
 OURS = ["*.safetensors", "*.safetensors.index.json", "conversion.json", "recipe.yaml", PICTURE]
 
 
@@ -53,21 +47,21 @@ def write_card(folder: str, output: str) -> str | None:
         Path of the picture beside it, NAME.png; None if the folder has none.
 
     Raises:
-        UserError: if the folder is no model of this package, or the card can't be written.
+        UserError: if the folder doesn't hold a model of this package, or the card can't be written.
     """
     with _whole_folder(folder):
-        card = Card.read(folder)
-    file = Path(output)
+        card = Card(folder)
+    file, picture = Path(output), Path(output).with_suffix(".png")
     card.name = file.stem
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         if card.picture:
-            shutil.copyfile(card.picture, file.with_suffix(".png"))
-            card.picture = f"{file.stem}.png"
+            shutil.copyfile(card.picture, picture)
+            card.picture = picture.name
         write_text(file, card.text())
     except OSError as error:
         raise UserError(f"{output} can't be written: {error}; name another file") from error
-    return str(file.with_suffix(".png")) if card.picture else None
+    return str(picture) if card.picture else None
 
 
 def push(folder: str, repo_id: str, private: bool = False, revision: str | None = None) -> dict[str, Any]:
@@ -87,44 +81,30 @@ def push(folder: str, repo_id: str, private: bool = False, revision: str | None 
         `url`; `commit`, which was compared; `difference`, the largest of loss, features and pixels.
 
     Raises:
-        UserError: for what a user can mend.
+        UserError: if the folder, the name, the token or the network doesn't allow it; one line with the remedy.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        staged, cache = Path(temporary) / "files", Path(temporary) / "cache"
+        staged = Path(temporary) / "files"
         card = stage(Path(folder), staged, repo_id)
         expected = check.measure(folder, trust_remote_code=False)
+        where: Any = {"repo_id": repo_id, "revision": revision}
         with _one_line(repo_id):
             api = HfApi()
             _open_repository(api, repo_id, private, revision)
-            commit = api.upload_folder(
-                repo_id=repo_id,
-                folder_path=staged,
-                revision=revision,
-                commit_message=f"{card.name}, with the code that loads it",
-                delete_patterns=OURS,
-            ).oid
-        difference = _pull_back(repo_id, commit, expected, staged, cache)
+            message = f"{card.name}, with the code that loads it"
+            commit = api.upload_folder(folder_path=staged, delete_patterns=OURS, commit_message=message, **where).oid
+        difference = _pull_back(repo_id, commit, expected, staged, Path(temporary) / "cache")
         card.revision = commit
         with _one_line(repo_id):
-            api.upload_file(
-                path_or_fileobj=card.text().encode(),
-                path_in_repo="README.md",
-                repo_id=repo_id,
-                revision=revision,
-                commit_message="Card: the revision that was pulled back and compared",
-            )
+            text, message = card.text().encode(), "Card: the revision that was pulled back and compared"
+            api.upload_file(path_or_fileobj=text, path_in_repo="README.md", commit_message=message, **where)
     return {"url": f"{api.endpoint}/{repo_id}", "commit": commit, "difference": difference}
 
 
 class BackgroundPush:
-    """Pushes checkpoints of a run while it goes on: `hf-mae push` in a process of its own, one at a time.
+    """Pushes checkpoints while the run continues: `hf-mae push` in a process of its own, one at a time.
 
-    Nothing that happens there stops the training; what became of a push is told at the next one.
-
-    Args:
-        repo_id: USER/NAME.
-        private: whether the repository must be private.
-        say: takes a line for the user.
+    Nothing that happens there stops the training; how a push ended is reported at the next one, by `say`.
     """
 
     def __init__(self, repo_id: str, private: bool, say: Callable[[str], None]):
@@ -132,7 +112,7 @@ class BackgroundPush:
         self.process: subprocess.Popen[str] | None = None
 
     def start(self, folder: Path) -> None:
-        """Push a checkpoint, unless the one before is still under way: then it is left out."""
+        """Push a checkpoint; it is skipped while the one before is still being pushed."""
         if self.process and self.process.poll() is None:
             self.say(f"{folder.name} is not pushed: the one before is still on its way to {self.repo_id}")
             return
@@ -141,17 +121,14 @@ class BackgroundPush:
         # The run's GPUs and its group of processes are not for this one.
         launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         kept = {name: value for name, value in os.environ.items() if name not in launcher}
+        env = {**kept, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "hf_mae.cli", *words],
-            env={**kept, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,  # a signal to the run is not one to the push
-        )
+            [sys.executable, "-m", "hf_mae.cli", *words], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, start_new_session=True,  # a signal to the run is not one to the push
+        )  # fmt: skip
 
     def wait(self) -> None:
-        """Wait for the push that is under way, if any, and tell how it ended."""
+        """Wait for the push that is running, if any, and report how it ended."""
         if self.process:
             lines = self.process.communicate()[0].splitlines()
             outcomes = [line for line in lines if line.startswith(("published", "hf-mae: error:"))]
@@ -160,15 +137,9 @@ class BackgroundPush:
 
 
 def stage(folder: Path, target: Path, repo_id: str | None = None) -> Card:
-    """Write all that a repository needs: weights, configuration, image processor, code, card, picture, recipe.
+    """Write all that a repository needs into a new folder: weights, configuration, image processor, code, card, recipe.
 
-    Args:
-        folder: the model's; only read.
-        target: an empty or a new folder.
-        repo_id: for the card.
-
-    Returns:
-        The card as written.
+    The model's folder is only read. The card is returned as written.
 
     Raises:
         UserError: if the folder isn't a whole model of this package.
@@ -177,7 +148,7 @@ def stage(folder: Path, target: Path, repo_id: str | None = None) -> Card:
         architecture = read_json(folder / "config.json")["architectures"][0]
         model, loaded = MODELS[architecture].from_pretrained(folder, use_safetensors=True, output_loading_info=True)
         processor = MAEImageProcessor.from_pretrained(folder)
-        card = Card.read(folder, repo_id)
+        card = Card(folder, repo_id)
     if loaded["missing_keys"]:
         raise UserError(f"{folder} lacks the weights {sorted(loaded['missing_keys'])[:3]} of {architecture}")
     model.save_pretrained(target, with_code=True)
@@ -237,19 +208,19 @@ def _one_line(repo_id: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except HFValidationError as error:
+    except errors.HFValidationError as error:
         raise UserError(f"repo_id '{repo_id}' is no name of a repository; write USER/NAME") from error
-    except HfHubHTTPError as error:
+    except errors.HfHubHTTPError as error:
         status = error.response.status_code
         remedy = {
             401: "no valid token; log in by `hf auth login`, or set HF_TOKEN to one that may write",
             403: "this token may not write there; check USER, and the token's rights",
             404: "it is not there, or not for you; check the name and the token",
             409: "something else was written meanwhile; push again",
-        }.get(status, "push again, which goes on with what is missing")
-        missing = status == 401 and isinstance(error, RepositoryNotFoundError)
+        }.get(status, "push again, which continues with what is missing")
+        missing = status == 401 and isinstance(error, errors.RepositoryNotFoundError)
         raise UserError(f"{repo_id}: the Hub answered {404 if missing else status}: {remedy}") from error
-    except (HTTPError, OSError) as error:
+    except (errors.HTTPError, OSError) as error:  # pyright: ignore[reportPrivateImportUsage]
         what = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"{repo_id}: the Hub can't be reached ({what}); push again") from error
     except ValueError as error:  # of the card's metadata

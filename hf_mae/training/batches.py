@@ -2,6 +2,7 @@
 
 from collections.abc import Generator
 from contextlib import closing
+from dataclasses import dataclass
 
 import torch
 from accelerate.utils import gather_object
@@ -9,20 +10,17 @@ from accelerate.utils import gather_object
 from ..data.loader import Batch, TrainingStream, each_batch, make_loader
 
 
+@dataclass
 class MicroBatches:
-    """An iterator over this process's micro-batches. Loader workers start at the first one and end with `close`.
+    """An iterator over this process's micro-batches. Loader workers start at the first one and end with `close`."""
 
-    Args:
-        stream: this process's share of the data.
-        images: decoded images in a micro-batch.
-        masks: of each image.
-        num_workers: loader processes.
-        device: where the micro-batches go.
-    """
+    stream: TrainingStream  # this process's share of the data
+    images: int  # decoded ones in a micro-batch
+    masks: int  # of each image
+    num_workers: int
+    device: torch.device
 
-    def __init__(self, stream: TrainingStream, images: int, masks: int, num_workers: int, device: torch.device):
-        self.stream, self.images, self.masks = stream, images, masks
-        self.num_workers, self.device = num_workers, device
+    def __post_init__(self) -> None:
         self._read_up_to: dict[int, int] = {}
         self._bad: list[tuple[str, str]] = []
         self._batches = self._generate()
@@ -41,13 +39,10 @@ class MicroBatches:
                 self._bad += item.bad
                 for start in range(0, len(item.keys), self.images):
                     part = slice(start, start + self.images)
+                    images = item.images[part].to(self.device, non_blocking=True)
                     noise = item.noise[self.masks * part.start : self.masks * part.stop]
-                    yield Batch(
-                        images=item.images[part].to(self.device, non_blocking=True),
-                        noise=noise.to(self.device, non_blocking=True),
-                        keys=item.keys[part],
-                        labels=item.labels[part],
-                    )
+                    noise = noise.to(self.device, non_blocking=True)
+                    yield Batch(images, noise, item.keys[part], item.labels[part])
 
     def positions(self) -> dict[int, int]:
         """Stream number -> rows read, of the streams of all processes that have moved; every process calls it."""

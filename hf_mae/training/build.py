@@ -5,7 +5,6 @@ import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,31 +24,16 @@ from .state import RunState
 
 logger = logging.getLogger(__name__)
 
-IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-
 
 @dataclass
 class PretrainData:
-    """The data of a run.
+    """The data of a run."""
 
-    Args:
-        rows: to train on.
-        eval_rows: to evaluate on.
-        num_channels: C of every image in a batch.
-        dtype: of their pixels: "uint8", "uint16" or "float32".
-        evaluated_on: what the evaluation rows are, for people.
-    """
-
-    rows: Rows
+    rows: Rows  # to train on
     eval_rows: Rows
-    num_channels: int
-    dtype: str
-    evaluated_on: str
-
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """What the order of samples depends on besides the seed, in the types of JSON."""
-        return json.loads(json.dumps({**self.rows.source.fingerprint, "num_samples": len(self.rows)}))
+    num_channels: int  # C of every image in a batch
+    dtype: str  # of their pixels: "uint8", "uint16" or "float32"
+    evaluated_on: str  # what the evaluation rows are, for people
 
 
 def open_data(recipe: PretrainRecipe) -> PretrainData:
@@ -60,13 +44,13 @@ def open_data(recipe: PretrainRecipe) -> PretrainData:
     """
     rows, eval_rows, evaluated_on = open_splits(recipe, streaming=recipe.streaming)
     num_channels, dtype = probe_rows(rows)
-    configured = recipe.num_channels
-    if configured is not None and configured != num_channels and {configured, num_channels} != {1, 3}:
+    configured = num_channels if recipe.num_channels is None else recipe.num_channels
+    if configured != num_channels and {configured, num_channels} != {1, 3}:
         raise DataError(
             f"images of {recipe.dataset} have {num_channels} channels, num_channels is {configured}; pass "
             f"--num_channels {num_channels}"
         )
-    return PretrainData(rows, eval_rows, configured or num_channels, dtype, evaluated_on)
+    return PretrainData(rows, eval_rows, configured, dtype, evaluated_on)
 
 
 def build_model(recipe: PretrainRecipe, stored: Path | None, num_channels: int) -> MAEForPreTraining:
@@ -76,17 +60,15 @@ def build_model(recipe: PretrainRecipe, stored: Path | None, num_channels: int) 
         UserError: if the recipe's model can't be loaded or made.
     """
     options = {"attn_implementation": recipe.attn_implementation, "dtype": torch.float32}
-    config = None if stored or recipe.model else model_config_of(recipe, num_channels)
     name = stored or (recipe.model and f"--model {recipe.model}")
     with loading(describe_failure(f"{name} can't be loaded" if name else "the model can't be made", recipe)):
-        if stored:
-            model = MAEForPreTraining.from_pretrained(stored, use_safetensors=True, **options)
-        elif config:
-            model = MAEForPreTraining._from_config(config, **options)
-        else:
-            changes = {"num_channels": num_channels, **recipe.given_model_keys()}
+        if name:
+            changes = {} if stored else {"num_channels": num_channels, **recipe.given_model_keys()}
             # Weights as safetensors alone: no pickle is read.
-            model = MAEForPreTraining.from_pretrained(recipe.model, use_safetensors=True, **changes, **options)
+            options |= {"use_safetensors": True, **changes}
+            model = MAEForPreTraining.from_pretrained(stored or recipe.model, **options)
+        else:
+            model = MAEForPreTraining._from_config(model_config_of(recipe, num_channels), **options)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if recipe.compile:
@@ -95,11 +77,10 @@ def build_model(recipe: PretrainRecipe, stored: Path | None, num_channels: int) 
 
 
 def describe_failure(what: str, recipe: RunRecipe) -> str:
-    """How the line begins that says why there is no model; an attention that may not be installed is named too."""
-    attention = recipe.attn_implementation
-    if attention in ("eager", "sdpa"):
+    """The beginning of the message that a model can't be had; names an attention that may not be installed."""
+    if recipe.attn_implementation in ("eager", "sdpa"):
         return what
-    return f"{what} with attn_implementation {attention} (eager and sdpa always work)"
+    return f"{what} with attn_implementation {recipe.attn_implementation} (eager and sdpa always work)"
 
 
 def build_processor(
@@ -114,13 +95,12 @@ def build_processor(
         try:
             return MAEImageProcessor.from_pretrained(stored)
         except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"the image processor in {stored} can't be loaded; name another checkpoint"
-            ) from error
+            message = f"the image processor in {stored} can't be loaded; name another checkpoint"
+            raise CheckpointError(message) from error
     mean, std = recipe.image_mean, recipe.image_std
     if mean is None or std is None:
         if data.num_channels == 3 and data.dtype == "uint8":
-            mean, std = IMAGENET_MEAN, IMAGENET_STD
+            mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's
         else:
             stats = channel_stats(data.rows, data.num_channels, data.dtype)
             mean, std = stats["image_mean"], stats["image_std"]
@@ -178,19 +158,13 @@ def make_training_specs(
 def start_state(
     recipe: PretrainRecipe, data: PretrainData, total_steps: int, ranks: int, stored: RunState | None
 ) -> RunState:
-    """Where a run starts: at step 0, or where its checkpoint stands.
-
-    Args:
-        recipe: of the run.
-        data: of the run.
-        total_steps: of the run.
-        ranks: processes.
-        stored: state of the checkpoint; None for a new run.
+    """Where a run starts: at step 0, or at the `stored` state of its checkpoint.
 
     Raises:
         CheckpointError: if the data is not what the checkpoint was trained on.
     """
-    fingerprint = data.fingerprint
+    # What the order of samples depends on besides the seed, in the types of JSON.
+    fingerprint = json.loads(json.dumps({**data.rows.source.fingerprint, "num_samples": len(data.rows)}))
     if stored is None:
         access = data.rows.source.random_access
         plan = StreamPlan.choose(recipe.images_per_step, ranks, recipe.num_workers, len(data.rows), access)

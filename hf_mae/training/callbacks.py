@@ -24,12 +24,10 @@ class EpochCallback(TrainerCallback):
     def __init__(self, images: LabelledImages):
         self.images = images
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.images.set_epoch(int(state.epoch or 0))
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_log = control.should_evaluate = True
 
@@ -39,9 +37,6 @@ class EMACallback(TrainerCallback):
 
     After each step, average = decay * average + (1 - decay) * weights; it starts at the initial weights. Checkpoints
     hold both.
-
-    Args:
-        decay: in [0, 1).
     """
 
     def __init__(self, decay: float):
@@ -84,18 +79,12 @@ class EMACallback(TrainerCallback):
 
 
 class LogCallback(TrainerCallback):
-    """Writes metrics.jsonl and shows one bar, as pretraining does, instead of Trainer's printing.
-
-    Args:
-        accelerator: of the Trainer.
-        total_batch_size: images of a step.
-    """
+    """Writes metrics.jsonl and shows one bar, as pretraining does, instead of Trainer's printing."""
 
     def __init__(self, accelerator: Any, total_batch_size: int):
         self.accelerator, self.total_batch_size = accelerator, total_batch_size
         self.figures: dict[str, float] = {}
-        self.speed: float | None = None
-        self.log: Any = None  # a RunLog, from the first step on
+        self.log: Any = None  # a RunLog, once training begins
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.log = RunLog(self.accelerator, Path(str(args.output_dir)), state.global_step, state.max_steps)
@@ -119,13 +108,12 @@ class LogCallback(TrainerCallback):
             return
         if not math.isfinite(numbers["loss"]):
             raise UserError(f"the loss is {numbers['loss']} at step {step}; lower --blr, or set --mixed_precision no")
-        self.speed = (step - self.logged) * self.total_batch_size / self.seconds
-        wait, loss, lr = self.waited / self.seconds, numbers["loss"], numbers["learning_rate"]
-        self.log.event(
-            step, images_seen=step * self.total_batch_size, epoch=state.epoch, loss=loss, lr=lr,
-            grad_norm=numbers.get("grad_norm"), images_per_second=self.speed, data_wait=wait,
+        self.log.steps(
+            step, images_seen=step * self.total_batch_size, epoch=state.epoch, loss=numbers["loss"],
+            lr=numbers["learning_rate"], grad_norm=numbers.get("grad_norm"),
+            images_per_second=(step - self.logged) * self.total_batch_size / self.seconds,
+            data_wait=self.waited / self.seconds,
         )  # fmt: skip
-        self.log.progress(step, loss=f"{loss:.4f}", lr=f"{lr:.2e}", img_s=f"{self.speed:.0f}", wait=f"{wait:.0%}")
         self.logged, self.seconds, self.waited = step, 0.0, 0.0
 
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:

@@ -1,7 +1,7 @@
 """Everything a run needs to continue, written so that it is complete or absent at every instant.
 
     OUT/checkpoint-12000/   model.safetensors config.json preprocessor_config.json   what from_pretrained loads
-                            optimizer.safetensors trainer.json data.json              what a run goes on from
+                            optimizer.safetensors trainer.json data.json              what a run resumes from
                             COMPLETE              sizes and sha256 of all of these; written last
 
 Safetensors and JSON only: reading a checkpoint can run nothing.
@@ -31,9 +31,9 @@ MANIFEST = "COMPLETE"
 def write_checkpoint(
     output_dir: Path, step: int, write: Callable[[Path], None], keep: int, check: Callable[[Path], bool] | None = None
 ) -> Path:
-    """Write `OUT/checkpoint-STEP`, then remove all but this and the `keep` - 1 before it.
+    """Write `OUT/checkpoint-STEP`, then remove all but this and the `keep` - 1 before it; returns its folder.
 
-    Those of later steps stay: they are broken, or of a run that was gone back on.
+    Those of later steps stay: they are broken, or from a run that was rolled back.
 
     Args:
         output_dir: folder of the run.
@@ -41,9 +41,6 @@ def write_checkpoint(
         write: writes the files into the folder that it is given.
         keep: checkpoints that stay, 2 or more, so that a broken one is never the only one.
         check: reads the folder back, and says whether it holds what was written.
-
-    Returns:
-        The checkpoint's folder.
 
     Raises:
         DiskFullError: if there is no room.
@@ -80,21 +77,18 @@ def _seal(folder: Path) -> None:
     for file in sorted(path for path in folder.iterdir() if path.is_file()):
         manifest[file.name] = {"bytes": file.stat().st_size, "sha256": files.sha256(file)}
         files.settle(file)
-    # Without a line end, so that a manifest without its last byte is no JSON.
+    # Without a line end, so that a manifest without its last byte isn't JSON.
     files.write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
     files.settle(folder / MANIFEST)
     files.fsync(folder)
 
 
 def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
-    """The checkpoint to go on from.
+    """The checkpoint to resume from, or None if there is none yet.
 
     Args:
         output_dir: folder of the run.
         resume: "auto": the newest complete one, older ones if it is broken; or the path of one.
-
-    Returns:
-        Its folder; None if there is none yet.
 
     Raises:
         CheckpointError: if the named one is missing or broken, or all are.
@@ -144,7 +138,7 @@ def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's state on the host, whole, as `PARAMETER.KEY`; with sharded weights, called by every process."""
+    """The optimizer's state on the host, whole, as `PARAMETER.KEY`; every process must call it too."""
     return {
         f"{name}.{key}": _whole(value)
         for name, parameter in model.named_parameters()
@@ -158,17 +152,15 @@ def load_optimizer_tensors(
     """Put a saved state back, on the parameters' devices and sharded as they are.
 
     Raises:
-        CheckpointError: if the state of a trained parameter is missing.
+        CheckpointError: if the state of a parameter is missing.
     """
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    for name, parameter in model.named_parameters():
-        if not any(parameter is p for p in trained):
-            continue
-        keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in tensors]
-        if len(keys) < 3:
-            raise CheckpointError(f"optimizer.safetensors has no state of {name}; the checkpoint is of another model")
-        for key in keys:
-            value = tensors[f"{name}.{key}"]
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, parameter in trained.items():
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            value = tensors.get(f"{name}.{key}")
+            if value is None:
+                message = f"optimizer.safetensors has no state of {name}; the checkpoint is of another model"
+                raise CheckpointError(message)
             if isinstance(parameter, DTensor) and value.shape == parameter.shape:
                 value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
             optimizer.state[parameter][key] = value.to(parameter.device)
@@ -180,15 +172,11 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read a safetensors file onto the host.
-
-    Raises:
-        CheckpointError: if it is none.
-    """
+    """Read a safetensors file onto the host; a CheckpointError if it isn't one."""
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is no safetensors file ({error}); name another checkpoint") from error
+        raise CheckpointError(f"{path} is not a safetensors file ({error}); name another checkpoint") from error
 
 
 def same_tensors(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:

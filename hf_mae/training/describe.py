@@ -1,93 +1,103 @@
 """What a recipe came to on this machine and this data: `derived` in run_config.yaml, and three lines for people."""
 
-from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from .. import __version__
 from ..data.transform import ImageSpec
-from ..keys.run_keys import RunRecipe
+from ..keys.finetune_keys import FinetuneRecipe
+from ..keys.run_keys import PretrainRecipe
+from ..run_folder import RunFolder
+from .devices import describe_hardware
 
 
-@dataclass(kw_only=True)
-class RunFacts:
-    """What was derived from a recipe.
+def derive_facts(
+    recipe: PretrainRecipe | FinetuneRecipe,
+    device: torch.device,
+    processes: int,
+    precision: str,
+    steps: tuple[int, int],
+    images: tuple[int, int],
+    evaluated_on: str,
+    model: PreTrainedModel,
+    strategy: str | None = None,
+    classes: list[str] | None = None,
+) -> dict[str, Any]:
+    """What was derived from a recipe. Every process calls it.
 
     Args:
-        hardware: GPUs by number and name, or the CPU's name.
+        recipe: of the run.
+        device: of this process.
         processes: that train together.
-        strategy: how they do; None for fine-tuning, which has one.
-        mixed_precision: "no", "bf16" or "fp16".
-        per_device_batch_size: images at once on a device.
-        grad_accum_steps: micro-batches that make a step of one process.
-        lr: the highest learning rate.
-        total_steps: optimizer steps.
-        warmup_steps: those of the warm-up.
-        training_images: images of an epoch.
-        evaluation_images: images of an evaluation.
-        evaluated_on: what those are.
-        classes: names of the labels, in fine-tuning.
-        parameters: numbers in the model.
-        trained_parameters: those that are trained, where some may be frozen.
+        precision: "no", "bf16" or "fp16".
+        steps: of the run, and of its warm-up.
+        images: of an epoch, and of an evaluation.
+        evaluated_on: what the latter are.
+        model: to be trained.
+        strategy: how the processes train together; fine-tuning has only one.
+        classes: names of the labels, in fine-tuning, which may freeze parameters.
     """
+    micro_batch, grad_accum_steps = recipe.micro_batch(processes)
+    facts = {
+        "version": __version__,
+        "torch": str(torch.__version__),
+        "hardware": describe_hardware(device),
+        "processes": processes,
+        "strategy": strategy,
+        "mixed_precision": precision,
+        "per_device_batch_size": micro_batch,
+        "grad_accum_steps": grad_accum_steps,
+        "lr": recipe.lr,
+        "total_steps": steps[0],
+        "warmup_steps": steps[1],
+        "training_images": images[0],
+        "evaluation_images": images[1],
+        "evaluated_on": evaluated_on,
+        "classes": classes,
+        "parameters": model.num_parameters(),
+        "trained_parameters": None if classes is None else model.num_parameters(only_trainable=True),
+    }
+    return {name: value for name, value in facts.items() if value is not None}
 
-    version: str = __version__
-    torch: str = str(torch.__version__)
-    hardware: str
-    processes: int
-    strategy: str | None = None
-    mixed_precision: str
-    per_device_batch_size: int
-    grad_accum_steps: int
-    lr: float
-    total_steps: int
-    warmup_steps: int
-    training_images: int
-    evaluation_images: int
-    evaluated_on: str
-    classes: list[str] | None = None
-    parameters: int
-    trained_parameters: int | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """The facts that there are, for run_config.yaml."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
-
-
-def describe_run(
-    command: str,
-    recipe: RunRecipe,
-    facts: RunFacts,
+def announce(
+    recipe: PretrainRecipe | FinetuneRecipe,
+    facts: dict[str, Any],
     spec: ImageSpec,
     device: torch.device,
     content: str,
     scored: str,
-    start: str,
-) -> str:
-    """Three lines: data and model; steps; where the run starts and where it writes.
+    stored: Path | None,
+) -> None:
+    """Print three lines, and write run_config.yaml unless it is a dry run. The main process calls it.
 
     Args:
-        command: what a run without a named recipe is called.
         recipe: of the run.
         facts: what was derived from it.
         spec: what becomes of an image.
         device: of this process.
         content: what an image has: patches or classes.
         scored: what evaluations are on.
-        start: where the weights are from.
+        stored: the checkpoint that the run continues from, if any.
     """
     height, width = spec.size
-    trained = "" if facts.trained_parameters is None else f", {facts.trained_parameters / 1e6:.1f} M trained"
+    trained = f", {facts['trained_parameters'] / 1e6:.1f} M trained" if "trained_parameters" in facts else ""
     masks = f", each with {spec.masks} masks" if spec.masks > 1 else ""
-    strategy = f"{facts.strategy}, " if facts.strategy else ""
-    return (
-        f"{recipe.recipe or command}: {facts.training_images:,} images of {recipe.dataset}, "
+    strategy = f"{facts['strategy']}, " if "strategy" in facts else ""
+    start = f"going on from {stored}" if stored else f"from {recipe.model or 'scratch'}"
+    print(
+        f"{recipe.recipe or recipe.command}: {facts['training_images']:,} images of {recipe.dataset}, "
         f"{spec.num_channels} x {height} x {width} {spec.dtype}, {content}, "
-        f"{facts.parameters / 1e6:.1f} M parameters{trained}\n"
-        f"{facts.total_steps:,} steps of {recipe.images_per_step} images{masks} = {facts.processes} "
-        f"{'process' if facts.processes == 1 else 'processes'} x {facts.grad_accum_steps} x "
-        f"{facts.per_device_batch_size} ({strategy}{device}, precision {facts.mixed_precision}), "
+        f"{facts['parameters'] / 1e6:.1f} M parameters{trained}\n"
+        f"{facts['total_steps']:,} steps of {recipe.images_per_step} images{masks} = {facts['processes']} "
+        f"{'process' if facts['processes'] == 1 else 'processes'} x {facts['grad_accum_steps']} x "
+        f"{facts['per_device_batch_size']} ({strategy}{device}, precision {facts['mixed_precision']}), "
         f"lr {recipe.lr:.3g}; {scored}\n"
-        f"{start}, into {recipe.output_dir}"
+        f"{start}, into {recipe.output_dir}",
+        flush=True,
     )
+    if not recipe.dry_run:
+        RunFolder(str(recipe.output_dir)).write_config(recipe.to_dict(), facts)

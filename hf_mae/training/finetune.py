@@ -28,8 +28,8 @@ from ..keys.finetune_keys import FinetuneRecipe
 from ..optim.groups import layer_decay_groups
 from ..run_folder import RunFolder, add_result, read_results
 from .callbacks import EMACallback, EpochCallback, LogCallback
-from .describe import RunFacts, describe_run
-from .devices import choose_precision, describe_hardware, tune_for_device
+from .describe import announce, derive_facts
+from .devices import prepare_process, tune_for_device
 from .finetune_setup import (
     build_classifier,
     build_processor,
@@ -83,45 +83,36 @@ def trainer_parts(recipe: FinetuneRecipe) -> dict[str, Any]:
 
 
 class FinetuneRun:
-    """One run: what it is made of, and its training by a Trainer.
-
-    Args:
-        recipe: the run.
-    """
+    """One run: what it is made of, and its training by a Trainer."""
 
     def __init__(self, recipe: FinetuneRecipe):
         self.recipe, self.output_dir = recipe, Path(str(recipe.output_dir))
         self.folder = RunFolder(self.output_dir)
         self.stored = find_trainer_checkpoint(recipe, self.output_dir)
-        self.args = training_arguments(recipe, self.stored)
+        self.precision = prepare_process(recipe)
+        self.args = training_arguments(recipe, self.stored, self.precision)
         # One process after the other, so that what a data set library caches is written once.
         with self.args.main_process_first(desc="opening the data"):
             self.rows, self.eval_rows, self.evaluated_on = open_splits(recipe, streaming=False)
         self.labels = find_labels(self.rows, recipe.problem_type)
         torch.manual_seed(recipe.seed)  # of a new head
         self.model = build_classifier(recipe, self.labels)
-        tune_for_device(self.model, self.args.device, choose_precision(recipe))
+        tune_for_device(self.model, self.args.device, self.precision)
         self.processor = build_processor(recipe, self.model.config)
         scale = (recipe.crop_scale[0], recipe.crop_scale[-1])
         self.spec = replace(evaluation_spec(self.model.config, self.processor), crop_scale=scale, flip=recipe.flip)
         check_images(self.rows, self.spec)
         self.bad = without_bad(self.eval_rows, self.spec, recipe.num_workers)
         self.train_images = LabelledImages(
-            self.rows,
-            self._targets(self.rows),
-            self.spec,
-            self.processor,
-            recipe.seed,
-            build_rand_augment(recipe, self.spec, self.processor),
-            recipe.random_erasing,
-            self.folder.bad_file,
-            recipe.total_batch_size,
-        )
+            self.rows, self._targets(self.rows), self.spec, self.processor, recipe.seed,
+            build_rand_augment(recipe, self.spec, self.processor), recipe.random_erasing, self.folder.bad_file,
+            multiple=recipe.total_batch_size,
+        )  # fmt: skip
         self.eval_images = LabelledImages(self.eval_rows, self._targets(self.eval_rows), self.spec, self.processor)
-        self.total_steps, self.warmup_steps = recipe.steps(len(self.train_images))
-        self.args.max_steps, self.args.warmup_steps = self.total_steps, self.warmup_steps
-        self.args.eval_steps = recipe.eval_steps or max(1, self.total_steps // 10)
-        self.args.save_steps = recipe.save_steps or max(1, self.total_steps // 10)
+        self.steps = recipe.steps(len(self.train_images))
+        self.args.max_steps, self.args.warmup_steps = self.steps
+        tenth = max(1, self.args.max_steps // 10)
+        self.args.eval_steps, self.args.save_steps = recipe.eval_steps or tenth, recipe.save_steps or tenth
 
     def _targets(self, rows: Rows) -> torch.Tensor:
         return self.labels.targets(labels_of(rows), rows.source)
@@ -131,55 +122,37 @@ class FinetuneRun:
         recipe = self.recipe
         groups = layer_decay_groups(self.model, recipe.lr, recipe.layer_decay, recipe.weight_decay)
         adamw = {"params": groups, "lr": recipe.lr, "betas": (recipe.adam_beta1, recipe.adam_beta2), "fused": True}
+        mixing = Mixing(self.model.num_labels, recipe.mixup, recipe.cutmix, recipe.label_smoothing)
+        average = [EMACallback(recipe.ema_decay)] if recipe.ema_decay else []
         return {
             "model": self.model,
             "args": self.args,
-            "data_collator": Collator(
-                Mixing(self.model.num_labels, recipe.mixup, recipe.cutmix, recipe.label_smoothing)
-            ),
+            "data_collator": Collator(mixing),
             "train_dataset": self.train_images,
             "eval_dataset": self.eval_images,
             "processing_class": self.processor,
             "compute_metrics": make_compute_metrics(recipe.problem_type),
             "optimizer_cls_and_kwargs": (torch.optim.AdamW, adamw),
-            "callbacks": [
-                EpochCallback(self.train_images),
-                *([EMACallback(recipe.ema_decay)] if recipe.ema_decay else []),
-            ],
+            "callbacks": [EpochCallback(self.train_images), *average],
         }
 
     def describe(self) -> None:
         """Print what is about to happen, and write run_config.yaml."""
-        recipe, args = self.recipe, self.args
-        facts = RunFacts(
-            hardware=describe_hardware(args.device),
-            processes=args.world_size,
-            mixed_precision=choose_precision(recipe),
-            per_device_batch_size=args.per_device_train_batch_size,
-            grad_accum_steps=args.gradient_accumulation_steps,
-            lr=recipe.lr,
-            total_steps=self.total_steps,
-            warmup_steps=self.warmup_steps,
-            training_images=len(self.rows),
-            evaluation_images=len(self.eval_images),
-            evaluated_on=self.evaluated_on,
-            classes=list(self.labels.names),
-            parameters=self.model.num_parameters(),
-            trained_parameters=self.model.num_parameters(only_trainable=True),
-        )
+        recipe, args, names = self.recipe, self.args, list(self.labels.names)
+        facts = derive_facts(
+            recipe, args.device, args.world_size, self.precision, self.steps,
+            (len(self.rows), len(self.eval_images)), self.evaluated_on, self.model, classes=names,
+        )  # fmt: skip
         if args.process_index:
             return
-        labels = f"{len(self.labels.names)} {'numbers an image' if recipe.problem_type == 'regression' else 'classes'}"
+        labels = f"{len(names)} {'numbers an image' if recipe.problem_type == 'regression' else 'classes'}"
         scored = f"scored on {len(self.eval_images):,} images: {self.evaluated_on}"
-        start = f"going on from {self.stored}" if self.stored else f"from {recipe.model}"
-        print(describe_run("finetune", recipe, facts, self.spec, args.device, labels, scored, start), flush=True)
+        announce(recipe, facts, self.spec, args.device, labels, scored, self.stored)
         if self.bad:
             print(f"{len(self.bad)} images can't be decoded and are not scored, the first: {self.bad[0][0]}")
-        if not recipe.dry_run:
-            self.folder.write_config(recipe.to_dict(), facts.to_dict())
 
     def train(self) -> dict[str, Any] | None:
-        """All steps that are left, then the final model; the entry of results.json, on the main process."""
+        """The remaining steps, then the final model; the entry of results.json, on the main process."""
         trainer = Trainer(**self.trainer_parts())
         for printing in (ProgressCallback, PrinterCallback):
             trainer.pop_callback(printing)
@@ -208,7 +181,7 @@ class FinetuneRun:
             "image_size": list(self.spec.size),
             "eval_resize": self.spec.eval_resize,
             "trainable_blocks": recipe.trainable_blocks,
-            "epochs": recipe.total_batch_size * self.total_steps / len(self.rows),
+            "epochs": recipe.total_batch_size * self.steps[0] / len(self.rows),
             "seed": recipe.seed,
         }
         data = {

@@ -1,6 +1,7 @@
 """What fine-tuning is made of: Trainer's arguments, the classifier, its image processor."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +25,15 @@ from ..pretrained import loading
 from ..run_folder import RunFolder
 from .build import describe_failure
 from .callbacks import EMA_FILE
-from .devices import (
-    check_precision,
-    check_processes,
-    check_trackers,
-    choose_precision,
-    environment_flag,
-    make_deterministic,
-)
+from .devices import check_precision, check_processes, environment_flag
 from .resume import check_same_recipe
 
-BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
 # What a classifier has and a pretrained model hasn't.
 HEAD = ("classifier.", "fc_norm.", "mae.norm.")
 
 
 def find_trainer_checkpoint(recipe: FinetuneRecipe, output_dir: Path) -> Path | None:
-    """The checkpoint that the run goes on from; None for a new run.
+    """The checkpoint that the run continues from; None for a new run.
 
     Raises:
         CheckpointError: if the named one is missing or incomplete.
@@ -64,25 +57,17 @@ def check_run(recipe: FinetuneRecipe, output_dir: Path) -> None:
         check_same_recipe(before, recipe, output_dir, names_where(recipe, free=True))
 
 
-def training_arguments(recipe: FinetuneRecipe, stored: Path | None) -> TrainingArguments:
+def training_arguments(recipe: FinetuneRecipe, stored: Path | None, precision: str) -> TrainingArguments:
     """A recipe in Trainer's words; without the numbers that depend on the data.
-
-    Args:
-        recipe: of the run.
-        stored: the checkpoint that it goes on from, if any.
 
     Raises:
         UserError: for a machine that the recipe doesn't fit.
     """
-    check_trackers(recipe)
-    if recipe.deterministic:
-        make_deterministic()
-    ranks, precision = int(os.environ.get("WORLD_SIZE", "1")), choose_precision(recipe)
     if environment_flag("ACCELERATE_USE_FSDP"):
         raise UserError("fine-tuning runs under DDP, not FSDP; start it by torchrun")
     use_cpu = environment_flag("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     check_precision(precision, use_cpu)
-    micro_batch, grad_accum_steps = recipe.micro_batch(ranks)
+    micro_batch, grad_accum_steps = recipe.micro_batch(int(os.environ.get("WORLD_SIZE", "1")))
     args = TrainingArguments(
         output_dir=str(recipe.output_dir),
         resume_from_checkpoint=str(stored) if stored else None,
@@ -125,43 +110,39 @@ def build_classifier(recipe: FinetuneRecipe, labels: Labels) -> MAEForImageClass
     Raises:
         UserError: if the model can't be loaded, or knows other classes than the data has.
     """
-    names = dict(enumerate(labels.names))
+    given = ("problem_type", "pooling", "drop_path_rate", "trainable_positions", "attn_implementation")
     options: dict[str, Any] = {
-        "problem_type": recipe.problem_type,
-        "id2label": names,
-        "label2id": {name: i for i, name in names.items()},
-        "pooling": recipe.pooling,
-        "drop_path_rate": recipe.drop_path_rate,
-        "trainable_positions": recipe.trainable_positions,
+        **{name: getattr(recipe, name) for name in given},
+        "id2label": dict(enumerate(labels.names)),
+        "label2id": {name: i for i, name in enumerate(labels.names)},
         "head_initializer_range": 2e-5,
-        "attn_implementation": recipe.attn_implementation,
         "use_safetensors": True,
         "dtype": torch.float32,
     }
     if recipe.image_size is not None:
         options["image_size"] = recipe.image_size
     verbosity = transformers_logging.get_verbosity()
-    # Its report of the head's missing weights would be alarming, and says what everyone knows.
+    # Its report of the head's missing weights would alarm users for nothing.
     transformers_logging.set_verbosity_error()
     try:
         with loading(describe_failure(f"--model {recipe.model} can't be loaded", recipe)):
             known = MAEConfig.from_pretrained(str(recipe.model))
             fine_tuned = "MAEForImageClassification" in (known.architectures or [])
-            if fine_tuned and not recipe.reset_head and list(known.id2label.values()) != list(labels.names):
+            classes = list(known.id2label.values())
+            if fine_tuned and not recipe.reset_head and classes != list(labels.names):
                 raise UserError(
-                    f"{recipe.model} knows the classes {_some(known.id2label.values())}, {recipe.dataset} has "
-                    f"{_some(labels.names)}; pass --reset_head true for a new head"
+                    f"{recipe.model} knows the classes {_some(classes)}, {recipe.dataset} has {_some(labels.names)}; "
+                    "pass --reset_head true for a new head"
                 )
             model, info = MAEForImageClassification.from_pretrained(
                 recipe.model, output_loading_info=True, ignore_mismatched_sizes=recipe.reset_head, **options
             )
     finally:
         transformers_logging.set_verbosity(verbosity)
-    missing = sorted(name for name in info["missing_keys"] if not name.startswith(HEAD))
-    if missing:
+    if missing := sorted(name for name in info["missing_keys"] if not name.startswith(HEAD)):
         raise UserError(
-            f"--model {recipe.model} lacks {len(missing)} of the encoder's weights, {missing[0]} among them; it is no "
-            "MAE model of this package"
+            f"--model {recipe.model} lacks {len(missing)} of the encoder's weights, {missing[0]} among them; it is not "
+            "an MAE model of this package"
         )
     if recipe.reset_head:
         torch.nn.init.trunc_normal_(model.classifier.weight, std=2e-5)
@@ -175,9 +156,8 @@ def build_classifier(recipe: FinetuneRecipe, labels: Labels) -> MAEForImageClass
     return model
 
 
-def _some(names: Any, most: int = 5) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (f", ... ({len(names)})" if len(names) > most else "")
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f", ... ({len(names)})" if len(names) > 5 else "")
 
 
 def build_processor(recipe: FinetuneRecipe, config: MAEConfig) -> MAEImageProcessor:
@@ -187,14 +167,13 @@ def build_processor(recipe: FinetuneRecipe, config: MAEConfig) -> MAEImageProces
         UserError: if the model has none.
     """
     size = config.image_height_width
-    crop_pct = recipe.eval_crop_pct or default_crop_pct(size)
-    settings: dict[str, Any] = {"do_resize": True, "do_center_crop": True, "do_normalize": True, "resample": BICUBIC}
+    settings = crop_settings(size, recipe.eval_crop_pct or default_crop_pct(size))
+    settings |= {"do_resize": True, "do_center_crop": True, "do_normalize": True, "resample": 3}  # 3: bicubic
     try:
-        return MAEImageProcessor.from_pretrained(str(recipe.model), **crop_settings(size, crop_pct), **settings)
+        return MAEImageProcessor.from_pretrained(str(recipe.model), **settings)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"--model {recipe.model} has no image processor: {' '.join(str(error).split())[:200]}; save one with it"
-        ) from error
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"--model {recipe.model} has no image processor: {why}; save one with it") from error
 
 
 def build_rand_augment(recipe: FinetuneRecipe, spec: ImageSpec, processor: MAEImageProcessor) -> RandAugment | None:

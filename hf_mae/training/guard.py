@@ -6,8 +6,7 @@ the step; the host of a GPU reads it one step later and never blocks.
 
 import signal
 from collections import deque
-from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
@@ -18,31 +17,17 @@ from ..errors import UserError
 MOST_IN_A_ROW = 10
 
 
-@dataclass
-class Verdict:
-    """What was agreed on about a step.
+class Verdict(NamedTuple):
+    """What was agreed on about a step."""
 
-    Args:
-        step: its number, from 1.
-        skipped: whether all processes skipped it.
-        stop: whether any process is to stop.
-        samples: keys of the whole batch, of all processes; empty unless the step was skipped.
-    """
-
-    step: int
-    skipped: bool
-    stop: bool
-    samples: list[str]
+    step: int  # from 1
+    skipped: bool  # by all processes
+    stop: bool  # whether any process is to stop
+    samples: list[str]  # keys of the whole batch, of all processes; empty unless the step was skipped
 
 
 class StepGuard:
-    """Agrees with the other processes; counts the steps that were skipped.
-
-    Args:
-        accelerator: of the run.
-        skipped_steps: of the run so far.
-        skipped_in_a_row: up to the newest step.
-    """
+    """Agrees with the other processes; counts the skipped steps of the run, and those in a row up to the newest."""
 
     def __init__(self, accelerator: Accelerator, skipped_steps: int = 0, skipped_in_a_row: int = 0):
         self.accelerator = accelerator
@@ -55,8 +40,8 @@ class StepGuard:
         """Tell the others about a step, before the optimizer takes it.
 
         Args:
-            step: its number.
-            finite: () bool, on the device: loss and gradient of this process.
+            step: its number, from 1.
+            finite: () bool, on the device: whether loss and gradient of this process are finite.
             stop: whether this process is to stop.
             keys: of the samples of this process.
 
@@ -71,8 +56,7 @@ class StepGuard:
     def verdicts(self, up_to_now: bool) -> list[Verdict]:
         """What was agreed on since the last call. Every process calls it.
 
-        Args:
-            up_to_now: include the newest step, which makes the host wait for a GPU.
+        `up_to_now` includes the newest step, and makes the host wait for a GPU.
         """
         result = []
         while len(self._flags) > (0 if up_to_now else self._lag):
@@ -102,14 +86,9 @@ class StepGuard:
 
 
 class StopSignals:
-    """As a context, turns SIGTERM and SIGUSR1 into a request to stop after the step under way.
+    """As a context, turns SIGTERM and SIGUSR1 into a request to stop after the step under way."""
 
-    Attributes:
-        received: whether one has come.
-    """
-
-    def __init__(self) -> None:
-        self.received = False
+    received = False
 
     def __enter__(self) -> "StopSignals":
         self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGUSR1)}

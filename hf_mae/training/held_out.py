@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import dataclass
 from functools import cached_property
 from typing import cast
 
@@ -23,31 +24,17 @@ from ..visualize.reconstruction import reconstruct
 PICTURES = 12
 
 
+@dataclass
 class HeldOut:
-    """The evaluation rows of a run.
+    """The evaluation rows of a run."""
 
-    Args:
-        rows: of the images.
-        spec: of their evaluation crops.
-        batch_size: images at once, on each process.
-        mask_seed: of the masks; a row's mask depends on this and on its place.
-        normalize: pixels in the source's dtype -> pixel_values.
-        num_workers: loader processes, one at most.
-        accelerator: of the run.
-    """
-
-    def __init__(
-        self,
-        rows: Rows,
-        spec: ImageSpec,
-        batch_size: int,
-        mask_seed: int,
-        normalize: Callable[[torch.Tensor], torch.Tensor],
-        num_workers: int,
-        accelerator: Accelerator,
-    ):
-        self.rows, self.spec, self.batch_size, self.mask_seed = rows, spec, batch_size, mask_seed
-        self.normalize, self.num_workers, self.accelerator = normalize, min(num_workers, 1), accelerator
+    rows: Rows
+    spec: ImageSpec  # of their evaluation crops
+    normalize: Callable[[torch.Tensor], torch.Tensor]  # pixels in the source's dtype -> pixel_values
+    batch_size: int  # images at once, on each process
+    num_workers: int
+    accelerator: Accelerator
+    mask_seed: int  # a row's mask depends on this and on its place
 
     def batches(self, rank: int, ranks: int) -> EvaluationSet:
         """A rank's share of the images, with their masks' noise."""
@@ -60,13 +47,11 @@ class HeldOut:
         Raises:
             DataError: if none can be decoded.
         """
-        accelerator = self.accelerator
-        device = accelerator.device
+        accelerator, device, spec = self.accelerator, self.accelerator.device, self.spec
         # Every rank runs as many forwards as the others, since sharded weights are gathered in each.
         longest = -(-len(self.rows) // accelerator.num_processes)
         bad: list[tuple[str, str]] = []
         total = torch.zeros(2, device=device, dtype=torch.float64)
-        spec = self.spec
         # A rank runs on these when it has no images left, or can't decode them.
         images = torch.zeros(1, spec.num_channels, *spec.size, device=device)
         noise = torch.zeros(1, spec.num_patches, device=device)

@@ -19,17 +19,18 @@ from ..errors import CheckpointError, DataError
 from ..evaluation.online import OnlineEvaluator
 from ..hub.push import BackgroundPush
 from ..keys.run_keys import PretrainRecipe
+from ..modeling_mae import MAEForPreTraining
 from ..optim.groups import adamw
 from ..optim.schedule import lr_at, stages, value_at
 from ..run_folder import RunFolder
 from .batches import MicroBatches
 from .build import build_model, build_processor, make_spec, make_training_specs, open_data, start_state
 from .checkpoint import load_optimizer_tensors, load_tensors
-from .describe import RunFacts, describe_run
-from .devices import describe_hardware, make_accelerator, strategy_name, tune_for_device
+from .describe import announce, derive_facts
+from .devices import make_accelerator, strategy_name, tune_for_device
 from .guard import StepGuard, StopSignals
 from .held_out import HeldOut
-from .log import BadSamples, RunLog, Stopwatch, start_trackers
+from .log import RunLog, Stopwatch
 from .resume import find_stored
 from .saving import OPTIMIZER, Saver
 
@@ -42,8 +43,8 @@ def pretrain(recipe: PretrainRecipe) -> dict[str, Any]:
 
     Returns:
         What the run ended with: `model` (folder), `picture` (path), `first_eval_loss`, `last_eval_loss`, `steps`,
-        `images_per_second`, `quality` (the last figures of the encoder), `bad_samples`, `skipped_steps`; None for what
-        there is not.
+        `images_per_second`, `quality` (the last figures of the encoder), `bad_samples`, `skipped_steps`. What a run
+        doesn't have is None.
 
     Raises:
         UserError: for what a user can mend; one line with the remedy.
@@ -56,15 +57,7 @@ def pretrain(recipe: PretrainRecipe) -> dict[str, Any]:
 
 
 class PretrainRun:
-    """One run: what it is made of, and its loop.
-
-    Args:
-        recipe: the run, with its `output_dir`.
-
-    Attributes:
-        state: where the run stands.
-        bad: counts the samples that can't be decoded, on the main process.
-    """
+    """One run: what it is made of, and its loop."""
 
     def __init__(self, recipe: PretrainRecipe):
         self.recipe, self.output_dir = recipe, Path(str(recipe.output_dir))
@@ -85,12 +78,11 @@ class PretrainRun:
         self._build_evaluation()
         self.guard, self.stop_signals = StepGuard(self.accelerator, **self.state.guard), StopSignals()
         self.saver = Saver(
-            self.accelerator, self.model, self._torch_optimizer, self.processor, self.output_dir,
+            self.accelerator, self.unwrapped, self.optimizer.optimizer, self.processor, self.output_dir,
             recipe.keep_checkpoints,
         )  # fmt: skip
         self.mask_ratios = stages(recipe.mask_ratios, total_steps)
         self.watch, self.unlogged = Stopwatch(), list[torch.Tensor]()
-        self.bad: BadSamples | None = None
         self.publisher: BackgroundPush | None = None
 
     def _build_model(self) -> None:
@@ -104,15 +96,14 @@ class PretrainRun:
         self.normalize = make_normalizer(self.processor, self.data.dtype, accelerator.device)
         optimizer = adamw(model, (recipe.adam_beta1, recipe.adam_beta2), recipe.weight_decay)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self._torch_optimizer: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        self.unwrapped: MAEForPreTraining = accelerator.unwrap_model(self.model)
         if stored:
-            tensors = load_tensors(stored / OPTIMIZER)
-            load_optimizer_tensors(accelerator.unwrap_model(self.model), self._torch_optimizer, tensors)
+            load_optimizer_tensors(self.unwrapped, self.optimizer.optimizer, load_tensors(stored / OPTIMIZER))
         if accelerator.scaler is not None and self.state.scaler:
             accelerator.scaler.load_state_dict(self.state.scaler)
 
     def _build_batches(self) -> None:
-        """This process's share of the steps that are left."""
+        """This process's share of the remaining steps."""
         recipe, state, ranks = self.recipe, self.state, self.accelerator.num_processes
         self.spec = make_spec(recipe, self.data, self.config, self.processor)
         specs = make_training_specs(recipe, self.spec, self.config, state.total_steps)
@@ -126,72 +117,55 @@ class PretrainRun:
         self.batches = MicroBatches(stream, images, masks, recipe.num_workers, self.accelerator.device)
 
     def _build_evaluation(self) -> None:
-        recipe, data = self.recipe, self.data
-        self.held_out = HeldOut(
-            data.eval_rows, self.spec, self.micro_batch, self.config.eval_mask_seed, self.normalize,
-            recipe.num_workers, self.accelerator,
-        )  # fmt: skip
-        # Of all processes' images at once, on each of them no more than a training step has.
-        self.quality = OnlineEvaluator(
-            data.rows, data.eval_rows, self.spec, self.normalize, self.micro_batch, min(recipe.num_workers, 1),
-            self.accelerator, recipe.quality_samples,
-        )  # fmt: skip
+        data, workers = self.data, min(self.recipe.num_workers, 1)
+        # Each process takes no more images at once than in training.
+        shared = self.spec, self.normalize, self.micro_batch, workers, self.accelerator
+        self.held_out = HeldOut(data.eval_rows, *shared, self.config.eval_mask_seed)
+        self.quality = OnlineEvaluator(data.rows, data.eval_rows, *shared, self.recipe.quality_samples)
 
     def describe(self) -> None:
-        """Print what is about to happen, write run_config.yaml and start the trackers."""
+        """Print what is about to happen, and write run_config.yaml."""
         recipe, accelerator, data = self.recipe, self.accelerator, self.data
-        facts = RunFacts(
-            hardware=describe_hardware(accelerator.device),
-            processes=accelerator.num_processes,
-            strategy=strategy_name(accelerator),
-            mixed_precision=accelerator.mixed_precision,
-            per_device_batch_size=self.micro_batch,
-            grad_accum_steps=self.grad_accum_steps,
-            lr=recipe.lr,
-            total_steps=self.state.total_steps,
-            warmup_steps=self.warmup_steps,
-            training_images=len(data.rows),
-            evaluation_images=len(data.eval_rows),
-            evaluated_on=data.evaluated_on,
-            parameters=accelerator.unwrap_model(self.model).num_parameters(),
-        )
+        facts = derive_facts(
+            recipe, accelerator.device, accelerator.num_processes, accelerator.mixed_precision,
+            (self.state.total_steps, self.warmup_steps), (len(data.rows), len(data.eval_rows)), data.evaluated_on,
+            self.unwrapped, strategy=strategy_name(accelerator),
+        )  # fmt: skip
         if accelerator.is_main_process:
-            h, w = self.config.grid_size
-            start = f"going on from {self.stored}" if self.stored else f"from {recipe.model or 'scratch'}"
-            patches, scored = f"{h} x {w} patches", f"evaluation on {data.evaluated_on}"
-            text = describe_run("pretrain", recipe, facts, self.spec, accelerator.device, patches, scored, start)
-            print(text, flush=True)
-            if not recipe.dry_run:
-                self.folder.write_config(recipe.to_dict(), facts.to_dict())
+            height, width = self.config.grid_size
+            patches, scored = f"{height} x {width} patches", f"evaluation on {data.evaluated_on}"
+            announce(recipe, facts, self.spec, accelerator.device, patches, scored, self.stored)
         accelerator.wait_for_everyone()
-        if not recipe.dry_run:
-            start_trackers(accelerator, recipe)
 
     # ------------------------------------------------------------------------------------------ the loop
 
     def train(self) -> dict[str, Any]:
-        """All steps that are left, then the final model and its picture."""
+        """The remaining steps, then the final model and its picture."""
         recipe, accelerator, state = self.recipe, self.accelerator, self.state
+        if recipe.log_with:
+            plain = {name: value for name, value in recipe.to_dict().items() if isinstance(value, int | float | str)}
+            accelerator.init_trackers("hf_mae", config=plain)
         first_step = state.step
         self.log = RunLog(accelerator, self.output_dir, first_step, state.total_steps)
         if accelerator.is_main_process:
-            self.bad = BadSamples(self.folder, state.bad)
+            if state.bad["named"] or self.folder.bad_file.exists():
+                self.folder.write_bad_samples(state.bad["named"])  # as it was at the checkpoint
             if recipe.push_to_hub:
                 self.publisher = BackgroundPush(recipe.push_to_hub, recipe.hub_private_repo, self.log.say)
         with closing(self.log), closing(self.batches), self.stop_signals:
             self._take_steps()
         finished = state.step == state.total_steps
         timed_steps = state.step - first_step - len(self.unlogged)
-        evaluations = self.log.evaluations
+        eval_losses = [event["eval_loss"] for event in self.log.events if "eval_loss" in event]
         if finished:
             self.saver.final()
         summary = {
             "steps": state.step,
-            "first_eval_loss": evaluations[0]["eval_loss"] if evaluations else None,
-            "last_eval_loss": evaluations[-1]["eval_loss"] if evaluations else None,
+            "first_eval_loss": eval_losses[0] if eval_losses else None,
+            "last_eval_loss": eval_losses[-1] if eval_losses else None,
             "images_per_second": timed_steps * recipe.images_per_step / self.watch.total if timed_steps else None,
-            "quality": self.log.quality,
-            "bad_samples": self.bad.total if self.bad else 0,
+            "quality": next((event for event in reversed(self.log.events) if "rankme" in event), {}),
+            "bad_samples": sum(state.bad["counts"].values()),
             "skipped_steps": self.guard.skipped_steps,
             "model": str(self.output_dir) if finished else None,
             "picture": self.log.animation() if finished else None,
@@ -268,7 +242,7 @@ class PretrainRun:
         skip = self.guard.judge(step + 1, finite, self.stop_signals.received, keys)
         if accelerator.scaler is None:
             # The fused optimizer reads on the device whether to skip, from where a GradScaler would have written it.
-            self._torch_optimizer.found_inf = skip  # type: ignore[attr-defined]
+            self.optimizer.optimizer.found_inf = skip
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss, grad_norm, lr
@@ -289,7 +263,7 @@ class PretrainRun:
         Raises:
             UserError: if too many in a row were skipped.
         """
-        stop = self.stop_signals.received and self.accelerator.num_processes == 1  # there is no one to agree with
+        stop = self.stop_signals.received and self.accelerator.num_processes == 1  # nobody to agree with
         for verdict in self.guard.verdicts(up_to_now):
             stop = stop or verdict.stop
             if verdict.skipped:
@@ -303,16 +277,15 @@ class PretrainRun:
 
     def _log(self, lr: float, grad_norm: torch.Tensor) -> None:
         """A line of metrics.jsonl, with the mean loss of the steps since the last one that were not skipped."""
-        state, losses = self.state, self._reduce(torch.stack(self.unlogged), "mean")
+        state, losses = self.state, cast(torch.Tensor, self.accelerator.reduce(torch.stack(self.unlogged), "mean"))
         loss = losses[losses.isfinite()].mean().item()
         seconds, waited = self.watch.read()
-        speed = len(losses) * self.recipe.images_per_step / seconds
         self.unlogged = []
-        self.log.event(
+        self.log.steps(
             state.step, images_seen=state.images_seen, epoch=state.images_seen / len(self.data.rows), loss=loss, lr=lr,
-            grad_norm=grad_norm.item(), images_per_second=speed, data_wait=waited,
+            grad_norm=grad_norm.item(), images_per_second=len(losses) * self.recipe.images_per_step / seconds,
+            data_wait=waited,
         )  # fmt: skip
-        self.log.progress(state.step, loss=f"{loss:.4f}", lr=f"{lr:.2e}", img_s=f"{speed:.0f}", wait=f"{waited:.0%}")
         self._check_bad()
 
     def _evaluate(self) -> None:
@@ -323,7 +296,7 @@ class PretrainRun:
         if bad and step in (0, self.state.total_steps):
             some = ", ".join(f"{key} ({reason})" for key, reason in bad[:3])
             self.log.say(f"{len(bad)} evaluation images are left out, they can't be decoded: {some}")
-        self.log.picture(step, self.held_out.picture(self.accelerator.unwrap_model(self.model), self.processor))
+        self.log.picture(step, self.held_out.picture(self.unwrapped, self.processor))
 
     def _measure_quality(self) -> None:
         """kNN, linear accuracy and RankMe of the encoder."""
@@ -353,36 +326,28 @@ class PretrainRun:
         if failure and must:
             raise CheckpointError(failure)
         if failure:
-            self.log.say(f"WARNING: {failure}; the run goes on, and tries again at its next save")
+            self.log.say(f"WARNING: {failure}; the run continues, and tries again at its next save")
         if self.publisher and state.step < state.total_steps:
             self.publisher.start(self.output_dir / f"checkpoint-{state.step}")
 
-    def _count_bad(self) -> int:
-        """Count the samples that no process could decode since the last call; how many there were."""
-        bad = self.batches.take_bad()
-        if self.bad is not None:
-            self.bad.add(bad)
-            self.state.bad = self.bad.state()
-        return len(bad)
+    def _count_bad(self) -> bool:
+        """Count the samples that no process could decode since the last call; whether there were any."""
+        bad, known = self.batches.take_bad(), len(self.state.bad["named"])
+        self.state.add_bad(bad)
+        if len(self.state.bad["named"]) > known and self.accelerator.is_main_process:
+            self.folder.write_bad_samples(self.state.bad["named"])
+        return bool(bad)
 
     def _check_bad(self) -> None:
         """Report the samples that could not be decoded; stop if there are too many."""
-        failed, new = 0.0, self._count_bad()
-        if self.bad is not None:
-            # Not judged by the first few: one bad file among the first ten says nothing.
-            seen = max(self.bad.total + self.state.images_seen, min(1000, len(self.data.rows)))
-            failed = self.bad.total / seen
-            if new:
-                self.log.say(
-                    f"{self.bad.total} images skipped so far: {dict(self.bad.counts)}; see {self.folder.bad_file}"
-                )
-        # Only the main process counts: the sum is its number, and all ranks stop by it.
-        failed = self._reduce(torch.tensor(failed, device=self.accelerator.device), "sum").item()
-        if failed > self.recipe.max_bad_fraction:
+        new, counts, file = self._count_bad(), self.state.bad["counts"], self.folder.bad_file
+        bad = sum(counts.values())
+        if new:
+            self.log.say(f"{bad} images skipped so far: {counts}; see {file}")
+        # Not judged by the first few: one bad file among the first ten says nothing.
+        failed = bad / max(bad + self.state.images_seen, min(1000, len(self.data.rows)))
+        most = self.recipe.max_bad_fraction
+        if failed > most:
             raise DataError(
-                f"{failed:.1%} of the images can't be decoded, more than max_bad_fraction "
-                f"{self.recipe.max_bad_fraction:.1%}; see {self.folder.bad_file}"
+                f"{failed:.1%} of the images can't be decoded, more than max_bad_fraction {most:.1%}; see {file}"
             )
-
-    def _reduce(self, value: torch.Tensor, how: str) -> torch.Tensor:
-        return cast(torch.Tensor, self.accelerator.reduce(value, how))

@@ -13,33 +13,25 @@ from .state import RunState
 
 
 def check_folder(recipe: RunRecipe, output_dir: Path) -> None:
-    """Check that a run may write into a folder.
-
-    Raises:
-        CheckpointError: if the folder holds another run, and this one doesn't resume.
-    """
+    """Raise a CheckpointError if a run may not write into a folder: it holds another run that isn't resumed."""
     if output_dir.exists() and not output_dir.is_dir():
         raise CheckpointError(f"{output_dir} is no folder; choose another --output_dir")
-    if recipe.resume == "none":
+    if recipe.resume == "none" and not recipe.dry_run:
         folder = RunFolder(output_dir)
-        took_steps = any(event["step"] > 0 for event in folder.events())
-        if (took_steps or folder.checkpoints()) and not recipe.dry_run:
+        if folder.checkpoints() or any(event["step"] > 0 for event in folder.events()):
             raise CheckpointError(
                 f"{output_dir} holds another run; go on with it by --resume auto, or choose another --output_dir"
             )
 
 
 def check_same_recipe(old: dict[str, Any], recipe: RunRecipe, where: Path, free: set[str]) -> None:
-    """Check that a run is resumed with its own recipe.
+    """Raise a CheckpointError that names the first key, except the `free` ones, that a resume would change.
 
     Args:
         old: keys of the run, from a file.
         recipe: the recipe that it is resumed with.
         where: checkpoint or folder of the old keys.
         free: keys that may differ.
-
-    Raises:
-        CheckpointError: naming the first key that differs.
     """
     new = json.loads(json.dumps(recipe.to_dict()))
     for key in sorted((old.keys() | new.keys()) - free):

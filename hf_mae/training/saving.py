@@ -1,11 +1,11 @@
 """What a pretraining run saves: its checkpoints and its final model. Every process takes part, the main one writes."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import nn
 
 from ..errors import DiskFullError
 from ..files import replace_files
@@ -17,37 +17,20 @@ from .state import RunState
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 
 
+@dataclass
 class Saver:
-    """Writes checkpoints and the final model of a run into its folder.
+    """Writes checkpoints and the final model of a run into its folder."""
 
-    Args:
-        accelerator: of the run.
-        model: wrapped as it is trained.
-        optimizer: PyTorch's own, not wrapped.
-        processor: the model's image processor.
-        output_dir: folder of the run.
-        keep: checkpoints that stay.
-    """
-
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        processor: MAEImageProcessor,
-        output_dir: Path,
-        keep: int,
-    ):
-        self.accelerator, self.optimizer, self.processor = accelerator, optimizer, processor
-        self.model: MAEForPreTraining = accelerator.unwrap_model(model)
-        self.output_dir, self.keep = output_dir, keep
-        self.saved_before = False
+    accelerator: Accelerator
+    model: MAEForPreTraining  # not wrapped, and neither is the optimizer
+    optimizer: torch.optim.Optimizer
+    processor: MAEImageProcessor
+    output_dir: Path
+    keep: int  # checkpoints that stay
+    saved_before: bool = False
 
     def checkpoint(self, state: RunState) -> str | None:
-        """Write `checkpoint-STEP`.
-
-        Returns:
-            None, or, on every process, that there was no room for it.
+        """Write `checkpoint-STEP`; returns None or, on every process, that there was no room for it.
 
         Raises:
             CheckpointError: if what was written is not what is read back.
@@ -70,10 +53,9 @@ class Saver:
             state.write(folder)
 
         def read_back(folder: Path) -> bool:
-            return RunState.read(folder) == state and all(
-                same_tensors(tensors, load_tensors(folder / name))
-                for tensors, name in ((weights, MODEL), (moments, OPTIMIZER))
-            )
+            written = ((weights, MODEL), (moments, OPTIMIZER))
+            same = all(same_tensors(tensors, load_tensors(folder / name)) for tensors, name in written)
+            return same and RunState.read(folder) == state
 
         # The first one shows whether this machine's disk and these versions give back what they get.
         check = None if self.saved_before else read_back

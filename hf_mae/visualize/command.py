@@ -67,9 +67,8 @@ def reconstruct_files(recipe: ReconstructRecipe) -> dict[str, Any]:
         mask ratio, the mean `psnr` (dB) and `ssim` of the hidden part.
 
     Raises:
-        UserError: for what a user can mend; one line with the remedy.
+        UserError: if the images, the model or a key can't be used, or the picture can't be written.
     """
-    recipe.check()
     size = None if recipe.image_size is None else height_width(recipe.image_size)
     reconstructor = Reconstructor(recipe.model, size)
     values, bad = [], []
@@ -97,27 +96,19 @@ def reconstruct_files(recipe: ReconstructRecipe) -> dict[str, Any]:
         raise UserError(f"{recipe.output} can't be written: {error}") from error
     scores = []
     for result in results:
-        psnr, ssim = masked_scores(result, mean, std)
-        scores.append({"mask_ratio": result.mask_ratio, "psnr": psnr.mean().item(), "ssim": ssim.mean().item()})
+        psnr, ssim = (score.mean().item() for score in masked_scores(result, mean, std))
+        scores.append({"mask_ratio": result.mask_ratio, "psnr": psnr, "ssim": ssim})
     return {"path": recipe.output, "images": len(pixel_values), "bad": bad, "scores": scores}
 
 
 def find_images(names: Sequence[str], split: str, most: int) -> Iterator[tuple[str, Any]]:
-    """(key, undecoded image) of files, folders and data sets.
-
-    Args:
-        names: paths or names of data sets.
-        split: of data sets.
-        most: images of each folder or data set.
-
-    Raises:
-        DataError: if there is no such file or data set.
-    """
+    """(key, undecoded image) of files, folders and data sets; at most this many images of each folder or data set."""
     for name in names:
-        if Path(name).is_file() and Path(name).suffix not in (".parquet", ".tar"):
-            yield name, Path(name).read_bytes()
+        path = Path(name)
+        if path.is_file() and path.suffix not in (".parquet", ".tar"):
+            yield name, path.read_bytes()
             continue
-        if not Path(name).exists() and Path(name).suffix.lower() in Image.registered_extensions():
+        if not path.exists() and path.suffix.lower() in Image.registered_extensions():
             raise DataError(f"there is no file {name}; check --images")
         rows = Rows(open_source(name, split=split), max_samples=most)
         for row in rows.read(rows.index):

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from .reconstruction import Reconstruction, masked_psnr, masked_ssim, to_unit_range
 
@@ -43,38 +43,39 @@ def reconstruction_grid(
     Raises:
         ValueError: if there are no such channels.
     """
-    original = reconstructions[0].pixel_values
-    chosen = _check_bands(bands, original.shape[1])
-
-    def shown(images: torch.Tensor) -> torch.Tensor:
-        kept = [[float(values[band]) for band in chosen] for values in (image_mean, image_std)]
-        return to_unit_range(images[:, chosen], original[:, chosen], *kept)
-
-    columns: list[Column] = [("original", to_pictures(shown(original), cell), None)]
+    images = reconstructions[0].pixel_values
+    original = shown_bands(images, images, image_mean, image_std, bands)
+    columns: list[Column] = [("original", to_pictures(original, cell), None)]
     for result in reconstructions:
         star = "*" if result.statistics == "true" else ""
-        pasted = shown(result.pasted)
-        masked, predicted = torch.where(result.removed, GRAY, pasted), torch.where(result.removed, pasted, GRAY)
+        pasted, removed = shown_bands(result.pasted, images, image_mean, image_std, bands), result.removed
+        masked, predicted = torch.where(removed, GRAY, pasted), torch.where(removed, pasted, GRAY)
+        scores = zip(masked_psnr(original, pasted, removed), masked_ssim(original, pasted, removed), strict=True)
+        captions = [f"{psnr.item():.1f} dB, SSIM {ssim.item():.2f}" for psnr, ssim in scores]
         columns += [
             (f"masked {result.mask_ratio:.0%}", to_pictures(masked, cell), None),
             (f"reconstruction{star}", to_pictures(predicted, cell), None),
-            (f"with visible{star}", to_pictures(pasted, cell), _scores(shown(original), pasted, result.removed)),
+            (f"with visible{star}", to_pictures(pasted, cell), captions),
         ]
         if details:
-            columns.append(("error", to_pictures(_error_map(shown(original), pasted, result.removed), cell), None))
-    return _arrange(columns, details, FOOTERS.get(reconstructions[0].statistics), min(pairs, len(original)))
+            columns.append(("error", to_pictures(_error_map(original, pasted, removed), cell), None))
+    return _arrange(columns, details, FOOTERS.get(reconstructions[0].statistics), min(pairs, len(images)))
 
 
-def _check_bands(bands: Sequence[int] | None, channels: int) -> list[int]:
+def shown_bands(
+    images: torch.Tensor,
+    like: torch.Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    bands: Sequence[int] | None = None,
+) -> torch.Tensor:
+    """`to_unit_range` of the channels to show, (B, 1 or 3, H, W); see `reconstruction_grid`."""
+    channels = images.shape[1]
     chosen = list(range(3 if channels >= 3 else 1)) if bands is None else list(bands)
     if len(chosen) not in (1, 3) or not all(0 <= band < channels for band in chosen):
         raise ValueError(f"bands {chosen} can't be shown; give one or three of 0 to {channels - 1}")
-    return chosen
-
-
-def _scores(images: torch.Tensor, others: torch.Tensor, removed: torch.Tensor) -> list[str]:
-    psnr, ssim = masked_psnr(images, others, removed), masked_ssim(images, others, removed)
-    return [f"{p:.1f} dB, SSIM {s:.2f}" for p, s in zip(psnr.tolist(), ssim.tolist(), strict=True)]
+    mean, std = ([float(values[band]) for band in chosen] for values in (mean, std))
+    return to_unit_range(images[:, chosen], like[:, chosen], mean, std)
 
 
 def _error_map(images: torch.Tensor, others: torch.Tensor, removed: torch.Tensor) -> torch.Tensor:
@@ -86,14 +87,11 @@ def _error_map(images: torch.Tensor, others: torch.Tensor, removed: torch.Tensor
 
 def to_pictures(images: torch.Tensor, cell: int) -> list[Image.Image]:
     """(B, 1 or 3, H, W) in [0, 1] -> RGB with this longer side; small images are enlarged without smoothing."""
-    longest = max(images.shape[-2:])
-    size = (max(1, round(images.shape[-1] * cell / longest)), max(1, round(images.shape[-2] * cell / longest)))
-    pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    pictures = [
-        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).convert("RGB") for image in pixels
-    ]
-    how = Image.Resampling.NEAREST if longest <= cell else Image.Resampling.BICUBIC
-    return [picture.resize(size, how) for picture in pictures]
+    H, W = images.shape[-2:]
+    size = max(1, round(W * cell / max(H, W))), max(1, round(H * cell / max(H, W)))
+    how = Image.Resampling.NEAREST if max(H, W) <= cell else Image.Resampling.BICUBIC
+    pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).expand(-1, -1, -1, 3).cpu().numpy()
+    return [Image.fromarray(image).resize(size, how) for image in pixels]
 
 
 def _arrange(columns: Sequence[Column], captions: bool, footer: str | None, pairs: int) -> Image.Image:
@@ -111,21 +109,16 @@ def _arrange(columns: Sequence[Column], captions: bool, footer: str | None, pair
             grid.paste(picture, (left, top))
             if captions and texts:
                 draw.text((left, top + height + 1), texts[index], fill="black", font_size=11)
-    return _with_footer(grid, footer) if footer else grid
+    if footer:
+        # A picture of one image is narrower than the text.
+        missing = max(0, 2 * MARGIN + math.ceil(draw.textlength(footer, font_size=12)) - grid.width)
+        grid = ImageOps.expand(grid, (0, 0, missing, HEADER), "white")
+        ImageDraw.Draw(grid).text((MARGIN, grid.height - HEADER + 2), footer, fill="black", font_size=12)
+    return grid
 
 
 def with_title(picture: Image.Image, text: str) -> Image.Image:
     """The picture below a line of text."""
-    taller = Image.new("RGB", (picture.width, picture.height + HEADER), "white")
-    taller.paste(picture, (0, HEADER))
+    taller = ImageOps.expand(picture, (0, HEADER, 0, 0), "white")
     ImageDraw.Draw(taller).text((MARGIN, 5), text, fill="black", font_size=12)
-    return taller
-
-
-def _with_footer(grid: Image.Image, text: str) -> Image.Image:
-    # A picture of one image is narrower than the text.
-    width = 2 * MARGIN + math.ceil(ImageDraw.Draw(grid).textlength(text, font_size=12))
-    taller = Image.new("RGB", (max(grid.width, width), grid.height + HEADER), "white")
-    taller.paste(grid, (0, 0))
-    ImageDraw.Draw(taller).text((MARGIN, grid.height + 2), text, fill="black", font_size=12)
     return taller

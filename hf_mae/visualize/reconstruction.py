@@ -93,7 +93,6 @@ def reconstruct(
         if statistics == "visible":
             mean_and_std = from_visible_neighbours(mean_and_std, removed, grid_size)
         predicted = predicted * mean_and_std[..., 1:] + mean_and_std[..., :1]
-    pixels = patch_size[0] * patch_size[1]
     masked, predicted, pasted = (
         unpatchify(part, patch_size, grid_size)
         for part in (patches.masked_fill(removed, 0), predicted, torch.where(removed, predicted, patches))
@@ -103,7 +102,7 @@ def reconstruct(
         masked=masked,
         predicted=predicted,
         pasted=pasted,
-        removed=unpatchify(removed.expand(B, -1, pixels), patch_size, grid_size),
+        removed=unpatchify(removed.expand(B, -1, math.prod(patch_size)), patch_size, grid_size),
         mask_ratio=output.mask.mean().item(),
         statistics=statistics if model.config.norm_pix_loss else None,
     )
@@ -116,12 +115,9 @@ def seeded_noise(seed: int, images: int, patches: int) -> torch.Tensor:
 
 
 def from_visible_neighbours(values: torch.Tensor, removed: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
-    """Replace numbers of removed patches by a mean over the visible ones, weighted by a Gaussian one patch wide.
+    """Replace values (B, N, K) of removed patches (B, N, 1) by a mean of the visible ones, N = h * w.
 
-    Args:
-        values: (B, N, K) numbers of every patch; those of removed ones are not read.
-        removed: (B, N, 1) True where a patch was removed.
-        grid_size: (h, w), N = h * w.
+    The weights are a Gaussian one patch wide. Values of removed patches are not read.
     """
     rows, columns = torch.meshgrid(*(torch.arange(side, device=values.device) for side in grid_size), indexing="ij")
     places = torch.stack([rows.flatten(), columns.flatten()], dim=1).float()
@@ -131,23 +127,17 @@ def from_visible_neighbours(values: torch.Tensor, removed: torch.Tensor, grid_si
 
 
 def masked_psnr(images: torch.Tensor, others: torch.Tensor, removed: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio in dB over the removed pixels, (B,); inf where there is no difference.
+    """Peak signal-to-noise ratio in dB, (B,), of images (B, C, H, W) in [0, 1]; inf where there is no difference.
 
-    Args:
-        images: (B, C, H, W) in [0, 1].
-        others: (B, C, H, W) in [0, 1].
-        removed: (B, 1, H, W) True where pixels count; some in every image.
+    Only pixels count where `removed` (B, 1, H, W) is True; there are some in every image.
     """
     return -10 * _mean_where((images - others) ** 2, removed).log10()
 
 
 def masked_ssim(images: torch.Tensor, others: torch.Tensor, removed: torch.Tensor) -> torch.Tensor:
-    """Structural similarity (Wang et al., 2004) with a window of 7 x 7 pixels, mean over the removed pixels, (B,).
+    """Structural similarity (Wang et al., 2004), (B,), of windows of 7 x 7 pixels: the mean over the removed pixels.
 
-    Args:
-        images: (B, C, H, W) in [0, 1], 4 pixels or more a side.
-        others: (B, C, H, W) in [0, 1].
-        removed: (B, 1, H, W) True where pixels count; some in every image.
+    The arguments are those of `masked_psnr`; images have 4 pixels or more a side.
     """
     return _mean_where(_ssim_map(images, others), removed)
 
@@ -156,10 +146,8 @@ def masked_scores(
     result: Reconstruction, image_mean: Sequence[float], image_std: Sequence[float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`masked_psnr` and `masked_ssim` of reconstructions, over all channels, (B,) each."""
-    images, others = (
-        to_unit_range(values, result.pixel_values, image_mean, image_std)
-        for values in (result.pixel_values, result.pasted)
-    )
+    like = result.pixel_values
+    images, others = (to_unit_range(values, like, image_mean, image_std) for values in (like, result.pasted))
     return masked_psnr(images, others, result.removed), masked_ssim(images, others, result.removed)
 
 
@@ -183,14 +171,10 @@ def _mean_where(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
 def to_unit_range(
     images: torch.Tensor, like: torch.Tensor, image_mean: Sequence[float], image_std: Sequence[float]
 ) -> torch.Tensor:
-    """Normalised pixels as they are shown, in [0, 1].
+    """Normalised pixels (B, C, H, W) as they are shown, in [0, 1].
 
-    Args:
-        images: (B, C, H, W) normalised.
-        like: (B, C, H, W) the originals. Where these don't fill [0, 1] (16 bits, floats, dark images), their own range
-            becomes it, for `images` alike.
-        image_mean: per channel, to undo the normalisation.
-        image_std: per channel.
+    Where the originals `like` don't fill [0, 1] (16 bits, floats, dark images), both are stretched by the originals'
+    own range. Mean and standard deviation, one number per channel, undo the normalisation.
     """
     mean, std = (torch.tensor(list(v), device=images.device).view(1, -1, 1, 1) for v in (image_mean, image_std))
     images, like = images.float() * std + mean, like.float() * std + mean

@@ -90,7 +90,7 @@ def section(text, title):
 
 
 def test_a_card_has_the_figures_of_the_run_with_their_protocol(full):
-    text = Card.read(full, "user/name").text()
+    text = Card(full, "user/name").text()
     training, results = section(text, "Training"), section(text, "Results")
     for row in (
         "| training images | 12,345 |", "| images a step | 64 |", "| steps | 30 |", "| peak learning rate | 0.00025 |",
@@ -109,11 +109,11 @@ def test_a_card_has_the_figures_of_the_run_with_their_protocol(full):
 
 
 def test_figures_of_other_weights_are_left_out(full):
-    assert "99.0" not in Card.read(full).text()
+    assert "99.0" not in Card(full).text()
 
 
 def test_a_card_says_what_the_run_says_that_it_was_trained_on(full):
-    training = section(Card.read(full).text(), "Training")
+    training = section(Card(full).text(), "Training")
     assert "| hardware | 2 x NVIDIA H100 80GB HBM3 |" in training
     assert "| torch | 2.14.1 |" in training
 
@@ -124,7 +124,7 @@ def test_the_command_writes_the_card_and_its_picture_and_nothing_else(full, tmp_
     said = capsys.readouterr().out
     assert said == f"card     {tmp_path}/cards/digits_tiny.md\npicture  {tmp_path}/cards/digits_tiny.png\n"
     text = (tmp_path / "cards" / "digits_tiny.md").read_text()
-    expected = Card.read(full)
+    expected = Card(full)
     (shown,) = re.findall(r"!\[.*\]\((.*)\)", text)
     assert shown == "digits_tiny.png"
     assert (tmp_path / "cards" / shown).read_bytes() == Path(expected.picture).read_bytes()
@@ -154,7 +154,7 @@ def test_the_cards_of_this_repository_name_no_path_and_show_pictures_that_are_th
 
 
 def test_what_was_not_measured_is_absent(bare):
-    text = Card.read(bare).text()
+    text = Card(bare).text()
     for title in ("Training", "Results", "Reconstructions"):
         assert f"## {title}" not in text
     for word in ("None", "throughput", "hardware", "parameters", "accuracy", "%)", "hf-mae pretrain", "torch |"):
@@ -165,7 +165,7 @@ def test_what_was_not_measured_is_absent(bare):
 
 
 def test_the_reproduction_command_is_the_recorded_run(full, tmp_path):
-    text = Card.read(full, "user/name").text()
+    text = Card(full, "user/name").text()
     recipe = re.search(r"```yaml\n(.*?)```", section(text, "Training"), re.DOTALL)
     command = re.search(r"hf-mae pretrain (.*)\n", section(text, "Training"))
     assert command[1] == "--recipe recipe.yaml --output_dir outputs/name"
@@ -180,7 +180,7 @@ def test_a_checkpoints_card_is_the_runs_up_to_its_step(full):
     checkpoint = shutil.copytree(full, full / "checkpoint-10", ignore=lambda *_: ["reconstructions", "results.json"])
     for name in ("run_config.yaml", "metrics.jsonl"):
         (checkpoint / name).unlink()
-    text = Card.read(checkpoint, "user/name").text()
+    text = Card(checkpoint, "user/name").text()
     assert "| these weights | after step 10, before the end of the run |" in text
     assert "| throughput | 100 images a second (median) |" in text
     assert "1.2500 after step 0" in text
@@ -188,11 +188,11 @@ def test_a_checkpoints_card_is_the_runs_up_to_its_step(full):
     assert "Reconstructions" not in text  # there is none of step 10
     assert licence_of(checkpoint) == "apache-2.0"
     last = checkpoint.rename(full / "checkpoint-30")
-    assert "| these weights" not in Card.read(last).text()
+    assert "| these weights" not in Card(last).text()
 
 
 def test_no_path_of_the_machine_is_in_a_card(full):
-    card = Card.read(full, "user/name")
+    card = Card(full, "user/name")
     card.picture = "reconstruction.png"
     assert "/home" not in card.text()
     assert str(full) not in card.text()
@@ -203,7 +203,7 @@ def test_the_card_of_a_classifier_is_about_classes_and_its_own_command(tmp_path)
     recipe = {"model": "user/base", "dataset": "user/data", "layer_decay": 0.75, "epochs": 10.0}
     (folder / "run_config.yaml").write_text(yaml.safe_dump({"recipe": recipe, "derived": {}}))
     (folder / "results.json").write_text(json.dumps([entry(weights_hash(folder), "fine-tuning", top1=90.0)]))
-    card = Card.read(folder)
+    card = Card(folder)
     text, head = card.text(), ModelCard(card.text()).data
     assert head.pipeline_tag == "image-classification"
     assert (head.base_model, head.datasets) == ("user/base", ["user/data"])
@@ -215,7 +215,7 @@ def test_the_card_of_a_classifier_is_about_classes_and_its_own_command(tmp_path)
 
 
 def test_a_pinned_revision_is_in_every_line_that_loads(full):
-    card = Card.read(full, "user/name")
+    card = Card(full, "user/name")
     assert "revision=" not in card.text()
     card.revision = "0123abc"
     loading = section(card.text(), "How to load it")
@@ -248,18 +248,18 @@ def test_weights_keep_the_licence_of_what_they_come_from(full, bare, tmp_path):
     (tuned / "run_config.yaml").write_text(yaml.safe_dump({"recipe": {**RECIPE, "model": str(converted)}}))
     assert licence_of(tuned) == "cc-by-nc-4.0"
     for folder in (converted, tuned):
-        text = Card.read(folder).text()
+        text = Card(folder).text()
         assert ModelCard(text).data.license == "cc-by-nc-4.0"
         assert "CC BY-NC 4.0" in section(text, "Licence")
-    assert "No trade." in section(Card.read(converted).text(), "Licence")
-    assert "from mae.pth" not in Card.read(converted).text()
+    assert "No trade." in section(Card(converted).text(), "Licence")
+    assert "from mae.pth" not in Card(converted).text()
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"licence": "cc-b'])
 def test_weights_whose_record_of_conversion_is_broken_get_no_other_licence(full, content):
     (full / "conversion.json").write_text(content)
     assert licence_of(full) is None
-    assert "licence of these weights is not recorded" in section(Card.read(full).text(), "Licence")
+    assert "licence of these weights is not recorded" in section(Card(full).text(), "Licence")
 
 
 # ------------------------------------------------------------------------------------------ the Hub's rules
@@ -267,9 +267,9 @@ def test_weights_whose_record_of_conversion_is_broken_get_no_other_licence(full,
 
 def test_the_metadata_passes_the_hubs_validation_and_comes_back_from_it(full, bare, server):
     for folder in (full, bare):
-        ModelCard(Card.read(folder, "user/name").text()).validate()
+        ModelCard(Card(folder, "user/name").text()).validate()
     assert [request.path for request in server.requests] == ["/api/validate-yaml"] * 2
-    head = ModelCard(Card.read(full, "user/name").text()).data
+    head = ModelCard(Card(full, "user/name").text()).data
     assert head.library_name == "transformers"
     assert head.license == "apache-2.0"
     assert head.pipeline_tag == "image-feature-extraction"
@@ -282,7 +282,7 @@ def test_the_metadata_passes_the_hubs_validation_and_comes_back_from_it(full, ba
 
 def test_an_unusual_licence_passes_the_validation_too(bare, server):
     (bare / "conversion.json").write_text(json.dumps({"licence": "My Own Licence v2"}))
-    text = Card.read(bare).text()
+    text = Card(bare).text()
     ModelCard(text).validate()
     assert ModelCard(text).data.license == "other"
 

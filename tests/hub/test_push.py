@@ -18,18 +18,10 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from runs import REPOSITORY, run, start, tree
 from safetensors.torch import load_file
 from stranger import outputs
-from tiny import pixels, tiny, tiny_config
+from tiny import AUTO_MODELS, PROCESSORS, pixels, tiny, tiny_config
 
 import hf_mae
-from hf_mae import (
-    MAEBackbone,
-    MAEConfig,
-    MAEForImageClassification,
-    MAEForPreTraining,
-    MAEImageProcessor,
-    MAEImageProcessorPil,
-    MAEModel,
-)
+from hf_mae import MAEConfig, MAEForImageClassification, MAEForPreTraining, MAEImageProcessor, MAEModel
 from hf_mae.conversion.compare import compare
 from hf_mae.hub import check
 from hf_mae.hub import push as hub
@@ -69,7 +61,7 @@ def auto_map(folder, name="config.json"):
 # ------------------------------------------------------------------------------------------ saving with code
 
 
-@pytest.mark.parametrize("model_class", [MAEModel, MAEForPreTraining, MAEForImageClassification, MAEBackbone])
+@pytest.mark.parametrize("model_class", list(dict.fromkeys(AUTO_MODELS.values())))
 def test_a_model_saved_with_code_names_a_class_for_every_auto_class(tmp_path, model_class):
     model = tiny(model_class)
     model.save_pretrained(tmp_path / "with", with_code=True)
@@ -89,7 +81,7 @@ def test_a_folder_saved_without_code_names_none_even_if_the_model_came_with_code
     assert auto_map(tmp_path / "without") is None
 
 
-@pytest.mark.parametrize("processor_class", [MAEImageProcessor, MAEImageProcessorPil])
+@pytest.mark.parametrize("processor_class", list(PROCESSORS.values()))
 def test_an_image_processor_saved_with_code_names_both_backends(tmp_path, processor_class):
     processor = processor_class(num_channels=1)
     processor.save_pretrained(tmp_path / "with", with_code=True)
@@ -214,7 +206,7 @@ def test_a_push_uploads_everything_in_one_commit_and_leaves_the_folder_as_it_is(
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes()
 
 
-@pytest.mark.parametrize("processor_class", [MAEImageProcessor, MAEImageProcessorPil])
+@pytest.mark.parametrize("processor_class", list(PROCESSORS.values()))
 def test_saving_with_push_to_hub_uploads_the_code_too(server, tmp_path, processor_class):
     tiny(MAEForImageClassification).save_pretrained(str(tmp_path / "model"), push_to_hub=True, repo_id="user/x")
     assert repository(server) == MODEL_CODE | {"config.json", "model.safetensors", "README.md"}
@@ -402,14 +394,7 @@ def test_code_that_comes_back_changed_is_not_run(server, trusting, finished, tmp
 
 
 def publishers_outputs(folder):
-    models = {
-        "AutoModel": MAEModel,
-        "AutoModelForPreTraining": MAEForPreTraining,
-        "AutoModelForMaskedImageModeling": MAEForPreTraining,
-        "AutoModelForImageClassification": MAEForImageClassification,
-        "AutoBackbone": MAEBackbone,
-    }
-    return outputs(str(folder), models)
+    return outputs(str(folder), AUTO_MODELS)
 
 
 def stranger(server, home, *words):
@@ -442,20 +427,20 @@ def test_what_the_command_pushed_loads_without_the_package_and_can_be_pushed_aga
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model_class", "processor_class", "origin", "auto_class", "backend"),
+    ("auto_class", "saved_backend", "origin", "backend"),
     [
-        (MAEModel, MAEImageProcessor, "saved", "AutoModel", "pil"),
-        (MAEForPreTraining, MAEImageProcessorPil, "pushed", "AutoModelForPreTraining", "torchvision"),
-        (MAEForImageClassification, MAEImageProcessor, "saved", "AutoModelForImageClassification", "torchvision"),
-        (MAEBackbone, MAEImageProcessorPil, "pushed", "AutoBackbone", "pil"),
+        ("AutoModel", "torchvision", "saved", "pil"),
+        ("AutoModelForPreTraining", "pil", "pushed", "torchvision"),
+        ("AutoModelForImageClassification", "torchvision", "saved", "torchvision"),
+        ("AutoBackbone", "pil", "pushed", "pil"),
     ],
 )
 def test_what_was_saved_or_pushed_by_method_loads_without_the_package(
-    server, tmp_path, model_class, processor_class, origin, auto_class, backend
+    server, tmp_path, auto_class, saved_backend, origin, backend
 ):
     places = {"saved": tmp_path / "saved", "pushed": "user/x"}
-    model = tiny(model_class, num_labels=3)
-    processor = processor_class(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    model = tiny(AUTO_MODELS[auto_class], num_labels=3)
+    processor = PROCESSORS[saved_backend](size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     for saved in (model, processor):
         saved.push_to_hub("user/x")
         saved.save_pretrained(tmp_path / "plain")
