@@ -77,7 +77,7 @@ def damage(process: subprocess.Popen, output_dir: Path) -> None:
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)
-    say(f"one bit of {newest(output_dir).name}/model.safetensors flipped: the run has to go on from the one before")
+    say(f"one bit of {newest(output_dir).name}/model.safetensors flipped: the run has to resume from the one before")
 
 
 def sha256(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Images a second of the data path alone, and the time to the first batch of a run that goes on."""
+"""Images a second of the data path alone, and the time to the first batch of a resumed run."""
 
 import argparse
 import tempfile
@@ -103,7 +103,7 @@ def loader(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def first_batch_after(step: int, rows: Rows, plan: StreamPlan, workers: int) -> float:
-    """Seconds from the start of the loader to its first batch, for a run that goes on after `step` steps."""
+    """Seconds from the start of the loader to its first batch, for a run that resumes after `step` steps."""
     # Where the streams stand then: each has had its turn, with a chunk of rows, in every `groups`-th step.
     chunk = plan.total_batch_size // plan.chunks
     turns = [step // plan.groups + (stream // plan.chunks < step % plan.groups) for stream in range(plan.num_streams)]

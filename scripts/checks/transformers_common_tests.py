@@ -208,7 +208,7 @@ class MAEImageProcessingTester(VisionImageProcessingTester):
 class MAEImageProcessingTest(ImageProcessingTestMixin, unittest.TestCase):
     image_processor_tester_class = MAEImageProcessingTester
 
-    # Our processor is told its number of channels and takes no other, where transformers' takes what comes.
+    # Our processor accepts only the number of channels it was made for; transformers' accepts any.
     def test_call_numpy_4_channels(self):
         self.image_processor_tester.num_channels = 4
         super().test_call_numpy_4_channels()

@@ -219,7 +219,7 @@ def main() -> None:
             try:
                 figures = studies.measure(sitting, model, options)
             except studies.OutOfTime:
-                print(f"{method}, batch {batch}: its minutes are over; the same command goes on with it", flush=True)
+                print(f"{method}, batch {batch}: its minutes are over; repeat the command to continue", flush=True)
                 continue
             rows.append({"cell": f"{method}, batch {batch}", **figures, **speed})
             print(rows[-1], flush=True)

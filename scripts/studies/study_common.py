@@ -1,4 +1,4 @@
-"""What the studies share: cells of commands, gone on with over several sittings, and a table and a plot of them."""
+"""What the studies share: cells of commands that may take several calls, and a table and a plot of them."""
 
 import argparse
 import json
@@ -46,7 +46,7 @@ def parser(description: str, output_dir: str) -> argparse.ArgumentParser:
     result.add_argument("--minutes", type=float, default=None, help="equal time for each cell, in place of equal steps")
     result.add_argument("--finetune_epochs", type=float, default=5)
     result.add_argument("--max_samples", type=int, default=None, help="labelled images for fine-tuning and probes")
-    result.add_argument("--max_minutes_per_cell", type=float, default=None, help="in a sitting; the next goes on")
+    result.add_argument("--max_minutes_per_cell", type=float, default=None, help="in one call; the next call continues")
     result.add_argument("--output_dir", type=Path, default=Path(output_dir))
     return result
 
@@ -72,7 +72,7 @@ class Sitting:
         """`hf-mae WORDS`, or another command of the list's first word's kind; what it says goes to a log.
 
         Raises:
-            OutOfTime: if it was stopped; it has saved what a next call with `--resume auto` goes on from.
+            OutOfTime: if it was stopped; the next call with `--resume auto` continues.
         """
         command = [sys.executable, "-m", "hf_mae.cli", *map(str, words)]
         with (self.folder / "log").open("a") as log:
@@ -149,7 +149,7 @@ def run_study(cells: Sequence[Cell], options: argparse.Namespace) -> list[dict[s
             model = pretrained(sitting, cell, options)
             row = {"cell": cell.label, **of_the_log(model), **measure(sitting, model, options)}
         except OutOfTime:
-            print(f"{cell.label}: its minutes are over; the same command goes on with it", flush=True)
+            print(f"{cell.label}: its minutes are over; repeat the command to continue", flush=True)
             continue
         print(f"{cell.label}: {row}", flush=True)
         rows.append(row)
