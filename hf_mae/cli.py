@@ -1,13 +1,14 @@
 """The command line: `hf-mae COMMAND`. Whatever takes long to import is imported when a command starts to work."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from . import __version__, register
-from .errors import UserError, nearest
+from .errors import UserError, nearest, short
 from .keys import Recipe
 from .keys.data_keys import PrepareRecipe, StatsRecipe
 from .keys.evaluation_keys import ClassificationRecipe, EmbedRecipe, KnnRecipe, LinearProbeRecipe, ScoreRecipe
@@ -80,6 +81,16 @@ hf-mae stats --dataset path/to/images
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; 0 if it went well, 2 for a mistake that its one-line message names, 130 if interrupted."""
     words = sys.argv[1:] if arguments is None else arguments
+    try:
+        return _answer(words)
+    finally:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader, such as head, has seen enough; Python would try once more at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _answer(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(USAGE.format(commands=_list_commands(COMMANDS)))
         return 0
@@ -115,11 +126,11 @@ def find_command(words: list[str]) -> tuple[str, list[str]]:
         if not rest or rest[0].startswith("-"):
             raise UserError(f"evaluate what? hf-mae evaluate {' | '.join(PROTOCOLS)} --model DIR --dataset DATA")
         if rest[0] not in PROTOCOLS:
-            raise UserError(f"unknown protocol '{rest[0]}' of evaluate{_hint(rest[0], list(PROTOCOLS))}")
+            raise UserError(f"unknown protocol '{short(rest[0])}' of evaluate{_hint(rest[0], list(PROTOCOLS))}")
         return f"evaluate {rest[0]}", rest[1:]
     if name not in COMMANDS:
         names = dict.fromkeys(command.split()[0] for command in COMMANDS)
-        raise UserError(f"unknown command '{name}'{_hint(name, list(names))}")
+        raise UserError(f"unknown command '{short(name)}'{_hint(name, list(names))}")
     return name, rest
 
 

@@ -242,7 +242,7 @@ def test_what_was_mistyped_is_named_in_one_line(mistake, words):
 
 # Keys of a tiny run on digits -> words of the message.
 IMPOSSIBLE = {
-    "no steps": ({"total_steps": 0}, ["total_steps 0", "1 or more"]),
+    "no steps": ({"total_steps": 0}, ["total_steps 0", "in [1, 1000000000]"]),
     "no mask left": ({"mask_ratio": 1}, ["mask_ratio 1", "[0, 1)"]),
     "all but a patch masked": ({"mask_ratio": 0.99}, ["mask_ratio 0.99", "16 patches", "use 0.937 or less"]),
     "a mask that is a word": ({"mask_ratio": "most"}, ["mask_ratio", "most"]),

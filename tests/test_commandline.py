@@ -164,7 +164,6 @@ def test_values_of_a_recipe_are_read_as_words_of_the_command_line(text, name, va
         ("--image_size=208,320", "image_size", [208, 320]),
         ("--image_size none", "image_size", None),
         ("--mask_ratio_schedule 0:0.6 0.5:0.75", "mask_ratio_schedule", ["0:0.6", "0.5:0.75"]),
-        ("--seed 1 --seed 2", "seed", 2),
     ],
 )
 def test_typed_words_become_values_of_the_type_of_the_key(words, name, value):
@@ -286,8 +285,10 @@ def test_a_recipe_that_is_missing_or_broken_is_named(recipe_file, tmp_path):
     assert mistake("--recipe", "quikstart", recipes=recipes) == (
         "unknown recipe 'quikstart'; did you mean 'quickstart'?; there are quickstart, base, or a .yaml file"
     )
-    for name in ("", "no/file.yaml", str(tmp_path)):
+    for name in ("no/file.yaml", str(tmp_path)):
         assert mistake("--recipe", name) == f"unknown recipe '{name}'; give a .yaml file that exists"
+    assert re.match(r"recipe .*mine.yaml is not YAML: ", mistake("--recipe", recipe_file("seed: " + "[" * 3000)))
+    assert "which isn't read" in mistake("--recipe", recipe_file("recipe: quickstart\nseed: 3"))
     assert "can't be read: File name too long" in mistake("--recipe", "a" * 5000 + ".yaml")
 
 

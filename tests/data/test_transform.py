@@ -54,7 +54,7 @@ def test_images_of_extreme_shapes_have_both_views_and_take_little_memory(monkeyp
     )
     sizes = []
     resize = transform._resize
-    monkeypatch.setattr(transform, "_resize", lambda image, size, box: sizes.append(size) or resize(image, size, box))
+    monkeypatch.setattr(transform, "_resize", lambda image, size, *how: sizes.append(size) or resize(image, size, *how))
     channels, white = {"RGB": (3, 255), "L": (1, 255), "13 bands": (13, 1)}[kind]
     for view in (
         evaluation_view(image, 16, (14, 14)),

@@ -169,20 +169,20 @@ def test_an_unknown_key_or_flag_names_the_nearest(recipe_file):
     ("arguments", "message"),
     [
         (["--seed", "one"], "--seed 'one' is not a whole number"),
-        (["--seed", "-1"], "seed -1 is negative; give 0 or more"),
+        (["--seed", "-1"], r"seed -1 is out of range; give a number in \[0, 4294967295\]"),
         (["--model_size", "giant"], "--model_size 'giant' is not one of tiny, small, base, large, huge"),
         (["--total_batch_size", "0"], "total_batch_size 0 is too small; give 1 or more"),
         (["--per_device_batch_size", "-2"], "per_device_batch_size -2 is too small; give 1 or more"),
         (["--max_samples", "0"], "max_samples 0 is too small"),
         (["--keep_checkpoints", "1"], "keep_checkpoints 1 is too small; give 2 or more"),
         (["--save_steps", "0"], "save_steps 0 is too small"),
-        (["--epochs", "0"], "epochs 0.0 is not positive"),
+        (["--epochs", "0"], "epochs 0.0 is out of range"),
         (["--num_workers", "-1"], "num_workers -1 is negative; 0 loads in the training process"),
         (["--crop_scale", "0.5", "0.2"], r"crop_scale \[0.5, 0.2\] is not 0 < smallest <= largest <= 1; .* 0.2 1.0"),
         (["--crop_scale", "0", "1"], "is not 0 < smallest"),
         (["--crop_scale", "0.2", "1.1"], "is not 0 < smallest"),
         (["--crop_scale", "0.2", "0.5", "1"], "is not 0 < smallest"),
-        (["--eval_crop_pct", "0"], r"eval_crop_pct 0.0 lies outside \(0, 1\]; 0.875"),
+        (["--eval_crop_pct", "0"], r"eval_crop_pct 0.0 is out of range; give a number in \[0.1, 1\]"),
     ],
 )
 def test_values_that_no_run_can_have_are_refused_with_the_remedy(arguments, message):
