@@ -84,21 +84,26 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _answer(words)
     finally:
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:  # the reader, such as head, has seen enough; Python would try once more at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _show()
+
+
+def _show(*texts: str) -> None:
+    """Print, and write out what was printed before; a reader that has seen enough, such as head, is no error."""
+    try:
+        print(*texts, end="\n" if texts else "", flush=True)
+    except BrokenPipeError:  # Python would try once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _answer(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
-        print(USAGE.format(commands=_list_commands(COMMANDS)))
+        _show(USAGE.format(commands=_list_commands(COMMANDS)))
         return 0
     if words[0] == "--version":
-        print(__version__)
+        _show(__version__)
         return 0
     if words[0] == "evaluate" and words[1:2] in (["-h"], ["--help"]):
-        print(EVALUATE_USAGE.format(commands=_list_commands(PROTOCOLS)))
+        _show(EVALUATE_USAGE.format(commands=_list_commands(PROTOCOLS)))
         return 0
     try:
         return _run(*find_command(words))

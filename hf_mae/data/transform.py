@@ -89,12 +89,10 @@ def rescale_settings(dtype: str) -> dict[str, Any]:
 
 def pixel_dtype(processor: MAEImageProcessor) -> str:
     """The type of the images that a processor was made for: "uint8", "uint16" or "float32"."""
-    if not processor.do_rescale:
-        return "float32"
-    known = [
-        dtype for dtype, one in RESCALE_FACTORS.items() if math.isclose(one, processor.rescale_factor, rel_tol=1e-3)
-    ]
-    return known[0] if known else "float32"
+    factor = processor.rescale_factor if processor.do_rescale else 1.0
+    if math.isclose(factor, RESCALE_FACTORS["uint16"], rel_tol=1e-3):
+        return "uint16"
+    return "uint8" if 1 / 256 < factor < 1 else "float32"  # 1/127.5 is for 8 bits too
 
 
 def normalization(processor: MAEImageProcessor) -> tuple[list[float], list[float]]:
