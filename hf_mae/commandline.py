@@ -42,14 +42,15 @@ def parse(
 
     Args:
         kind: the dataclass. If it has a key `recipe`, that names the recipe to start from, as does `--config`.
-        words: what was typed after the command, e.g. `["--recipe", "quickstart", "--seed", "1"]`.
+        words: what was typed after the command, e.g. `["--recipe", "quickstart", "--seed", "1"]`. Of a flag that is
+            there twice the last one counts, so that words after those of a script (`"$@"`) override them.
         prog: the command, e.g. "hf-mae pretrain".
         recipes: files of the recipes that can be given by name.
         description: what the command does, for the help.
         examples: whole command lines, for the help.
 
     Raises:
-        UserError: for an unknown, repeated or missing key, or a value that a key can't have.
+        UserError: for an unknown or missing key, one given with and without its flag, or a value that it can't have.
     """
     keys = keys_of(kind)
     parser = _build_parser(keys, prog, description, examples)
@@ -190,7 +191,7 @@ def _part_words(keys: dict[str, Key], words: Sequence[str], first: bool) -> tupl
     if it is such a word.
     """
     by_flag = {flag: one for one in keys.values() for flag in one.flags}
-    flags, free, room, seen = [], [], 0, set()
+    flags, free, room = [], [], 0
     taking: Key | None = None
     for word in words:
         if word.startswith("--") or (word[:1] == "-" and word[1:2].isalpha()):
@@ -198,9 +199,6 @@ def _part_words(keys: dict[str, Key], words: Sequence[str], first: bool) -> tupl
             taking = by_flag.get(name)
             if taking is None and name not in HELP:
                 raise UserError(f"unknown argument '{short(word)}'{nearest(name, [*by_flag, *HELP])}")
-            if taking and taking.name in seen:
-                raise UserError(f"--{taking.name} is given twice; leave one of them out")
-            seen |= {taking.name} if taking else set()
             room = 0 if taking is None or equals else len(words) if taking.several else 1
             flags.append(word)
         elif room and not (first and taking and taking.base is bool and word.lower() not in (*BOOLEANS, "none")):
