@@ -67,8 +67,6 @@ class MAEBackbone(BackboneMixin, MAEPreTrainedModel):
         self.post_init()
 
     def _check_pyramid(self, scales: Sequence[float]) -> None:
-        if any(scale <= 0 or math.log2(scale) % 1 for scale in scales):
-            raise ValueError(f"pyramid_scales {scales} are not all powers of two; give e.g. [4, 2, 1, 0.5]")
         if scales and len(self.out_features) not in (1, len(scales)):
             raise ValueError(
                 f"pyramid_scales {scales} don't go with the {len(self.out_features)} maps of out_indices "

@@ -1,6 +1,7 @@
 """Every number that shapes a masked autoencoder, and the table of sizes (arXiv:2111.06377)."""
 
 # No `from __future__ import annotations` here: it would turn off the type checks of `strict`.
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -160,10 +161,18 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
         return self.grid_size[0] * self.grid_size[1]
 
     def _check(self) -> None:
+        sizes = [f"{part}{name}" for part in ("", "decoder_") for name in ("hidden_size", "num_hidden_layers")]
+        for key in (*sizes, "intermediate_size", "decoder_intermediate_size", "num_channels"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} {getattr(self, key)} is not positive; give 1 or more")
+        for key in ("layer_norm_eps", "initializer_range", "head_initializer_range", "eval_mask_seed"):
+            if not 0 <= (value := getattr(self, key)) < 2**32:
+                raise ValueError(f"{key} {value} lies outside [0, 2**32); give e.g. {getattr(MAEConfig, key)}")
+        scales = self.pyramid_scales or []
+        if not all(scale > 0 and math.log2(scale).is_integer() for scale in scales):
+            raise ValueError(f"pyramid_scales {scales} are not all powers of two; give e.g. [4, 2, 1, 0.5]")
         self._check_sizes()
         self._check_widths()
-        if self.num_channels < 1:
-            raise ValueError(f"num_channels {self.num_channels} is not positive; give 1 or more")
         self.num_kept_patches(self.mask_ratio)
         self._check_prediction()
         if not 0 <= self.drop_path_rate < 1:

@@ -163,8 +163,11 @@ def test_values_of_a_recipe_are_read_as_words_of_the_command_line(text, name, va
         ("--image_size 208x320", "image_size", [208, 320]),
         ("--image_size=208,320", "image_size", [208, 320]),
         ("--image_size none", "image_size", None),
-        ("--mask_ratio_schedule 0:0.6 0.5:0.75", "mask_ratio_schedule", ["0:0.6", "0.5:0.75"]),
+        ("--image_mean -0.5 -.5 -1e-3 -1e5", "image_mean", [-0.5, -0.5, -1e-3, -1e5]),
+        ("--epochs -1.5E-5", "epochs", -1.5e-5),
         ("--seed 1 --seed 2", "seed", 2),
+        ("--crop_scale 0.1 0.2 --crop_scale=0.3", "crop_scale", [0.3]),
+        ("--mask_ratio_schedule 0:0.6 0.5:0.75", "mask_ratio_schedule", ["0:0.6", "0.5:0.75"]),
     ],
 )
 def test_typed_words_become_values_of_the_type_of_the_key(words, name, value):
@@ -248,6 +251,8 @@ def test_a_positional_key_given_twice_or_a_word_too_many_is_an_error():
         ("-seed 1", "unknown argument '-seed'; did you mean '--seed'?"),
         ("--mask 0.5", "unknown argument '--mask'"),
         ("--xyzzy", "unknown argument '--xyzzy'"),
+        (f"--steps {'x' * 5000}", f"--steps '{'x' * 96}... is not a whole number, or none"),
+        (f"--{'x' * 5000}", f"unknown argument '--{'x' * 95}...'"),
     ],
 )
 def test_a_typing_mistake_is_one_line_with_key_value_and_what_is_allowed(words, message):
@@ -286,8 +291,10 @@ def test_a_recipe_that_is_missing_or_broken_is_named(recipe_file, tmp_path):
     assert mistake("--recipe", "quikstart", recipes=recipes) == (
         "unknown recipe 'quikstart'; did you mean 'quickstart'?; there are quickstart, base, or a .yaml file"
     )
-    for name in ("", "no/file.yaml", str(tmp_path)):
+    for name in ("no/file.yaml", str(tmp_path)):
         assert mistake("--recipe", name) == f"unknown recipe '{name}'; give a .yaml file that exists"
+    assert re.match(r"recipe .*mine.yaml is not YAML: ", mistake("--recipe", recipe_file("seed: " + "[" * 3000)))
+    assert "which isn't read" in mistake("--recipe", recipe_file("recipe: quickstart\nseed: 3"))
     assert "can't be read: File name too long" in mistake("--recipe", "a" * 5000 + ".yaml")
 
 

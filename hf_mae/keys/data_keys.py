@@ -76,3 +76,6 @@ class StatsRecipe(DataKeys):
 
     streaming: bool | None = data_key(None, "read the data in place, block by block", "true if remote")
     num_channels: int | None = data_key(None, "number of channels of each image", "as in the data")
+
+    def check(self) -> None:
+        self.check_least(max_samples=1, num_channels=1)

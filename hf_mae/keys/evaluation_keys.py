@@ -99,8 +99,8 @@ class KnnRecipe(EvaluateRecipe):
 
     def check(self) -> None:
         super().check()
-        if min(self.k) < 1 or self.temperature <= 0:
-            raise UserError(f"k {self.k} or temperature {self.temperature} is not positive; give e.g. 20 and 0.07")
+        self.check_least(k=1)
+        self.check_range("temperature", low=1e-6, high=1e6)
 
 
 @dataclass
@@ -135,7 +135,10 @@ class LinearProbeRecipe(EvaluateRecipe):
         super().check()
         if self.protocol == "paper" and self.fraction != 1:
             raise UserError("fraction draws from a table of features; with --protocol paper pass --max_samples")
-        self.check_least(total_batch_size=2, epochs=1e-9, warmup_epochs=0, blr=0, seed=0)
+        self.check_least(total_batch_size=2)
+        self.check_range("epochs", low=1e-9, high=10**6)
+        self.check_range("warmup_epochs", "blr", "min_lr", "weight_decay")
+        self.check_seed()
 
 
 FEATURE_FILES = (".parquet", ".npy")

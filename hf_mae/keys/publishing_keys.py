@@ -28,6 +28,9 @@ class Numbers(Recipe):
         None, "whether the decoder in a .pth file predicts normalised patches", "by the file's name"
     )
 
+    def check(self) -> None:
+        self.check_least(image_size=1, num_attention_heads=1, decoder_num_attention_heads=1)
+
 
 @dataclass
 class ConvertRecipe(Numbers):
@@ -37,6 +40,10 @@ class ConvertRecipe(Numbers):
     output_dir: str = positional_key("folder to write; missing or empty", metavar="DST")
     to: Format = key("mae", "format of the model that is written")
     num_channels: int | None = model_key(None, "move to another number of channels", "as it is")
+
+    def check(self) -> None:
+        super().check()
+        self.check_least(num_channels=1)
 
 
 @dataclass
@@ -65,6 +72,10 @@ class CardRecipe(ModelInput):
     model: str = positional_key("folder of the model; it is only read", metavar="RUN")
     output: str = positional_key("file NAME.md to write, with its picture NAME.png beside it", metavar="OUT")
 
+    def check(self) -> None:
+        if Path(self.output).suffix.lower() != ".md":
+            raise UserError(f"output {self.output} is not the name of a card; give it the ending .md")
+
 
 @dataclass
 class ReportRecipe(Recipe):
@@ -86,6 +97,10 @@ class DemoRecipe(ModelInput):
     output_dir: str | None = key(
         None, "folder of a Space to write instead of starting the page", "start the page", metavar="DIR"
     )
+
+    def check(self) -> None:
+        self.check_least(max_gallery=1)
+        self.check_range("port", high=65_535)
 
 
 @dataclass
@@ -110,4 +125,6 @@ class ReconstructRecipe(ModelInput):
     def check(self) -> None:
         if Path(self.output).suffix.lower() not in (".png", ".webp", ".jpg", ".jpeg"):
             raise UserError(f"output {self.output} is no name of a picture; give it the ending .png, .webp or .jpg")
-        self.check_least(max_images=1, cell=16, seed=0)
+        self.check_least(max_images=1)
+        self.check_range("cell", low=16, high=2048)
+        self.check_seed()

@@ -129,16 +129,16 @@ class RunRecipe(SplitKeys):
 
     def check(self) -> None:
         self.check_least(
-            total_batch_size=1, per_device_batch_size=1, log_steps=1, keep_checkpoints=2, total_steps=1, save_steps=1,
-            eval_steps=1, max_samples=1, max_eval_samples=1,
+            total_batch_size=1, per_device_batch_size=1, log_steps=1, keep_checkpoints=2, save_steps=1, eval_steps=1,
+            max_samples=1, max_eval_samples=1,
         )  # fmt: skip
-        if self.epochs is not None and self.epochs <= 0:
-            raise UserError(f"epochs {self.epochs} is not positive; give e.g. 800, or total_steps")
-        if self.seed < 0:
-            raise UserError(f"seed {self.seed} is negative; give 0 or more")
+        self.check_range("epochs", low=1e-9, high=10**6)
+        self.check_range("total_steps", low=1, high=10**9)
+        self.check_seed()
         if self.num_workers < 0:
             raise UserError(f"num_workers {self.num_workers} is negative; 0 loads in the training process")
-        self.check_range("blr", "min_lr", "weight_decay", "clip_grad", "warmup_epochs", "warmup_steps")
+        self.check_range("blr", "min_lr", "weight_decay", "warmup_epochs", "warmup_steps")
+        self.check_range("clip_grad", low=1e-9)
         self.check_range("adam_beta1", high=0.9999)
         self.check_range("adam_beta2", high=0.999999)
         if len(self.crop_scale) not in (1, 2) or not 0 < self.crop_scale[0] <= self.crop_scale[-1] <= 1:
@@ -202,7 +202,9 @@ class PretrainRecipe(ModelKeys, PretrainRunKeys):
 
     def check(self) -> None:
         super().check()
-        self.check_fraction("eval_crop_pct", "0.875 is the usual one")
+        self.check_range("eval_crop_pct", low=0.1, high=1)
+        self.check_range("image_mean", low=-1e30, high=1e30)
+        self.check_range("image_std", low=1e-30, high=1e30)
         _ = self.image_sizes, self.mask_ratios  # raise if they can't be read
         self.check_range("masks_per_image", low=1)
         if self.total_batch_size % self.masks_per_image:

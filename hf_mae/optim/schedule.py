@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -41,7 +42,7 @@ def read_points(words: Sequence[str], read: Callable[[str], T]) -> list[tuple[fl
     except ValueError as error:
         raise ValueError(f"{' '.join(words)} is not FRACTION:VALUE ...; give e.g. 0:A 0.5:B") from error
     starts = [at for at, _ in points]
-    if starts != sorted(set(starts)) or not starts or starts[0] != 0 or starts[-1] >= 1:
+    if starts[:1] != [0] or not all(a < b for a, b in pairwise([*starts, 1])):
         raise ValueError(f"{' '.join(words)} must begin at 0 and rise, below 1; give e.g. 0:A 0.5:B")
     return points
 

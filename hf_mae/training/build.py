@@ -121,7 +121,6 @@ def make_spec(recipe: PretrainRecipe, data: PretrainData, config: MAEConfig, pro
     return replace(
         evaluation_spec(config, processor),
         num_channels=data.num_channels,
-        dtype=data.dtype,
         crop_scale=(recipe.crop_scale[0], recipe.crop_scale[-1]),
         flip=recipe.flip,
         masks=recipe.masks_per_image,

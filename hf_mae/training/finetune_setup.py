@@ -168,7 +168,7 @@ def build_processor(recipe: FinetuneRecipe, config: MAEConfig) -> MAEImageProces
     """
     size = config.image_height_width
     settings = crop_settings(size, recipe.eval_crop_pct or default_crop_pct(size))
-    settings |= {"do_resize": True, "do_center_crop": True, "do_normalize": True, "resample": 3}  # 3: bicubic
+    settings |= {"do_resize": True, "do_center_crop": True, "resample": 3}  # 3: bicubic
     try:
         return MAEImageProcessor.from_pretrained(str(recipe.model), **settings)
     except (OSError, ValueError) as error:

@@ -93,7 +93,7 @@ class PretrainRun:
         tune_for_device(model, accelerator.device, accelerator.mixed_precision)
         self.config = model.config
         self.processor = build_processor(recipe, stored, self.data, self.config)
-        self.normalize = make_normalizer(self.processor, self.data.dtype, accelerator.device)
+        self.normalize = make_normalizer(self.processor, accelerator.device)
         optimizer = adamw(model, (recipe.adam_beta1, recipe.adam_beta2), recipe.weight_decay)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.unwrapped: MAEForPreTraining = accelerator.unwrap_model(self.model)
