@@ -102,7 +102,7 @@ def labelled(dataset: str, split: str, most: int) -> tuple[torch.Tensor, np.ndar
     """Images (n, 3, H, W) uint8, evenly spaced in the split, and their labels."""
     rows = Rows(open_source(dataset, split=split), max_samples=most)
     found = list(rows.read(rows.index))
-    images = np.stack([decode_image(row.image, 3) for row in found]).transpose(0, 3, 1, 2)
+    images = np.stack([np.asarray(decode_image(row.image, 3)) for row in found]).transpose(0, 3, 1, 2)
     return torch.from_numpy(images), np.array([row.label for row in found])
 
 
