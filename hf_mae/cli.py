@@ -1,5 +1,6 @@
 """The command line: `hf-mae COMMAND`. Whatever takes long to import is imported when a command starts to work."""
 
+import io
 import json
 import os
 import sys
@@ -81,6 +82,8 @@ hf-mae stats --dataset path/to/images
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; 0 if it went well, 2 for a mistake that its one-line message names, 130 if interrupted."""
     words = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text; stderr does so already
     try:
         return _answer(words)
     finally:
@@ -198,7 +201,8 @@ def _pretrain(recipe: PretrainRecipe) -> None:
         losses = summary["first_eval_loss"], summary["last_eval_loss"]
         first, last = ("not finite" if loss is None else f"{loss:.4f}" for loss in losses)
         shown = {"knn_top1": "kNN {:.1f} %", "linear_top1": "linear {:.1f} %", "rankme": "RankMe {:.1f}"}
-        figures = [text.format(summary["quality"][key]) for key, text in shown.items() if key in summary["quality"]]
+        measured = {key: value for key, value in summary["quality"].items() if value is not None}
+        figures = [text.format(measured[key]) for key, text in shown.items() if key in measured]
         quality = f"features {', '.join(figures)}\n" if figures else ""
         print(
             f"evaluation loss {first} before step 1, {last} after step {summary['steps']}\n{quality}"
@@ -214,7 +218,7 @@ def _finetune(recipe: FinetuneRecipe) -> None:
 
     result, folder = finetune(recipe), recipe.output_dir
     if result:  # only the main process has one
-        bad = result["data"]["bad_samples"]
+        bad = result["data"].get("bad_samples", 0)
         figures = ", ".join(f"{name} {value:.4g}" for name, value in result["figures"].items())
         print(
             f"{figures}, on {result['data']['eval_images']:,} images\n"

@@ -45,7 +45,12 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file, the old or the new one at every instant."""
-    write_bytes(path, text.encode())
+    write_bytes(path, as_utf8(text).encode())
+
+
+def as_utf8(text: str) -> str:
+    """The text, with what UTF-8 can't encode (in file names, or from JSON) written as escapes such as \\udcff."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def write_json(value: Any, path: Path) -> None:

@@ -11,8 +11,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from .errors import DataError
-from .files import write_text
-from .run_folder import RunFolder, curve
+from .files import as_utf8, write_text
+from .run_folder import RunFolder, curve, is_count
 
 # Key of metrics.jsonl -> title of its curve.
 CURVES = {
@@ -38,7 +38,7 @@ class Run:
         folder = RunFolder(path)
         if not folder.metrics_file.is_file():
             raise DataError(f"{path} has no metrics.jsonl; name the folder of a run of hf-mae pretrain or finetune")
-        self.name = path.resolve().name
+        self.name = as_utf8(path.resolve().name)
         self.recipe, self.derived = folder.config()
         self.events, self.results, self.bad = folder.events(), folder.results(), folder.bad_samples()
         self.pictures = folder.pictures()
@@ -51,7 +51,7 @@ class Run:
     def summary(self) -> dict[str, str]:
         """How far the run came, and the first and last of its figures."""
         steps, total = max((event["step"] for event in self.events), default=0), self.derived.get("total_steps")
-        figures = {"steps": f"{steps:,} of {total:,}" if isinstance(total, int) else f"{steps:,}"}
+        figures = {"steps": f"{steps:,} of {total:,}" if is_count(total) else f"{steps:,}"}
         for key in ("eval_loss", "knn_top1", "linear_top1", "top1"):
             if values := [value for _, value in self.curve(key)]:
                 figures[CURVES[key]] = f"{_number(values[0])} → {_number(values[-1])}"

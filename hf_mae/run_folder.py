@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from .errors import DataError
+from .errors import DataError, UserError
 from .files import locked, read_json, replaced, write_json, write_text
 
 logger = logging.getLogger(__name__)
@@ -47,14 +47,36 @@ class RunFolder:
         self.animation_file = self.picture_folder / "all.webp"
 
     def write_config(self, recipe: dict[str, Any], derived: dict[str, Any]) -> None:
-        """Write the keys of a run, and what followed from them, the data and the machine; makes the folder."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_text(self.config_file, yaml.safe_dump({"recipe": recipe, "derived": derived}, sort_keys=False))
+        """Write the keys of a run, and what followed from them, the data and the machine; makes the folder.
+
+        Raises a UserError if it can't be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_text(
+                self.config_file,
+                yaml.dump({"recipe": recipe, "derived": derived}, Dumper=_PlainDumper, sort_keys=False),
+            )
+        except OSError as error:
+            raise UserError(f"{self.path} can't be written ({error}); choose another --output_dir") from error
 
     def config(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The keys of the run, and what followed from them; empty where nothing is recorded."""
-        config = _read_table(self.config_file, lambda path: yaml.safe_load(path.read_bytes()))
-        return _table(config.get("recipe", {}), self.config_file), _table(config.get("derived", {}), self.config_file)
+        config = _read_table(self.config_file, _read_yaml)
+        parts = [config.get(name, {}) for name in ("recipe", "derived")]
+        recipe, derived = (part if isinstance(part, dict) else {} for part in parts)
+        if [recipe, derived] != parts:
+            logger.warning("%s: what should be a table of keys isn't one and is skipped", self.config_file)
+        return recipe, derived
+
+    def misplaced(self, save_steps: int) -> list[Path]:
+        """Folders where a run writes files, and files where it makes folders; it saves at multiples of `save_steps`."""
+        files = [self.config_file, self.metrics_file, self.bad_file, self.results_file, self.weights_file]
+        files += [self.path / name for name in ("config.json", "preprocessor_config.json")]
+        steps = {path: _step(path, CHECKPOINT) for path in self.path.glob("checkpoint-*")}
+        folders = [path for path, step in steps.items() if step is not None and step % save_steps == 0]
+        folders += [self.path / ".tmp-files", *self.path.glob(".tmp-checkpoint-*")]
+        return [path for path in files if path.is_dir()] + [path for path in folders if path.is_file()]
 
     def append_event(self, event: dict[str, Any]) -> None:
         """Append one event, which has a `step`."""
@@ -62,11 +84,11 @@ class RunFolder:
 
     def events(self) -> list[dict[str, Any]]:
         """All events, as they were logged."""
-        return _read_lines(self.metrics_file, lambda event: type(event.get("step")) is int)
+        return _read_lines(self.metrics_file, lambda event: is_count(event.get("step")))
 
     def cut_events(self, last_step: int) -> list[dict[str, Any]]:
         """Remove the events after a step, and all lines that are no events; what stays."""
-        events = [event for event in self.events() if event["step"] <= last_step]
+        events = [] if last_step < 0 else [event for event in self.events() if event["step"] <= last_step]
         if self.metrics_file.exists():
             _write_lines(self.metrics_file, events)
         return events
@@ -140,9 +162,19 @@ def _is_whole_png(path: Path) -> bool:
     return content.startswith(PNG_START) and content.endswith(PNG_END)
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value from a file is a number to compute with: finite, no larger than float32's, and not a bool."""
+    return type(value) in (int, float) and abs(value) < 1e39
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value from a file is a whole number of steps or images."""
+    return type(value) is int and 0 <= value < 2**63
+
+
 def curve(events: Sequence[dict[str, Any]], key: str) -> list[tuple[int, float]]:
     """(step, value) of each event that has a number under a key."""
-    return [(event["step"], event[key]) for event in events if isinstance(event.get(key), int | float)]
+    return [(event["step"], event[key]) for event in events if is_number(event.get(key))]
 
 
 # ------------------------------------------------------------------------------------------ results.json
@@ -177,18 +209,20 @@ def add_result(result: dict[str, Any], path: Path) -> None:
 
 
 def _is_whole_result(entry: Any) -> bool:
-    """Whether an entry has all that a card and a report say of it."""
-    needed: dict[str, dict[str, type]] = {
-        "protocol": {"name": str},
-        "data": {"dataset": str, "evaluated_on": str, "eval_images": int, "classes": int},
-        "checkpoint": {},
-        "figures": {},
-    }
+    """Whether an entry has all that a card and a report say of it, and nothing there that they can't say."""
+    tables = ("protocol", "data", "checkpoint", "figures")
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(name), dict) for name in tables):
+        return False
+    data, ranges = entry["data"], entry.get("ranges", {})
+    texts = [entry["protocol"].get("name"), data.get("dataset"), data.get("evaluated_on")]
+    optional = [data[name] for name in ("config", "revision") if data.get(name) is not None]
+    counts = [data.get("eval_images"), data.get("classes"), data.get("train_images", 0)]
     return (
-        isinstance(entry, dict)
-        and all(isinstance(entry.get(part), dict) for part in needed)
-        and all(isinstance(entry[part].get(key), kind) for part, keys in needed.items() for key, kind in keys.items())
-        and all(isinstance(value, int | float) for value in entry["figures"].values())
+        all(isinstance(text, str) for text in texts + optional)
+        and all(map(is_count, counts))
+        and all(map(is_number, entry["figures"].values()))
+        and isinstance(ranges, dict)
+        and all(isinstance(pair, list) and len(pair) == 2 and all(map(is_number, pair)) for pair in ranges.values())
     )
 
 
@@ -201,16 +235,34 @@ def _read_or(default: Any, path: Path, read: Callable[[Path], Any]) -> Any:
         return read(path)
     except FileNotFoundError:
         return default
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         logger.warning("%s can't be read and is skipped: %s", path, " ".join(str(error).split())[:200])
         return default
 
 
+class _PlainDumper(yaml.SafeDumper):
+    """YAML without references, also where one list is the value of two keys."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML as `write_config` writes it, without references: a few lines of them could stand for gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("there are references in it")
+        return super().compose_node(parent, index)
+
+
+def _read_yaml(path: Path) -> Any:
+    """A YAML file in the types of JSON: dates, bytes and sets as text."""
+    return json.loads(json.dumps(yaml.load(path.read_bytes(), _PlainLoader), default=str))
+
+
 def _read_table(path: Path, read: Callable[[Path], Any]) -> dict[str, Any]:
-    return _table(_read_or({}, path, read), path)
-
-
-def _table(content: Any, path: Path) -> dict[str, Any]:
+    content = _read_or({}, path, read)
     if isinstance(content, dict):
         return content
     logger.warning("%s: what should be a table of keys isn't one and is skipped: %.40s", path, content)

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..errors import DataError, one_line
-from ..files import sha256, write_bytes, write_json, write_text
+from ..files import as_utf8, sha256, write_bytes, write_json, write_text
 from ..image_processing_base_mae import resize_bands
 from ..keys.data_keys import PrepareRecipe
 from ..run_folder import RunFolder
@@ -241,7 +241,7 @@ class _Shards(Dataset):
             except BadImage as error:
                 bad.append((row.key, error.reason))
                 continue
-            key = row.key.encode(errors="backslashreplace").decode()  # a file's name need not be text
+            key = as_utf8(row.key)  # a file's name need not be text
             columns["image"].append({"bytes": content, "path": key})
             columns["label"].append(row.label)
         schema = self.features.arrow_schema

@@ -16,7 +16,7 @@ from ..data.locate import locate
 from ..data.order import Rows
 from ..data.sources import open_split
 from ..errors import UserError
-from ..files import replaced
+from ..files import as_utf8, replaced
 from ..keys.evaluation_keys import EmbedRecipe
 from .encoder import FrozenEncoder
 from .table import encoded_batches, report_bad
@@ -52,7 +52,9 @@ def embed(recipe: EmbedRecipe) -> dict[str, Any]:
         for batch, values in encoded_batches(encoder, rows, encoder.spec, *loading, "features"):
             bad.extend(batch.bad)
             if batch.keys:
-                yield batch.keys, batch.labels, values.cpu().numpy()
+                # The name of a file, or of a folder that is a label, need not be text.
+                labels = [as_utf8(label) if isinstance(label, str) else label for label in batch.labels]
+                yield list(map(as_utf8, batch.keys)), labels, values.cpu().numpy()
         report_bad(rows, bad, recipe.max_bad_fraction)
 
     path = Path(recipe.output)

@@ -6,6 +6,7 @@ Everything in it is read from the model's folder: config.json and the files of i
 is read from the folder of its run, up to that step. What these do not say, the card does not say either.
 """
 
+import os
 import re
 import statistics
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..files import read_json, sha256
+from ..files import as_utf8, read_json, sha256
 from ..keys import height_width, names_where
 from ..keys.finetune_keys import FinetuneRecipe
 from ..keys.run_keys import PretrainRecipe
@@ -127,23 +128,25 @@ class Card:
             settings=_settings,
             sides=lambda size: "{} x {}".format(*height_width(size)),
         )
-        return f"{card}\n"
+        return as_utf8(f"{card}\n")
 
 
 # ------------------------------------------------------------------------------------------ licence and results
 
 
-def licence_of(folder: str | Path) -> str | None:
+def licence_of(folder: str | Path, passed: tuple[Path, ...] = ()) -> str | None:
     """The licence of a model's weights, as the Hub spells it.
 
     What was converted keeps its own, and what was trained from other weights takes theirs; Apache-2.0 is for training
-    from scratch. None if the folder does not tell.
+    from scratch. None if the folder does not tell. `passed` are folders that were trained from this one.
     """
     model = RunFolder(folder)
-    return _licence_of(model, model.conversion(), run_of(model.path)[0].config()[0])
+    return _licence_of(model, model.conversion(), run_of(model.path)[0].config()[0], passed)
 
 
-def _licence_of(model: RunFolder, conversion: dict[str, Any], recipe: dict[str, Any]) -> str | None:
+def _licence_of(
+    model: RunFolder, conversion: dict[str, Any], recipe: dict[str, Any], passed: tuple[Path, ...] = ()
+) -> str | None:
     if model.conversion_file.exists():  # even if nothing can be read there: these weights come from elsewhere
         licence = re.sub(r"[\s_]+", "-", str(conversion.get("licence") or "")).lower()
         return "cc-by-nc-4.0" if licence.startswith("cc-by-nc") else licence or None
@@ -151,7 +154,8 @@ def _licence_of(model: RunFolder, conversion: dict[str, Any], recipe: dict[str, 
         return None
     if not recipe.get("model"):
         return "apache-2.0"
-    return licence_of(str(recipe["model"])) if Path(str(recipe["model"])).is_dir() else None
+    start, passed = str(recipe["model"]), (*passed, model.path.resolve())
+    return licence_of(start, passed) if os.path.isdir(start) and Path(start).resolve() not in passed else None
 
 
 def _own_results(model: RunFolder) -> list[dict[str, Any]]:
@@ -179,7 +183,7 @@ def _portable(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_hub_id(name: str) -> bool:
-    return bool(re.fullmatch(r"[\w-]+/[\w.-]+", name)) and not Path(name).exists() and not Path(name).suffix
+    return bool(re.fullmatch(r"[\w-]+/[\w.-]+", name)) and not os.path.exists(name) and not Path(name).suffix
 
 
 def _slug(name: str) -> str:

@@ -62,7 +62,9 @@ def write_checkpoint(
         raise
     if check and not check(temporary):
         raise CheckpointError(f"{temporary} does not hold what was written into it; check the disk")
-    if final.exists():
+    if final.is_file():
+        final.unlink()
+    elif final.exists():
         shutil.rmtree(final)
     temporary.rename(final)
     files.fsync(output_dir)
@@ -122,11 +124,14 @@ def verify_checkpoint(path: Path) -> None:
         raise CheckpointError(f"{path} is not a complete checkpoint (no {MANIFEST} in it); name another one")
     try:
         manifest = files.read_json(path / MANIFEST)
+        found = {file.name for file in path.iterdir() if file.is_file()}
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path / MANIFEST} can't be read ({error})") from error
+    if not isinstance(manifest, dict) or not manifest:
+        raise CheckpointError(f"{path / MANIFEST} lists no files; name another checkpoint")
     for name, expected in manifest.items():
         file = path / name
-        if not file.is_file():
+        if name not in found:
             raise CheckpointError(f"{file} is missing")
         if expected != {"bytes": file.stat().st_size, "sha256": files.sha256(file)}:
             raise CheckpointError(f"{file} is not what was saved (its sha256 differs)")

@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..files import replaced
-from ..run_folder import RunFolder
+from ..run_folder import RunFolder, is_number
 from ..visualize.grid import with_title
 
 
@@ -34,7 +34,9 @@ class RunLog:
             # A run that starts anew evaluates before its first step anew.
             last_step = first_step or -1
             self.folder.remove_pictures(last_step)
-            self.events = self.folder.cut_events(last_step)
+            for event in self.folder.cut_events(last_step):
+                # Only what the run itself may have written: None stands for a number that is not finite.
+                self.events.append({key: value for key, value in event.items() if value is None or is_number(value)})
         self.bar = tqdm(total=total_steps, initial=first_step, disable=not main, dynamic_ncols=True)
 
     def event(self, step: int, **values: Any) -> None:
@@ -75,13 +77,18 @@ class RunLog:
         pictures = self.folder.pictures() if self.accelerator.is_main_process else []
         if not pictures:
             return None
+        drawn = [frame for step, path in pictures if (frame := _frame(path, f"after step {step:,}"))]
+        # A run that was resumed with another number of images has pictures of two sizes.
+        frames = [frame for frame in drawn if frame.size == drawn[-1].size]
+        if left_out := len(pictures) - len(frames):
+            self.say(f"WARNING: {self.folder.animation_file} lacks {left_out} pictures, broken or of another size")
         # The first and the last are looked at for longer.
-        times = [1500, *[500] * (len(pictures) - 2), 3000][: len(pictures)]
+        times = [1500, *[500] * (len(frames) - 2), 3000][: len(frames)]
         try:
-            frames = [with_title(Image.open(path), f"after step {step:,}") for step, path in pictures]
-            with replaced(self.folder.animation_file) as temporary:
-                frames[0].save(temporary, save_all=True, append_images=frames[1:], duration=times, loop=0)
-        except (OSError, SyntaxError) as error:  # a full disk, or what Pillow raises for a broken picture
+            if frames:
+                with replaced(self.folder.animation_file) as temporary:
+                    frames[0].save(temporary, save_all=True, append_images=frames[1:], duration=times, loop=0)
+        except (OSError, ValueError, RuntimeError) as error:  # a full disk, or a picture too large for WebP
             self.say(f"WARNING: {self.folder.animation_file} is lost: {error}")
         return str(pictures[-1][1])
 
@@ -95,6 +102,15 @@ class RunLog:
         self.bar.close()
         for tracker in self.accelerator.trackers:
             tracker.finish()
+
+
+def _frame(path: Path, title: str) -> Image.Image | None:
+    """A picture below its title; None for what Pillow can't or won't decode."""
+    try:
+        with Image.open(path) as picture:
+            return with_title(picture.convert("RGB"), title)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
 
 
 def _is_nan(value: Any) -> bool:

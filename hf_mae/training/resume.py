@@ -1,10 +1,11 @@
 """Whether a run may write into a folder, and which checkpoint it continues from."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, one_line
 from ..keys import names_where
 from ..keys.run_keys import PretrainRecipe, RunRecipe
 from ..run_folder import RunFolder
@@ -13,15 +14,23 @@ from .state import RunState
 
 
 def check_folder(recipe: RunRecipe, output_dir: Path) -> None:
-    """Raise a CheckpointError if a run may not write into a folder: it holds another run that isn't resumed."""
-    if output_dir.exists() and not output_dir.is_dir():
-        raise CheckpointError(f"{output_dir} is no folder; choose another --output_dir")
-    if recipe.resume == "none" and not recipe.dry_run:
-        folder = RunFolder(output_dir)
-        if folder.checkpoints() or any(event["step"] > 0 for event in folder.events()):
-            raise CheckpointError(
-                f"{output_dir} holds another run; go on with it by --resume auto, or choose another --output_dir"
-            )
+    """Raise a CheckpointError if a run can't or may not write into a folder: it may hold a run that isn't resumed."""
+    try:
+        str(output_dir).encode()  # safetensors can't write to any other
+        there = next(path for path in (output_dir.absolute(), *output_dir.absolute().parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise OSError(f"{there} can't be written to" if there.is_dir() else f"{there} is no folder")
+    except (OSError, UnicodeError) as error:
+        raise CheckpointError(f"{output_dir} can't be used ({one_line(error)}); choose another --output_dir") from error
+    folder = RunFolder(output_dir)
+    for path in folder.misplaced(recipe.save_steps or 1):
+        what, wanted = ("folder", "file") if path.is_dir() else ("file", "folder")
+        raise CheckpointError(f"{path} is a {what} where the run needs a {wanted}; move it away")
+    fresh = recipe.resume == "none" and not recipe.dry_run
+    if fresh and (folder.checkpoints() or any(event["step"] > 0 for event in folder.events())):
+        raise CheckpointError(
+            f"{output_dir} holds another run; go on with it by --resume auto, or choose another --output_dir"
+        )
 
 
 def check_same_recipe(old: dict[str, Any], recipe: RunRecipe, where: Path, free: set[str]) -> None:
