@@ -264,7 +264,7 @@ def test_a_name_that_something_else_has_is_refused(server, finished, capfd):
 def test_private_is_not_given_up_for_a_repository_that_is_public_already(server, trusting, finished, capfd):
     assert start("push", finished, "--repo_id", "user/x") == 0
     capfd.readouterr()
-    assert "already and public" in refused(capfd, finished, "--repo_id", "user/x", "--private", "true")
+    assert "already exists and is public" in refused(capfd, finished, "--repo_id", "user/x", "--private", "true")
 
 
 def test_a_repository_deleted_meanwhile_is_one_line(server, finished, capfd, monkeypatch):

@@ -260,7 +260,7 @@ def test_broken_images_are_named_and_do_not_end_the_run(colourful, tmp_path, cap
         ({"model": None}, "--model is missing: folder or Hub id of a pretrained or fine-tuned model"),
         ({"model": "there/is/none"}, "--model there/is/none can't be loaded"),
         ({"trainable_blocks": 3}, "trainable_blocks 3 is not possible; choose 0, 0.5, 1 to 2, or all"),
-        ({"trainable_blocks": "most"}, "trainable_blocks most is none of"),
+        ({"trainable_blocks": "most"}, "trainable_blocks most is not possible"),
         ({"recipe": "quickstart"}, "unknown recipe 'quickstart'; did you mean 'finetune_quickstart'?"),
         ({"mixup": 0.8, "problem_type": "regression"}, "mixup is for one class an image, not for regression; pass --"),
         ({"problem_type": "multi_label_classification"}, "pass --problem_type single_label_classification"),
