@@ -313,12 +313,12 @@ def test_data_without_images_is_named_with_what_would_be_images(mistake, tmp_pat
 
 def test_another_channel_count_than_the_datas_is_named_with_the_right_one(mistake, tmp_path):
     tiles(tmp_path / "tiles")
-    assert "13 channels, num_channels is 3; pass --num_channels 13" in mistake(
+    assert "13 channels, but num_channels is 3; pass --num_channels 13" in mistake(
         *arguments("out", dataset="tiles", num_channels=3)
     )
     assert "3 channels" in mistake("stats", "--dataset", "tiles", "--num_channels", 3)
     pictures(tmp_path / "pictures")
-    assert "3 channels, num_channels is 13; pass --num_channels 3" in mistake(
+    assert "3 channels, but num_channels is 13; pass --num_channels 3" in mistake(
         *arguments("out", dataset="pictures", num_channels=13)
     )
 
@@ -332,7 +332,7 @@ def test_an_output_folder_that_holds_another_run_is_left_as_it_is(mistake, tmp_p
     assert "--output_dir" in message
     assert tree("out") == before
     (tmp_path / "file").touch()
-    assert "file is no folder" in mistake(*arguments("file"))
+    assert "file is not a folder" in mistake(*arguments("file"))
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ def test_a_run_does_not_go_on_with_another_recipe(mistake, key, value, old):
     run("out", total_steps=2, save_steps=1)
     before = tree("out")
     message = mistake(*arguments("out", **{"total_steps": 2, "save_steps": 1, key: value, "resume": "auto"}))
-    assert f"out/checkpoint-2 is of a run with {key} {old}, not {value}" in message
+    assert f"out/checkpoint-2 belongs to a run with {key} {old}, not {value}" in message
     assert tree("out") == before
 
 
@@ -354,7 +354,7 @@ def test_a_run_goes_on_with_keys_that_only_say_how_it_is_computed_and_shown(caps
         eval_steps=1, keep_checkpoints=3, mixed_precision="bf16", attn_implementation="eager", max_bad_fraction=0.5,
         gradient_checkpointing=True,
     )  # fmt: skip
-    assert "going on from out/checkpoint-2" in capsys.readouterr().out
+    assert "continuing from out/checkpoint-2" in capsys.readouterr().out
 
 
 def test_a_run_does_not_go_on_with_other_data(mistake, tmp_path):
@@ -376,7 +376,7 @@ def test_a_run_goes_on_with_changed_data_where_the_user_says_so(tmp_path, caplog
     shutil.rmtree("out/checkpoint-4")
     Image.new("RGB", (12, 12)).save("data/one more.png")
     run("out", resume="auto", allow_data_change=True, **options)
-    assert "going on with it, the order of samples is another from here on" in caplog.text
+    assert "continuing with it, in a different order of samples from here on" in caplog.text
     assert [event["step"] for event in events("out") if "loss" in event] == [1, 2, 3, 4]
 
 

@@ -57,7 +57,7 @@ def as_built() -> nn.Module:
 
 
 def tables_filled() -> nn.Module:
-    """The same with the sine-cosine tables that the paper's code has."""
+    """The same with the sine-cosine tables of the paper's code."""
     model = as_built()
     ours = to_layout(MAEForPreTraining(MAEConfig(**WIDTHS)).state_dict(), "transformers")
     tables = {name: value for name, value in ours.items() if "position_embeddings" in name or "pos_embed" in name}
@@ -107,7 +107,7 @@ def labelled(dataset: str, split: str, most: int) -> tuple[torch.Tensor, np.ndar
 
 
 def accuracies(model: nn.Module, train: tuple[torch.Tensor, np.ndarray], test: tuple[torch.Tensor, np.ndarray]):
-    """Top-1 of both classifiers, in percent."""
+    """Top-1 accuracy of kNN and of the linear classifier, in percent."""
     known, asked = features(model, train[0]), features(model, test[0])
     classifiers = {
         "knn": KNeighborsClassifier(20, metric="cosine"),

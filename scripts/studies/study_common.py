@@ -1,4 +1,4 @@
-"""What the studies share: cells of commands that may take several calls, and a table and a plot of them."""
+"""What the studies share: cells that may take several calls to finish, and their table and plot."""
 
 import argparse
 import json
@@ -28,7 +28,7 @@ class Cell:
     Args:
         name: folder of the cell.
         label: first column of the table.
-        keys: of `hf-mae pretrain`, where they differ from the recipe's.
+        keys: flags of `hf-mae pretrain` that differ from the recipe.
     """
 
     name: str
@@ -40,27 +40,27 @@ def parser(description: str, output_dir: str) -> argparse.ArgumentParser:
     """Flags of every study."""
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--dataset", required=True, help="labelled images with a split for evaluation")
-    result.add_argument("--recipe", default="cifar10_vit_tiny", help="of the pretraining")
-    result.add_argument("--finetune_recipe", default="finetune_cifar10_tiny", help="none leaves fine-tuning out")
-    result.add_argument("--total_steps", type=int, default=1200, help="of the pretraining of each cell")
-    result.add_argument("--minutes", type=float, default=None, help="equal time for each cell, in place of equal steps")
+    result.add_argument("--recipe", default="cifar10_vit_tiny", help="recipe of the pretraining")
+    result.add_argument("--finetune_recipe", default="finetune_cifar10_tiny", help="none skips fine-tuning")
+    result.add_argument("--total_steps", type=int, default=1200, help="pretraining steps of each cell")
+    result.add_argument("--minutes", type=float, default=None, help="equal time for each cell, instead of equal steps")
     result.add_argument("--finetune_epochs", type=float, default=5)
     result.add_argument("--max_samples", type=int, default=None, help="labelled images for fine-tuning and probes")
-    result.add_argument("--max_minutes_per_cell", type=float, default=None, help="in one call; the next call continues")
+    result.add_argument("--max_minutes_per_cell", type=float, default=None, help="time limit; the next call continues")
     result.add_argument("--output_dir", type=Path, default=Path(output_dir))
     return result
 
 
 class OutOfTime(Exception):
-    """The minutes of a cell are over."""
+    """The time of a cell is up."""
 
 
 class Sitting:
     """Runs the commands of a cell that are not done yet.
 
     Args:
-        folder: of the cell.
-        minutes: that it has; None for as many as it takes.
+        folder: the cell's folder.
+        minutes: time limit of the cell; None for no limit.
     """
 
     def __init__(self, folder: Path, minutes: float | None):
@@ -69,7 +69,7 @@ class Sitting:
         self.deadline = time.monotonic() + 60 * minutes if minutes else None
 
     def run(self, words: Sequence[Any]) -> None:
-        """`hf-mae WORDS`, or another command of the list's first word's kind; what it says goes to a log.
+        """Run `hf-mae WORDS`; its output goes to a log.
 
         Raises:
             OutOfTime: if it was stopped; the next call with `--resume auto` continues.
@@ -88,7 +88,7 @@ class Sitting:
 
 
 def figures_of(*files: Path) -> dict[str, float]:
-    """Heading -> figure in percent, from the results.json that there are."""
+    """Heading -> figure in percent, from the results.json files that exist."""
     found = {}
     for file in files:
         for entry in json.loads(file.read_text()) if file.exists() else []:
@@ -99,7 +99,7 @@ def figures_of(*files: Path) -> dict[str, float]:
 
 
 def measure(sitting: Sitting, model: Path, options: argparse.Namespace) -> dict[str, float]:
-    """Linear probe, kNN and fine-tuning of a pretrained model, as far as they are not done."""
+    """Measure a pretrained model by linear probe, kNN and fine-tuning, unless that is already done."""
     tuned = sitting.folder / "finetune"
     few = ["--max_samples", options.max_samples] if options.max_samples else []
     for heading, words in (
@@ -125,7 +125,7 @@ def pretrained(sitting: Sitting, cell: Cell, options: argparse.Namespace) -> Pat
 
 
 def steps_that_fit(sitting: Sitting, words: Sequence[Any], minutes: float) -> int:
-    """How many steps a command of `hf-mae pretrain` makes in these minutes, by a short run, measured once."""
+    """The number of steps that `hf-mae pretrain` takes in these minutes, measured once by a short run."""
     short, file = sitting.folder / "short", sitting.folder / "steps.json"
     if not file.exists():
         quick = ["--log_steps", 1, "--quality_steps", 0, "--eval_steps", SHORT_RUN, "--save_steps", SHORT_RUN]
@@ -141,7 +141,7 @@ def read_log(run: Path) -> list[dict[str, Any]]:
 
 
 def run_study(cells: Sequence[Cell], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Pretrain and measure every cell; rows of the table, of the cells that are done."""
+    """Pretrain and measure every cell; returns the table's rows of the finished cells."""
     rows = []
     for cell in cells:
         sitting = Sitting(options.output_dir / cell.name, options.max_minutes_per_cell)
@@ -149,7 +149,7 @@ def run_study(cells: Sequence[Cell], options: argparse.Namespace) -> list[dict[s
             model = pretrained(sitting, cell, options)
             row = {"cell": cell.label, **of_the_log(model), **measure(sitting, model, options)}
         except OutOfTime:
-            print(f"{cell.label}: its minutes are over; repeat the command to continue", flush=True)
+            print(f"{cell.label}: its time is up; repeat the command to continue", flush=True)
             continue
         print(f"{cell.label}: {row}", flush=True)
         rows.append(row)
@@ -157,7 +157,7 @@ def run_study(cells: Sequence[Cell], options: argparse.Namespace) -> list[dict[s
 
 
 def of_the_log(model: Path) -> dict[str, Any]:
-    """What the run's log says at its end."""
+    """The final figures in the run's log."""
     last: dict[str, Any] = {}
     for event in read_log(model):
         last |= event
@@ -165,7 +165,7 @@ def of_the_log(model: Path) -> dict[str, Any]:
 
 
 def write_table(rows: list[dict[str, Any]], output_dir: Path, notes: str) -> None:
-    """`table.md` of the rows and what to compare them with; also printed."""
+    """Write and print `table.md`: the rows, and notes on what to compare them with."""
     headings = list(dict.fromkeys(heading for row in rows for heading in row))
     lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
     for row in rows:

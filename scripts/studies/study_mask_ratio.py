@@ -10,7 +10,7 @@ At full size, for each ratio:
 import study_common as studies
 
 NOTES = """
-Beside it: the paper (Figure 5, ViT-L on ImageNet-1K) finds fine-tuning flat from 40 to 80 %, the linear probe best at
+The paper (Figure 5, ViT-L on ImageNet-1K) finds fine-tuning flat from 40 to 80 %, and the linear probe best at
 75 %. A tutorial of unknown source prints 80.1 / 82.4 / 83.6 / 82.5 % for 25 / 50 / 75 / 90 %.
 """
 

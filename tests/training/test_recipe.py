@@ -276,7 +276,7 @@ def test_a_remainder_is_an_error_that_names_the_sizes_that_fit():
         PretrainRecipe(total_batch_size=96, per_device_batch_size=20).micro_batch(2)
     with pytest.raises(
         UserError,
-        match=r"total_batch_size 100 can't be dealt to 8 processes; use \[1, 2, 4, 5\] processes, or a multiple of 8",
+        match=r"total_batch_size 100 can't be split evenly over 8 processes; use \[1, 2, 4, 5\] processes, or a mult",
     ):
         PretrainRecipe(total_batch_size=100).micro_batch(8)
 
