@@ -192,7 +192,7 @@ def test_an_unknown_key_or_flag_names_the_nearest(recipe_file):
         (["--image_std", "nan"], "image_std .nan. is out of range"),
         (["--image_mean", "inf"], "image_mean .inf. is out of range"),
         (["--eval_crop_pct", "1e-300"], "eval_crop_pct 1e-300 is out of range"),
-        (["--mask_ratio_schedule", "0:0.5", "nan:0.6"], "must begin at 0 and rise"),
+        (["--mask_ratio_schedule", "0:0.5", "nan:0.6"], "must start at 0, rise"),
         (["--eval_crop_pct", "0"], r"eval_crop_pct 0.0 is out of range; give a number in \[0.1, 1\]"),
     ],
 )
