@@ -1,7 +1,7 @@
 """Masked autoencoders (He et al., arXiv:2111.06377) as Hugging Face Transformers models.
 
 Importing this package registers its classes with transformers' Auto classes. The public names are listed in
-__init__.pyi, and imported at their first use.
+__init__.pyi and imported at first use.
 """
 
 import sys
@@ -16,7 +16,7 @@ __all__ += ["register"]
 
 
 def register() -> None:
-    """Make transformers' Auto classes and pipelines know `model_type` "mae"; repeating it changes nothing."""
+    """Register `model_type` "mae" with transformers' Auto classes and pipelines; calling it again is harmless."""
     import transformers
 
     from . import auto_image_processors_mae, auto_models_mae
@@ -36,6 +36,6 @@ def _is_command_line() -> bool:
     return Path(program).stem == "hf-mae" or (program == "-m" and "hf_mae.cli" in sys.orig_argv)
 
 
-# `hf-mae --help` must answer before torch could even be imported; the command registers when it starts to work.
+# `hf-mae --help` must not wait for the import of torch; a command registers the classes when it starts its work.
 if not _is_command_line():
     register()

@@ -1,6 +1,6 @@
-"""What AutoImageProcessor loads: the file that `auto_map` names in preprocessor_config.json; see hub_code_mae.py.
+"""AutoImageProcessor loads this file, named by `auto_map` in preprocessor_config.json; see hub_code_mae.py.
 
-A file of its own, so that a model needs no Pillow.
+Separate from auto_models_mae.py, so that a model doesn't need Pillow.
 """
 
 from .image_processing_mae import MAEImageProcessor

@@ -1,4 +1,4 @@
-"""What each Auto class loads: the file that `auto_map` names in a model's config.json; see hub_code_mae.py."""
+"""The Auto classes load this file, named by `auto_map` in a model's config.json; see hub_code_mae.py."""
 
 from .backbone_mae import MAEBackbone
 from .classifier_mae import MAEForImageClassification

@@ -23,9 +23,9 @@ from .modeling_mae import MAEKwargs, MAEPreTrainedModel
 
 
 class MAERescale(nn.Module):
-    """A feature map at a power of two times its resolution, D wide as before (arXiv:2203.16527, Fig. 2).
+    """Rescale a feature map by a power of two, keeping its width D (arXiv:2203.16527, Fig. 2).
 
-    Up by transposed convolutions that double it, with LayerNorm and activation in between; down by max pooling.
+    Transposed convolutions double the resolution, with LayerNorm and activation in between; max pooling lowers it.
     """
 
     def __init__(self, config: MAEConfig, scale: float):
@@ -50,8 +50,8 @@ class MAEBackbone(BackboneMixin, MAEPreTrainedModel):
 
     `out_indices=[4, 6, 8, 12]` gives the maps after blocks 4, 6, 8 and 12 (0 is the embedding), all with the patch's
     stride and without a final LayerNorm. `pyramid_scales=[4, 2, 1, 0.5]` gives them strides 4, 8, 16 and 32 (with
-    patches of 16 pixels) by layers that no pretraining has trained; with a single one of `out_indices`, all from that
-    map. Images of any size that the patch divides are accepted.
+    patches of 16 pixels) by new, untrained layers. With a single one of `out_indices`, all maps come from that block.
+    The image size can be any multiple of the patch size.
     """
 
     _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^(mae\.)?norm\."]
@@ -67,15 +67,13 @@ class MAEBackbone(BackboneMixin, MAEPreTrainedModel):
         self.post_init()
 
     def _check_pyramid(self, scales: Sequence[float]) -> None:
-        if any(scale <= 0 or math.log2(scale) % 1 for scale in scales):
-            raise ValueError(f"pyramid_scales {scales} are not all powers of two; give e.g. [4, 2, 1, 0.5]")
         if scales and len(self.out_features) not in (1, len(scales)):
             raise ValueError(
-                f"pyramid_scales {scales} don't go with the {len(self.out_features)} maps of out_indices "
-                f"{self.out_indices}; give as many, or one that all come from"
+                f"pyramid_scales {scales} don't match the {len(self.out_features)} maps of out_indices "
+                f"{self.out_indices}; give one index per scale, or a single index for all"
             )
         if scales and not self.config.reshape_hidden_states:
-            raise ValueError("pyramid_scales need maps, reshape_hidden_states False gives tokens; leave one out")
+            raise ValueError("pyramid_scales needs maps, but reshape_hidden_states False gives tokens; leave one out")
 
     @property
     def channels(self) -> list[int]:

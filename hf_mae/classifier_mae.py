@@ -22,7 +22,7 @@ class MAEForImageClassification(MAEPreTrainedModel):
     With mean pooling the pooled vector is normalised (`fc_norm`) instead of the tokens, as in the original.
     """
 
-    # The loss is a mean over the batch, whatever a Trainer passes: accumulated steps weigh alike.
+    # The loss is always a mean over the batch, so a Trainer must average accumulated steps.
     accepts_loss_kwargs = False
     _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^(mae\.)?norm\."]
 
@@ -51,18 +51,18 @@ class MAEForImageClassification(MAEPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         **kwargs: Unpack[MAEKwargs],
     ) -> ImageClassifierOutput:
-        """Classify images, none of their patches removed.
+        """Classify images; no patch is removed.
 
         Args:
             pixel_values: (B, C, H, W) normalised pixels.
             labels: (B,) class indices, or (B, classes) float rows that sum to 1 (mixup, cutmix). With
                 `config.problem_type` "multi_label_classification": (B, classes) of 0 and 1; "regression": (B,) or
                 (B, num_labels) numbers.
-            interpolate_pos_encoding: accept images of another size than `config.image_size`.
+            interpolate_pos_encoding: accept images whose size differs from `config.image_size`.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Raises:
-            ValueError: if the labels fit none of these.
+            ValueError: if the labels have none of these forms.
             TypeError: for an unknown argument, `mask_ratio` among them.
         """
         self._refuse_unknown(kwargs)
@@ -79,10 +79,10 @@ class MAEForImageClassification(MAEPreTrainedModel):
         if problem in ("regression", "multi_label_classification"):
             rows = labels.unsqueeze(1) if problem == "regression" and labels.ndim == 1 else labels
             if rows.shape != logits.shape:
-                # The losses would broadcast them.
+                # The losses would broadcast the shapes instead of failing.
                 raise ValueError(
-                    f"labels of shape {tuple(labels.shape)} don't fit {tuple(logits.shape)} (images, num_labels), what "
-                    f'problem_type "{problem}" needs; give a row of {logits.shape[1]} an image, or change num_labels'
+                    f"labels of shape {tuple(labels.shape)} don't fit {tuple(logits.shape)} (images, num_labels) that "
+                    f'problem_type "{problem}" needs; give {logits.shape[1]} values per image, or change num_labels'
                 )
             loss = F.mse_loss if problem == "regression" else F.binary_cross_entropy_with_logits
             return loss(logits, rows.float())

@@ -2,13 +2,14 @@
 
 import io
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from . import __version__, register
-from .errors import UserError, nearest
+from .errors import UserError, nearest, short
 from .keys import Recipe
 from .keys.data_keys import PrepareRecipe, StatsRecipe
 from .keys.evaluation_keys import ClassificationRecipe, EmbedRecipe, KnnRecipe, LinearProbeRecipe, ScoreRecipe
@@ -84,14 +85,29 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name need not be text
+    try:
+        return _answer(words)
+    finally:
+        _show()
+
+
+def _show(*texts: str) -> None:
+    """Print, and write out what was printed before; a reader that has seen enough, such as head, is no error."""
+    try:
+        print(*texts, end="\n" if texts else "", flush=True)
+    except BrokenPipeError:  # Python would try once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _answer(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
-        print(USAGE.format(commands=_list_commands(COMMANDS)))
+        _show(USAGE.format(commands=_list_commands(COMMANDS)))
         return 0
     if words[0] == "--version":
-        print(__version__)
+        _show(__version__)
         return 0
     if words[0] == "evaluate" and words[1:2] in (["-h"], ["--help"]):
-        print(EVALUATE_USAGE.format(commands=_list_commands(PROTOCOLS)))
+        _show(EVALUATE_USAGE.format(commands=_list_commands(PROTOCOLS)))
         return 0
     try:
         return _run(*find_command(words))
@@ -119,11 +135,11 @@ def find_command(words: list[str]) -> tuple[str, list[str]]:
         if not rest or rest[0].startswith("-"):
             raise UserError(f"evaluate what? hf-mae evaluate {' | '.join(PROTOCOLS)} --model DIR --dataset DATA")
         if rest[0] not in PROTOCOLS:
-            raise UserError(f"unknown protocol '{rest[0]}' of evaluate{_hint(rest[0], list(PROTOCOLS))}")
+            raise UserError(f"unknown protocol '{short(rest[0])}' of evaluate{_hint(rest[0], list(PROTOCOLS))}")
         return f"evaluate {rest[0]}", rest[1:]
     if name not in COMMANDS:
         names = dict.fromkeys(command.split()[0] for command in COMMANDS)
-        raise UserError(f"unknown command '{name}'{_hint(name, list(names))}")
+        raise UserError(f"unknown command '{short(name)}'{_hint(name, list(names))}")
     return name, rest
 
 

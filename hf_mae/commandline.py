@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from .errors import UserError, nearest
+from .errors import UserError, nearest, short
 from .keys import BOOLEANS, BadValue, Key, keys_of
 
 T = TypeVar("T")
@@ -42,14 +42,15 @@ def parse(
 
     Args:
         kind: the dataclass. If it has a key `recipe`, that names the recipe to start from, as does `--config`.
-        words: what was typed after the command, e.g. `["--recipe", "quickstart", "--seed", "1"]`.
+        words: what was typed after the command, e.g. `["--recipe", "quickstart", "--seed", "1"]`. Of a flag that is
+            there twice the last one counts, so that words after those of a script (`"$@"`) override them.
         prog: the command, e.g. "hf-mae pretrain".
         recipes: files of the recipes that can be given by name.
         description: what the command does, for the help.
         examples: whole command lines, for the help.
 
     Raises:
-        UserError: for an unknown, repeated or missing key, or a value that a key can't have.
+        UserError: for an unknown or missing key, one given with and without its flag, or a value that it can't have.
     """
     keys = keys_of(kind)
     parser = _build_parser(keys, prog, description, examples)
@@ -87,11 +88,11 @@ def read_recipe(name: str, recipes: Mapping[str, Traversable]) -> dict[str, Any]
     try:
         if not (file.name.endswith((".yaml", ".yml")) and file.is_file()):
             known = f"there are {', '.join(recipes)}, or a .yaml file" if recipes else "give a .yaml file that exists"
-            raise UserError(f"unknown recipe '{name}'{nearest(name, recipes)}; {known}")
+            raise UserError(f"unknown recipe '{short(name)}'{nearest(name, recipes)}; {known}")
         values = yaml.load(file.read_text(encoding="utf-8"), _Words)
     except OSError as error:
         raise UserError(f"recipe {name} can't be read: {error.strerror}; check its name and permissions") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"recipe {name} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"recipe {name} is not a table of keys; write lines such as 'epochs: 800'")
@@ -132,6 +133,8 @@ def _build_parser(keys: dict[str, Key], prog: str, description: str, examples: S
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
+    # argparse, which has no public way to say it, takes -1e-5 for a flag. What is one, `_part_words` knows.
+    parser._negative_number_matcher = re.compile("-(?!-)")
     used = {one.metadata["group"] for one in keys.values()}
     groups = {name: parser.add_argument_group(name) for name in GROUPS if name in used} | {"": parser}
     for one in keys.values():
@@ -149,7 +152,10 @@ def _parse_recipe(
 ) -> Namespace:
     values = read_recipe(name, recipes)
     for unknown in (one for one in values if one not in keys):
-        raise UserError(f"unknown key '{unknown}' in recipe {name}{nearest(str(unknown), keys)}")
+        raise UserError(f"unknown key '{short(unknown)}' in recipe {name}{nearest(str(unknown), keys)}")
+    # A run's resolved recipe has every key, and may say where it came from.
+    if "recipe" in values and not {one for one in keys if keys[one].default is not None} <= values.keys():
+        raise UserError(f"recipe {name} names another recipe, which isn't read; leave the key recipe out of the file")
     try:
         given = parser.parse_object({one: keys[one].to_words(value) for one, value in values.items()})
         for one, value in vars(given).items():
@@ -172,7 +178,9 @@ def _name_positionals(keys: dict[str, Key], words: Sequence[str], prog: str) -> 
             raise UserError(f"{one.name} is given twice, as '{taken[0]}' and as --{one.name}; leave one of them out")
         flags += [f"--{one.name}", *taken]
     if free:
-        raise UserError(f"'{free[0]}' has no key; write --key {free[0]}, with one of the keys of {prog} --help")
+        raise UserError(
+            f"'{short(free[0])}' has no key; write --key {short(free[0])}, with one of the keys of {prog} --help"
+        )
     return flags
 
 
@@ -190,7 +198,7 @@ def _part_words(keys: dict[str, Key], words: Sequence[str], first: bool) -> tupl
             name, equals, _ = word.partition("=")
             taking = by_flag.get(name)
             if taking is None and name not in HELP:
-                raise UserError(f"unknown argument '{word}'{nearest(name, [*by_flag, *HELP])}")
+                raise UserError(f"unknown argument '{short(word)}'{nearest(name, [*by_flag, *HELP])}")
             room = 0 if taking is None or equals else len(words) if taking.several else 1
             flags.append(word)
         elif room and not (first and taking and taking.base is bool and word.lower() not in (*BOOLEANS, "none")):

@@ -1,6 +1,7 @@
 """Every number that shapes a masked autoencoder, and the table of sizes (arXiv:2111.06377)."""
 
 # No `from __future__ import annotations` here: it would turn off the type checks of `strict`.
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -32,47 +33,47 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
 
     Args:
         hidden_size: encoder width D, a multiple of 4 (sin-cos positions) and of the heads.
-        num_hidden_layers: encoder blocks.
-        num_attention_heads: encoder heads.
+        num_hidden_layers: number of encoder blocks.
+        num_attention_heads: number of attention heads in each encoder block.
         intermediate_size: width of the encoder's MLPs (4 D in the paper).
-        hidden_act: activation of all MLPs.
+        hidden_act: activation of all MLPs, by its name in transformers.
         layer_norm_eps: epsilon of every LayerNorm (1e-6 in the original).
-        initializer_range: std of the class and mask tokens.
+        initializer_range: standard deviation of the initial class and mask tokens.
         qkv_bias: whether the attention's query, key and value projection has a bias.
-        drop_path_rate: stochastic depth of the last encoder block, in [0, 1); it rises linearly from 0 at the first.
+        drop_path_rate: stochastic depth of the last encoder block, in [0, 1); rises linearly from 0 at the first block.
             0 in pretraining, 0.1 to 0.3 in fine-tuning (Table 9).
-        image_size: pixels, one side or (height, width).
-        patch_size: pixels, one side or (height, width); must divide `image_size`.
-        num_channels: C, any number from 1.
+        image_size: size in pixels, one side or (height, width).
+        patch_size: size in pixels, one side or (height, width); must divide `image_size`.
+        num_channels: C, number of image channels, 1 or more.
         decoder_hidden_size: decoder width E, a multiple of 4 and of the decoder's heads (Table 1b).
-        decoder_num_hidden_layers: decoder blocks (Table 1a).
-        decoder_num_attention_heads: decoder heads.
+        decoder_num_hidden_layers: number of decoder blocks (Table 1a).
+        decoder_num_attention_heads: number of attention heads in each decoder block.
         decoder_intermediate_size: width of the decoder's MLPs.
         decoder_attention: "self": self-attention over visible and mask tokens, as in the paper; "cross": each mask
-            token attends to the visible ones alone (CrossMAE, arXiv:2401.14391), which predicts removed patches only.
-        decoder_fusion: with "cross", each decoder block reads its own learned sum of what the encoder's embedding and
-            blocks give, instead of the last one's output ("inter-block attention" in CrossMAE).
+            token attends to visible tokens only, and only removed patches are predicted (CrossMAE, arXiv:2401.14391).
+        decoder_fusion: with "cross", each decoder block reads its own learned sum of the outputs of the encoder's
+            embedding and blocks, instead of the last block's output ("inter-block attention" in CrossMAE).
         mask_ratio: fraction of patches removed in pretraining, in [0, 1) (Fig. 5).
-        prediction_ratio: with "cross", fraction of all patches that is predicted in training, in (0, `mask_ratio`]
-            (0.25 in CrossMAE's recipe); all removed ones when None, and always in evaluation.
+        prediction_ratio: with "cross", the fraction of all patches predicted in training, in (0, `mask_ratio`] (0.25 in
+            CrossMAE's recipe). None predicts all removed patches, and so does evaluation.
         mask_strategy: "random" patches, or "block": random rectangles (Table 1f).
-        mask_cell: side, in patches, of the square cells that are kept or removed as one; must divide the patch grid.
-            1 is the paper's; 2 and 4 make the task harder at high resolution.
-        norm_pix_loss: predict pixels normalised by their patch's mean and standard deviation (Table 1d).
-        eval_mask_seed: seed of the masks in an evaluation that isn't given noise, a mask or a generator: its loss can
-            then be compared from one evaluation to the next.
+        mask_cell: side, in patches, of the square cells that are kept or removed together; must divide the patch
+            grid. 1 in the paper; 2 and 4 make the task harder at high resolution.
+        norm_pix_loss: whether to predict pixels normalised by their patch's mean and standard deviation (Table 1d).
+        eval_mask_seed: seed of the masks in evaluation, unless noise, a mask or a generator is passed. Equal masks make
+            the losses of different evaluations comparable.
         pooling: which vector stands for an image: "mean" of the patch tokens, or "cls", the class token.
-        head_initializer_range: std of the classifier's weight: 2e-5 in the fine-tuning recipe, 0.01 in linear probing.
-        trainable_positions: make the position tables parameters, as the original's fine-tuning does.
-        position_resize: how the tables follow another image size: "sincos" makes them anew, "interpolate" resamples
-            them (2-D, bicubic), "auto" makes untouched tables anew and resamples trained or converted ones.
-        reshape_hidden_states: whether the backbone's feature maps are (B, D, H/P, W/P) or all tokens (B, 1 + N, D).
-        pyramid_scales: resolution of each of the backbone's maps relative to the patch grid, powers of two: with
-            patches of 16 pixels, [4, 2, 1, 0.5] gives strides 4, 8, 16 and 32. All from one of `out_indices`
-            (arXiv:2203.16527, Fig. 2), or each from its own, as BEiT and MAE are measured on ADE20K. None: no pyramid.
+        head_initializer_range: std of the classifier's initial weight; 2e-5 in fine-tuning, 0.01 in linear probing.
+        trainable_positions: whether to train the position tables, as the original's fine-tuning does.
+        position_resize: how the tables adapt to another image size: "sincos" recomputes them, "interpolate" resamples
+            them (2-D, bicubic), "auto" recomputes untouched tables and resamples trained or converted ones.
+        reshape_hidden_states: whether the backbone returns maps (B, D, H/P, W/P) instead of all tokens (B, 1 + N, D).
+        pyramid_scales: resolutions of the backbone's maps relative to the patch grid, powers of two. With patches of 16
+            pixels, [4, 2, 1, 0.5] gives strides 4, 8, 16 and 32. `out_indices` names one block for all maps
+            (arXiv:2203.16527, Fig. 2), or one for each, as for BEiT and MAE on ADE20K. None: no pyramid.
 
     Raises:
-        ValueError: when two of the numbers don't go together; the message names both and the remedy.
+        ValueError: if a value is out of range or contradicts another; the message names the values and the remedy.
     """
 
     model_type = "mae"
@@ -160,10 +161,18 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
         return self.grid_size[0] * self.grid_size[1]
 
     def _check(self) -> None:
+        sizes = [f"{part}{name}" for part in ("", "decoder_") for name in ("hidden_size", "num_hidden_layers")]
+        for key in (*sizes, "intermediate_size", "decoder_intermediate_size", "num_channels"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} {getattr(self, key)} is not positive; give 1 or more")
+        for key in ("layer_norm_eps", "initializer_range", "head_initializer_range", "eval_mask_seed"):
+            if not 0 <= (value := getattr(self, key)) < 2**32:
+                raise ValueError(f"{key} {value} lies outside [0, 2**32); give e.g. {getattr(MAEConfig, key)}")
+        scales = self.pyramid_scales or []
+        if not all(scale > 0 and math.log2(scale).is_integer() for scale in scales):
+            raise ValueError(f"pyramid_scales {scales} are not all powers of two; give e.g. [4, 2, 1, 0.5]")
         self._check_sizes()
         self._check_widths()
-        if self.num_channels < 1:
-            raise ValueError(f"num_channels {self.num_channels} is not positive; give 1 or more")
         self.num_kept_patches(self.mask_ratio)
         self._check_prediction()
         if not 0 <= self.drop_path_rate < 1:

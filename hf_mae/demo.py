@@ -76,8 +76,7 @@ class Demo:
         return torch.cat(features), thumbnails
 
     def _pictures(self, images: torch.Tensor, like: torch.Tensor, side: int) -> list[Image.Image]:
-        processor = self.reconstructor.processor
-        return to_pictures(shown_bands(images, like, processor.image_mean, processor.image_std), side)
+        return to_pictures(shown_bands(images, like, self.reconstructor.mean, self.reconstructor.std), side)
 
     def photo(self, session: Session) -> Image.Image:
         """The photo as the page shows it."""
@@ -115,8 +114,7 @@ class Demo:
         photo, (pasted,) = self.photo(session), self._pictures(result.pasted, result.pixel_values, SIDE)
         removed = to_pictures(result.removed.float(), SIDE)[0].convert("1", dither=Image.Dither.NONE)
         gray = Image.new("RGB", photo.size, (round(255 * GRAY),) * 3)
-        processor = self.reconstructor.processor
-        psnr, ssim = masked_scores(result, processor.image_mean, processor.image_std)
+        psnr, ssim = masked_scores(result, self.reconstructor.mean, self.reconstructor.std)
         caption = [
             f"{int(session.hidden.sum())} of {len(session.hidden)} patches hidden ({result.mask_ratio:.0%})",
             f"hidden part: {psnr.item():.1f} dB, SSIM {ssim.item():.2f}",

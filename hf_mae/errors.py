@@ -12,6 +12,12 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
+def short(value: object) -> str:
+    """A value as a message shows it: its first 100 characters."""
+    text = str(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
 def nearest(word: str, words: Iterable[str]) -> str:
     """The end of a message about an unknown word: which of the known ones it is like; empty if it is like none."""
     match = difflib.get_close_matches(word, list(words), n=1)

@@ -1,11 +1,11 @@
 """The code that loads a model or an image processor where this package isn't installed: saved and pushed with it.
 
-In a repository transformers looks up `auto_map`, Auto class -> "file.Class". It finds the other files that this file
-needs by searching its text for relative imports. One file therefore imports the classes of all Auto classes, and
-`auto_map` names nothing else: whichever class is loaded, all of the files arrive, and can be saved again.
+transformers reads `auto_map` in a repository: Auto class -> "file.Class". It searches that file's text for relative
+imports to find the other files. So one file imports the classes of all Auto classes, and `auto_map` names only that
+file. Loading any class then brings all files, and they can be saved again.
 """
 
-# The mixins call methods of transformers' classes, which come after them in the order of bases:
+# The mixins call methods of transformers' classes, which follow them in the list of bases:
 # pyright: reportAttributeAccessIssue=false
 
 import shutil
@@ -19,13 +19,13 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 
 def code_files(index: str) -> list[Path]:
-    """The file of that name beside this one, and all that it imports from there."""
+    """The file `index`.py in this folder, and all files of this folder that it imports."""
     file = Path(__file__).with_name(f"{index}.py")
     return [file, *map(Path, get_relative_import_files(file))]
 
 
 def auto_map(index: str) -> dict[str, Any]:
-    """Auto class -> "file.Class", of image processors {backend: "file.Class"}, from `AUTO_CLASSES` of the index."""
+    """Auto class -> "file.Class", or {backend: "file.Class"} for image processors; from `AUTO_CLASSES` of `index`."""
 
     def where(target: Any) -> Any:
         if isinstance(target, dict):
@@ -39,30 +39,30 @@ class SavedWithCode:
     """`save_pretrained` and `push_to_hub` of transformers, with or without the code."""
 
     def save_pretrained(self, save_directory: Any, *args: Any, with_code: bool = False, **kwargs: Any) -> Any:
-        """transformers' own, with or without the code that loads it where this package isn't installed.
+        """Save as in transformers, optionally with the code that loads it where this package isn't installed.
 
         Args:
-            save_directory: folder.
-            with_code: save the code too, and say in the JSON file what each Auto class finds in it. A folder without
-                code doesn't mention any, even if it was loaded from one with code. Classes that are registered by
-                `register_for_auto_class`, as transformers does when it loads such code, are always saved with it.
+            save_directory: folder to save to.
+            with_code: also save the code, and name it in the JSON file for each Auto class. Without it the JSON file
+                doesn't mention code, even if the model was loaded with code. Classes that `register_for_auto_class`
+                registered are always saved with code; transformers calls it when it loads such code.
             *args, **kwargs: as in transformers; `push_to_hub=True` saves the code too.
         """
         with self._saving_code(with_code or bool(kwargs.get("push_to_hub"))):
             return super().save_pretrained(save_directory, *args, **kwargs)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> str:
-        """transformers' own, with the code that loads it where this package isn't installed."""
+        """Push as in transformers, with the code that loads it where this package isn't installed."""
         with self._saving_code(True):
             return super().push_to_hub(*args, **kwargs)
 
     def _saving_code(self, with_code: bool) -> AbstractContextManager[None]:
-        """While it lasts, code is saved if it is wanted or if the class is registered. A model's config sees to it."""
+        """A context that saves code if wanted, or if the class is registered. A model leaves this to its config."""
         return self.config._saving_code(with_code or self._auto_class is not None)
 
 
 class NamesCode(SavedWithCode):
-    """For a configuration and an image processor: `auto_map` in their JSON file, and the code beside it."""
+    """For configurations and image processors: writes `auto_map` into the JSON file, and the code beside it."""
 
     code_index: str
     auto_class: str
@@ -76,7 +76,7 @@ class NamesCode(SavedWithCode):
         if self._saves_code or not (with_code or self._auto_class):
             yield
             return
-        # transformers writes its own entries into `auto_map` meanwhile. Those of a loaded file are none of ours.
+        # transformers writes entries into `auto_map` while it saves. Entries of a loaded file must not mix with them.
         loaded = vars(self).pop("auto_map", None)
         self._auto_class = self.auto_class
         try:
@@ -88,19 +88,19 @@ class NamesCode(SavedWithCode):
                 self.auto_map = loaded
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as the JSON file holds them; `auto_map` only where code is saved beside it."""
+        """The settings for the JSON file; with `auto_map` only if code is saved beside it."""
         settings = super().to_dict()
         settings.pop("_auto_class", None)
         named = settings.pop("auto_map", None) or {}
         if self._saves_code:
-            # A class derived from ours is registered by its author, and its file is copied by transformers.
+            # The author of a derived class registers it, and transformers copies its file.
             ours = {file.stem for file in code_files(self.code_index)}
             derived = {name: where for name, where in named.items() if where.split(".")[0] not in ours}
             settings["auto_map"] = auto_map(self.code_index) | derived
         return settings
 
     def to_json_file(self, json_file_path: Any, *args: Any, **kwargs: Any) -> None:
-        """transformers' own, and the code beside the file if `auto_map` names it."""
+        """Write the file as in transformers, and the code beside it if `auto_map` names it."""
         super().to_json_file(json_file_path, *args, **kwargs)
         if self._saves_code:
             for file in code_files(self.code_index):

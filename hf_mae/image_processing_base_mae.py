@@ -25,7 +25,7 @@ from .hub_code_mae import NamesCode
 def resize_bands(
     image: np.ndarray, size: tuple[int, int], resample: int, box: tuple[float, float, float, float] | None = None
 ) -> np.ndarray:
-    """Resize every band with Pillow's filters; the dtype stays.
+    """Resize every band with Pillow's filters, keeping the dtype.
 
     Args:
         image: (H, W, C) uint8, uint16 or float32.
@@ -37,7 +37,7 @@ def resize_bands(
         (height, width, C). uint8 and uint16 are rounded and clipped to their range; float32 may overshoot.
 
     Raises:
-        ValueError: if the array is not three-dimensional or of another dtype.
+        ValueError: if the array is not three-dimensional or has another dtype.
     """
     if image.ndim != 3 or image.dtype not in (np.uint8, np.uint16, np.float32):
         raise ValueError(
@@ -45,9 +45,9 @@ def resize_bands(
             "uint16 or float32"
         )
     height, width = size
-    if image.dtype == np.uint8 and image.shape[-1] == 3:  # the bits of the band-by-band path, in one call
+    if image.dtype == np.uint8 and image.shape[-1] == 3:  # one call, with the same result as band by band
         return np.array(Image.fromarray(image).resize((width, height), resample, box))
-    # Of more than 8 bits Pillow filters mode F alone; its double accumulator loses nothing of a uint16.
+    # Above 8 bits Pillow only filters mode F; its double accumulator keeps a uint16 exact.
     filtered = image if image.dtype == np.uint8 else image.astype(np.float32)
     bands = [Image.fromarray(band) for band in np.moveaxis(filtered, -1, 0)]
     resized = np.stack([np.asarray(band.resize((width, height), resample, box)) for band in bands], axis=-1)
@@ -55,7 +55,7 @@ def resize_bands(
 
 
 def to_opaque(image: Image.Image, num_channels: int) -> Image.Image:
-    """An 8-bit image in Pillow's mode L (1 channel) or RGB (3), with white behind what is transparent.
+    """An 8-bit image in Pillow's mode L (1 channel) or RGB (3), composited on white where it is transparent.
 
     The image processors of transformers 5.24 do the same when they convert to RGB. Those of 5.17, and the reference
     code of MAE, drop the alpha band: the colours under transparent pixels then show.
@@ -115,25 +115,25 @@ def to_bands(
     """One image as bands, channels first, at the bit depth that `rescale_factor` expects.
 
     Args:
-        image: a Pillow image; or (H, W), (C, H, W) or (H, W, C) of any numeric dtype. The axis of the bands is the one
-            with `num_channels` entries, the first if both have them.
-        num_channels: bands of the result.
+        image: a Pillow image; or (H, W), (C, H, W) or (H, W, C) of any numeric dtype. The band axis is the one with
+            `num_channels` entries, or the first if both have that many.
+        num_channels: number of bands in the result.
         rescale_factor: 1/255 brings 16-bit images to 0..255 (divided by 257, rounded), 1/65535 brings 8-bit images to
             0..65535 (times 257); any other value, or None, leaves the numbers alone.
-        input_data_format: "channels_first" or "channels_last" overrules the shape.
+        input_data_format: "channels_first" or "channels_last"; found from the shape when omitted.
         do_convert_rgb: with 3 channels, repeat a single band and composite a fourth (alpha) on white.
 
     Returns:
-        (C, H, W) uint8; or int32 that holds 16 bits 0..65535, because torch has few operations on uint16; or float32,
-        which every other dtype becomes with its values unchanged.
+        (C, H, W) as uint8, as int32 with 16-bit values 0..65535 (torch has few operations on uint16), or as float32, to
+        which every other dtype is converted with its values unchanged.
 
     Raises:
-        ValueError: if no axis has `num_channels` entries, or by `pil_to_array`.
+        ValueError: if no axis has `num_channels` entries, or as in `pil_to_array`.
     """
     if isinstance(image, Image.Image):
         image = pil_to_array(image, num_channels, do_convert_rgb)
         input_data_format = ChannelDimension.LAST
-    if isinstance(image, np.ndarray):  # torch takes no flipped views and no foreign byte order (TIFF, FITS)
+    if isinstance(image, np.ndarray):  # torch rejects flipped views and foreign byte orders (TIFF, FITS)
         image = torch.from_numpy(np.require(image, image.dtype.newbyteorder("="), ["C", "W"]))
     bands = image
     if bands.dtype != torch.uint8:
@@ -156,7 +156,7 @@ def to_bands(
 def _channels_first(
     image: torch.Tensor, num_channels: int, input_data_format: str | None, to_rgb: bool
 ) -> torch.Tensor:
-    """Move the axis of the bands to the front; with `to_rgb`, that of one or four will do. See `to_bands`."""
+    """Move the band axis to the front; with `to_rgb` it may also have one or four bands. See `to_bands`."""
     shape, axes, where = tuple(image.shape), (0, 2), "first or last"
     if image.ndim == 2:
         image, axes = image[None], (0,)
@@ -175,7 +175,7 @@ def _channels_first(
 
 
 def _composite_on_white(rgba: torch.Tensor) -> torch.Tensor:
-    """(4, H, W) -> (3, H, W), of the same dtype; floats must lie in [0, 1], where white is known."""
+    """(4, H, W) -> (3, H, W), of the same dtype; floats must lie in [0, 1], so that white is 1."""
     white = {torch.uint8: 255, torch.int32: 65535, torch.float32: 1}[rgba.dtype]
     if white == 1 and (rgba.min() < 0 or rgba.max() > 1):
         raise ValueError(
@@ -191,8 +191,8 @@ def resized_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
     """(height, width) in pixels after a resize to `size`, rounded down on the long side as torchvision does.
 
     Raises:
-        ValueError: if `size` has other keys than "shortest_edge", or "height" and "width"; if a line of pixels would
-            become an image that is too large for Pillow to open.
+        ValueError: if `size` has other keys than "shortest_edge", or "height" and "width"; or if a very long, narrow
+            image would become too large for Pillow to open.
     """
     sides = dict(size)
     if sides.keys() == {"shortest_edge"}:
@@ -201,7 +201,7 @@ def resized_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
         if Image.MAX_IMAGE_PIXELS is not None and resized[0] * resized[1] > Image.MAX_IMAGE_PIXELS:
             raise ValueError(
                 f"an image of {height} x {width} pixels would be resized to {resized[0]} x {resized[1]}, beyond "
-                "PIL.Image.MAX_IMAGE_PIXELS; cut its middle out first"
+                "PIL.Image.MAX_IMAGE_PIXELS; crop its centre first"
             )
         return resized
     if sides.keys() == {"height", "width"}:
@@ -212,10 +212,10 @@ def resized_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
 def center_spans(
     height: int, width: int, crop_size: SizeDict
 ) -> tuple[tuple[slice, slice], tuple[tuple[int, int], tuple[int, int]]]:
-    """The (rows, columns) to keep, and the zeros (before, after) to put where a side is too short.
+    """The (rows, columns) to keep, and the zeros (before, after) to add where a side is too short.
 
-    torchvision's CenterCrop rounds half of an odd margin to the even pixel, transformers' rounds it down: for margins
-    of 4k + 3 the two are one pixel apart. This is torchvision's.
+    torchvision's CenterCrop rounds half of an odd margin to the even pixel, transformers' rounds it down. They differ
+    by one pixel for margins of 4k + 3. This is torchvision's rule.
 
     Raises:
         ValueError: if `crop_size` has other keys than "height" and "width".
@@ -245,7 +245,7 @@ def per_channel(name: str, value: float | tuple[float, ...], num_channels: int) 
 
 
 class MAEImageProcessorKwargs(ImagesKwargs, total=False):
-    """What a processor is built with and a call may override: transformers' keys and `num_channels`."""
+    """A processor's settings, which a call may override: transformers' keys and `num_channels`."""
 
     num_channels: int
 
@@ -272,14 +272,14 @@ class MAEImageProcessorBase(NamesCode, BaseImageProcessor):
     num_channels = 3
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Open paths and URLs; local files keep their mode, where transformers' loader would clip 16 bits."""
+        """Open paths and URLs; local files keep their mode, because transformers' loader would clip 16 bits."""
         if isinstance(image_url_or_urls, str) and os.path.isfile(image_url_or_urls):
             with Image.open(image_url_or_urls) as image:
                 return ImageOps.exif_transpose(image)
         return super().fetch_images(image_url_or_urls)
 
     def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list:
-        """A flat list of images. transformers' own would refuse (H, W) arrays, which are one band here."""
+        """A flat list of images; transformers' version rejects (H, W) arrays, which are one band here."""
 
         def flat(item: Any) -> list:
             if isinstance(item, (list, tuple)):
@@ -296,7 +296,7 @@ class MAEImageProcessorBase(NamesCode, BaseImageProcessor):
         return to_bands(image, kwargs["num_channels"], rescale_factor, layout, to_rgb)
 
     def _preprocess_image_like_inputs(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
-        if kwargs["do_normalize"]:  # before an image is decoded
+        if kwargs["do_normalize"]:  # checked before any image is decoded
             for name in ("image_mean", "image_std"):
                 kwargs[name] = per_channel(name, kwargs[name], kwargs["num_channels"])
         return super()._preprocess_image_like_inputs(images, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""Images of any kind -> `pixel_values`, batched by torchvision on the device of choice."""
+"""Images of any kind -> `pixel_values`, batched by torchvision, on any device."""
 
 # Shape letters in this file
 #   B images   C bands = num_channels   H, W pixels
@@ -18,8 +18,9 @@ from .image_processing_base_mae import MAEImageProcessorBase, center_spans, resi
 class MAEImageProcessor(MAEImageProcessorBase, TorchvisionBackend):
     """Images of any kind -> `pixel_values`, by torchvision.
 
-    Equal to `MAEImageProcessorPil`, and so to the reference evaluation transform, up to one step of uint8 (or uint16)
-    in the 1 % of pixels that the two libraries' filters round differently; on noise, two steps in one pixel of 100,000.
+    Differs from `MAEImageProcessorPil`, and so from the reference evaluation transform, by at most one step of uint8
+    (or uint16) in 1 % of the pixels, because the two libraries' filters round differently; on noise, by two steps in
+    one pixel of 100,000.
 
     `to_bands` and `pil_to_array` describe what `num_channels` does to an image: alpha is composited on white, 16 bits
     are scaled and never clipped, and arrays and tensors may have any number of bands.
@@ -33,15 +34,15 @@ class MAEImageProcessor(MAEImageProcessorBase, TorchvisionBackend):
         """Resize (B, C, H, W) to the same size that the Pillow backend computes."""
         height, width = resized_size(image.shape[-2], image.shape[-1], size)
         image = super().resize(image, SizeDict(height=height, width=width), resample, **kwargs)
-        # bicubic overshoots; torchvision clamps uint8 alone
+        # bicubic overshoots; torchvision only clamps uint8
         return image.clamp(0, 65535) if image.dtype == torch.int32 else image
 
     def center_crop(self, image: torch.Tensor, size: SizeDict, **kwargs: Any) -> torch.Tensor:
-        """Cut the middle out of (B, C, H, W), with zeros around an image that is too small."""
+        """Crop the centre of (B, C, H, W), padding images that are too small with zeros."""
         (rows, columns), (zero_rows, zero_columns) = center_spans(image.shape[-2], image.shape[-1], size)
         return torch.nn.functional.pad(image[..., rows, columns], (*zero_columns, *zero_rows))
 
     def rescale_and_normalize(self, images: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Pixels -> model input; 16-bit images that are neither rescaled nor normalised leave as uint16."""
+        """Pixels -> model input; 16-bit images that are neither rescaled nor normalised are returned as uint16."""
         images = super().rescale_and_normalize(images, *args, **kwargs)
         return images.to(torch.uint16) if images.dtype == torch.int32 else images

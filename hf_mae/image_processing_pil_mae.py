@@ -18,7 +18,7 @@ from .image_processing_base_mae import MAEImageProcessorBase, center_spans, resi
 class MAEImageProcessorPil(MAEImageProcessorBase, PilBackend):
     """Images of any kind -> `pixel_values`, by Pillow and NumPy.
 
-    On RGB images it gives the bits of the reference evaluation transform: torchvision's Resize(256, bicubic),
+    On RGB images it equals the reference evaluation transform bit by bit: torchvision's Resize(256, bicubic),
     CenterCrop(224), ToTensor and Normalize (facebookresearch/mae, `util/datasets.py`).
 
     `to_bands` and `pil_to_array` describe what `num_channels` does to an image: alpha is composited on white, 16 bits
@@ -36,6 +36,6 @@ class MAEImageProcessorPil(MAEImageProcessorBase, PilBackend):
         return np.moveaxis(resize_bands(np.moveaxis(image, 0, -1), height_width, resample), -1, 0)
 
     def center_crop(self, image: np.ndarray, size: SizeDict, **kwargs: Any) -> np.ndarray:
-        """Cut the middle out of (C, H, W), with zeros around an image that is too small."""
+        """Crop the centre of (C, H, W), padding an image that is too small with zeros."""
         (rows, columns), zeros = center_spans(image.shape[1], image.shape[2], size)
         return np.pad(image[:, rows, columns], ((0, 0), *zeros))

@@ -1,4 +1,4 @@
-"""The layers in the order in which the data flows: embedding, encoder blocks, decoders; then their initial values."""
+"""The layers in the order of the data flow: embedding, encoder blocks, decoders; then their initial values."""
 
 # Shape letters in this file
 #   B images   C channels   H, W pixels   P, Q patch height and width in pixels   V = P*Q*C numbers in a patch
@@ -21,14 +21,14 @@ from .masking_mae import gather_tokens, patchify
 
 
 def sincos_table(grid_size: tuple[int, int], width: int, device: torch.device | str | None = None) -> torch.Tensor:
-    """Fixed 2-D sine-cosine positions, a zero row for the class token first.
+    """Fixed 2-D sine-cosine positions, with a zero row for the class token first.
 
-    Half of the columns belong to the position along the width and come first, as in the released weights; each half
-    holds sines, then cosines, of the position times 10000^(-i / (width / 4)).
+    The first half of the columns encodes the position along the width, as in the released weights. Each half holds
+    sines, then cosines, of the position times 10000^(-i / (width / 4)).
 
     Args:
         grid_size: (h, w) patches.
-        width: of the tokens, a multiple of 4.
+        width: width of the tokens, a multiple of 4.
 
     Returns:
         (1 + h*w, width) float32, values in [-1, 1].
@@ -46,7 +46,7 @@ class MAEPositions(nn.Module):
     """The position table (1 + N, width) of the encoder or the decoder.
 
     A persistent float32 buffer: a checkpoint holds it, no optimizer changes it, and a model loaded in bfloat16 keeps
-    it exact. With `trainable`, a parameter under the same name.
+    it exact. With `trainable` it is a parameter with the same name.
     """
 
     def __init__(self, config: MAEConfig, width: int, trainable: bool = False):
@@ -65,7 +65,7 @@ class MAEPositions(nn.Module):
         return self.table if grid_size == self.grid_size else self._resized(grid_size)
 
     def follow(self, config: MAEConfig) -> None:
-        """Move to the patch grid of `config` for good."""
+        """Change permanently to the patch grid of `config`."""
         if config.grid_size != self.grid_size:
             self.table.data = self._resized(config.grid_size).detach()
             self.grid_size = config.grid_size
@@ -74,7 +74,7 @@ class MAEPositions(nn.Module):
         (h, w), width = self.grid_size, self.table.shape[1]
         how = self.config.position_resize
         if how == "auto":
-            # The tolerance lets a table pass that was once rounded to bfloat16.
+            # The tolerance accepts a table that was once rounded to bfloat16.
             exact = sincos_table(self.grid_size, width, self.table.device)
             how = "sincos" if torch.allclose(self.table.float(), exact, rtol=0, atol=5e-3) else "interpolate"
         if how == "sincos":
@@ -85,26 +85,26 @@ class MAEPositions(nn.Module):
 
 
 class MAEPatchEmbed(nn.Module):
-    """Linear projection of patches, with the weight of a convolution, (D, C, P, Q), as every ViT stores it.
+    """Linear projection of patches; its weight has a convolution's shape (D, C, P, Q), as in every ViT.
 
-    Not an `nn.Conv2d`: programs that replace every convolution would put one here that expects images.
+    Not an `nn.Conv2d`: programs that replace convolutions would put a layer here that expects images.
     """
 
     def __init__(self, config: MAEConfig):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.hidden_size, config.num_channels, *config.patch_height_width))
         self.bias = nn.Parameter(torch.empty(config.hidden_size))
-        # A convolution's default values, for a layer built by itself. A model's seed draws the same weights with them.
+        # A convolution's defaults, for a layer built alone. A model's seed includes these draws, so they must stay.
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
         bound = self.weight[0].numel() ** -0.5
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """(B, K, V) -> (B, K, D). Works on patches, not on images, so that removed ones cost nothing."""
+        """(B, K, V) -> (B, K, D). Works on patches, not on images, so removed patches cost nothing."""
         return F.linear(patches, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
 
     def follow(self, config: MAEConfig) -> None:
-        """Move to the channels of `config` for good: each gets the mean filter, scaled so that their sum stays."""
+        """Change permanently to the channels of `config`: each gets the mean filter, scaled to keep their sum."""
         old, new = self.weight.shape[1], config.num_channels
         if old != new:
             mean = self.weight.data.mean(1, keepdim=True) * (old / new)
@@ -129,7 +129,7 @@ class MAEEmbeddings(nn.Module):
         self, pixel_values: torch.Tensor, grid_size: tuple[int, int], ids_keep: torch.Tensor | None = None
     ) -> torch.Tensor:
         """(B, C, H, W) of h x w patches -> (B, 1 + K, D); all patches are kept without `ids_keep` (B, K)."""
-        # The parameters' dtype, not the activations': under autocast the residual stream then stays float32.
+        # Cast to the parameters' dtype, so that the residual stream stays float32 under autocast.
         dtype = self.cls_token.dtype
         positions = self.position_embeddings(grid_size).to(dtype)
         class_position, patch_positions = positions[:1], positions[1:]
@@ -144,7 +144,7 @@ class MAEEmbeddings(nn.Module):
 def eager_attention_forward(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None, scaling: float, **_: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention in plain operations, which returns its weights (B, heads, queries, keys)."""
+    """Attention in plain operations; also returns its weights (B, heads, queries, keys)."""
     scores = query @ key.transpose(-2, -1) * scaling
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
     return (weights @ value).transpose(1, 2).contiguous(), weights
@@ -277,7 +277,7 @@ class MAEDecoder(nn.Module):
         return self.decoder_pred(self.decoder_norm(hidden_states))[:, 1:]
 
     def follow(self, config: MAEConfig) -> None:
-        """Predict the channels of `config` from now on: each starts from the mean of what the old ones predicted."""
+        """Change permanently to the channels of `config`: each starts as the mean of the old channels' predictions."""
         P, Q = config.patch_height_width
         out_features = P * Q * config.num_channels
         if self.decoder_pred.out_features != out_features:
@@ -289,7 +289,7 @@ class MAEDecoder(nn.Module):
 
 
 class MAEFeatureFusion(nn.Module):
-    """For each decoder block its own weighted sum of the encoder's features (CrossMAE, "Inter-block attention")."""
+    """A learned sum of the encoder's features for each decoder block (CrossMAE, "Inter-block attention")."""
 
     def __init__(self, config: MAEConfig):
         super().__init__()
@@ -303,9 +303,9 @@ class MAEFeatureFusion(nn.Module):
 
 
 class MAECrossDecoder(MAEDecoder):
-    """Each wanted patch by itself, by cross-attention to the visible tokens (CrossMAE, arXiv:2401.14391).
+    """Predict each requested patch by itself, by cross-attention to the visible tokens (CrossMAE, arXiv:2401.14391).
 
-    A query is a mask token with its position. Queries don't see each other: which others are asked for changes nothing.
+    A query is a mask token with its position. Queries don't see each other, so each prediction is independent.
     """
 
     def __init__(self, config: MAEConfig):
@@ -321,7 +321,7 @@ class MAECrossDecoder(MAEDecoder):
         """
         shape = (ids.shape[0], grid_size[0] * grid_size[1], self.decoder_pred.out_features)
         if ids.shape[1] == 0:
-            return self.mask_token.new_zeros(shape)  # attention takes no empty queries
+            return self.mask_token.new_zeros(shape)  # attention can't take zero queries
         positions = self.decoder_pos_embed(grid_size)[1:].to(self.mask_token.dtype)
         hidden_states = self.mask_token + positions[ids]
         memories = [memory] * len(self.decoder_layers) if self.fusion is None else self.fusion(memory)
@@ -332,15 +332,15 @@ class MAECrossDecoder(MAEDecoder):
 
 
 def initialize(module: nn.Module, config: MAEConfig) -> None:
-    """The original's initial values of one layer. Everything goes through `init`, which spares loaded weights."""
+    """Give one layer the original's initial values, through transformers' `init`, which leaves loaded weights alone."""
     if isinstance(module, MAEPatchEmbed):
-        # Xavier as for the linear layer that it is, on (D, V); the bias as a convolution's, as in the original.
+        # Xavier on (D, V), because it is a linear layer; the bias like a convolution's, as in the original.
         fan_in, fan_out = module.weight[0].numel(), module.weight.shape[0]
         bound = (6 / (fan_in + fan_out)) ** 0.5
         init.uniform_(module.weight, -bound, bound)
         init.uniform_(module.bias, -(fan_in**-0.5), fan_in**-0.5)
     elif isinstance(module, nn.ConvTranspose2d):
-        # Stride and kernel are equal, so that each pixel is one linear layer's output: Xavier as for that one.
+        # Stride and kernel are equal, so each pixel is the output of a linear layer, and gets its Xavier values.
         bound = (6 / (module.in_channels + module.out_channels)) ** 0.5
         init.uniform_(module.weight, -bound, bound)
         if module.bias is not None:
@@ -359,5 +359,5 @@ def initialize(module: nn.Module, config: MAEConfig) -> None:
     elif isinstance(module, MAEFeatureFusion):
         init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
     elif isinstance(module, MAEPositions):
-        # Again here: after loading on the meta device, what the constructor wrote is gone.
+        # Repeated here, because loading on the meta device loses what the constructor wrote.
         init.copy_(module.table, sincos_table(module.grid_size, module.table.shape[1]).to(module.table.dtype))

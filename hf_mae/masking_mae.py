@@ -15,12 +15,12 @@ def patchify(pixel_values: torch.Tensor, patch_size: tuple[int, int], ids: torch
     """Cut images into patches.
 
     Args:
-        pixel_values: (B, C, H, W).
+        pixel_values: (B, C, H, W) images.
         patch_size: (height, width) in pixels; must divide H and W.
-        ids: (B, M) the patches wanted, the only ones to be copied; all of them, in order, when omitted.
+        ids: (B, M) indices of the patches to copy; all patches, in order, when omitted.
 
     Returns:
-        (B, N or M, P*Q*C) patches from left to right, top to bottom; within one: row, column, channel.
+        (B, N or M, P*Q*C) patches from left to right, top to bottom; in each patch: row, column, channel.
     """
     (B, C, H, W), (P, Q) = pixel_values.shape, patch_size
     h, w = H // P, W // Q
@@ -46,20 +46,20 @@ def gather_tokens(tokens: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 
 def normalize_patches(patches: torch.Tensor) -> torch.Tensor:
-    """Each patch (..., V) to mean 0 and (unbiased) variance 1 (Sec. 3, "Reconstruction target")."""
+    """Scale each patch (..., V) to mean 0 and (unbiased) variance 1 (Sec. 3, "Reconstruction target")."""
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return (patches - mean) / (variance + 1e-6).sqrt()
 
 
 def hashed_noise(seed: int, count: int, device: torch.device) -> torch.Tensor:
-    """(count,) numbers in [0, 1) that are a function of the seed and of their place: equal on every device.
+    """(count,) numbers in [0, 1) that depend only on the seed and their index, so they are equal on every device.
 
-    A hash of a counter (github.com/skeeto/hash-prospector), because torch.compile takes no new torch.Generator.
+    It hashes a counter (github.com/skeeto/hash-prospector), because torch.compile can't create a torch.Generator.
     """
     bits = (torch.arange(count, device=device) + seed * 0x9E3779B9 % 2**32) % 2**32
     for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
         bits = (bits ^ (bits >> shift)) * factor % 2**32
-    return ((bits ^ (bits >> 15)) >> 8) / 2**24  # 24 bits: what a float32 holds exactly
+    return ((bits ^ (bits >> 15)) >> 8) / 2**24  # a float32 holds 24 bits exactly
 
 
 def eval_noise(config: MAEConfig, pixel_values: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
@@ -78,14 +78,14 @@ def cell_noise(noise: torch.Tensor, grid_size: tuple[int, int], cell: int) -> to
 def block_noise(noise: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
     """Sort keys that remove random rectangles first ("block" in Table 1f, after BEiT, arXiv:2106.08254).
 
-    Each image gets up to 16 rectangles of 8 to 40 % of its area and aspect 0.3 to 3.3, whose numbers are taken
-    from its own noise, so that one (B, N) tensor repeats a mask of either kind. A patch is removed the earlier, the
-    earlier a rectangle covers it; noise decides within one rectangle and outside of all.
+    Each image gets up to 16 rectangles of 8 to 40 % of its area and aspect 0.3 to 3.3. They are drawn from the
+    image's noise, so one (B, N) tensor repeats a mask of either kind. The rectangles are removed in order; inside a
+    rectangle, and outside all of them, the noise decides.
     """
     h, w = grid_size
     blocks = min(16, noise.shape[1] // 4)
     if blocks == 0:
-        return noise  # too few numbers, and too few patches, for a rectangle
+        return noise  # too few numbers and patches for a rectangle
     area, aspect, top, left = noise[:, : 4 * blocks].reshape(-1, blocks, 4, 1, 1).unbind(2)
     area = (0.08 + 0.32 * area) * h * w
     aspect = 0.3 * (3.3 / 0.3) ** aspect
@@ -95,22 +95,22 @@ def block_noise(noise: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor
     columns = torch.arange(w, device=noise.device).view(1, 1, 1, w) + 0.5
     inside = (rows >= top) & (rows < top + height) & (columns >= left) & (columns < left + width)
     order = torch.arange(blocks, 0, -1, device=noise.device, dtype=noise.dtype).view(1, blocks, 1, 1)
-    # The first rectangle has the largest number, and the largest keys are removed.
+    # The first rectangle gets the largest number, because the largest keys are removed.
     return (inside * order).amax(dim=1).flatten(1) + noise
 
 
 class ChosenPatches(NamedTuple):
-    """Which patches of a batch the encoder sees; all but the grid are None when it sees them all."""
+    """Which patches of a batch the encoder sees; everything but the grid is None when it sees all of them."""
 
     grid_size: tuple[int, int]  # (h, w) patches of these images
-    ids_keep: torch.Tensor | None = None  # (B, K) the kept patches, in the order in which the encoder gets them
+    ids_keep: torch.Tensor | None = None  # (B, K) the kept patches, in the encoder's order
     ids_shuffle: torch.Tensor | None = None  # (B, N) all patches, the kept ones first
     ids_restore: torch.Tensor | None = None  # (B, N) index that puts a shuffled sequence back in image order
     mask: torch.Tensor | None = None  # (B, N) 1 = removed, 0 = kept, in image order
 
 
 def random_masking(noise: torch.Tensor, len_keep: int, grid_size: tuple[int, int]) -> ChosenPatches:
-    """Keep the K patches with the smallest noise (B, N), of equal ones the first (Sec. 3, "Masking")."""
+    """Keep the K patches with the smallest noise (B, N); ties go to the first patch (Sec. 3, "Masking")."""
     ids_shuffle = noise.argsort(dim=1, stable=True)
     ids_restore = ids_shuffle.argsort(dim=1)
     mask = (ids_restore >= len_keep).to(noise.dtype)
@@ -118,14 +118,14 @@ def random_masking(noise: torch.Tensor, len_keep: int, grid_size: tuple[int, int
 
 
 def one_mask(mask: torch.Tensor | None, bool_masked_pos: torch.Tensor | None) -> torch.Tensor | None:
-    """The caller's mask, whichever of its two names it came under."""
+    """The caller's mask, passed under either of its two names."""
     if mask is not None and bool_masked_pos is not None:
-        raise ValueError("mask and bool_masked_pos are two names of one thing, and both came; pass one of them")
+        raise ValueError("mask and bool_masked_pos are two names for one argument, and both were passed; pass one")
     return mask if bool_masked_pos is None else bool_masked_pos
 
 
 def count_kept(mask: torch.Tensor) -> int:
-    """K, the zeros in each row of a caller's mask (B, N); rows that differ, or keep nothing, are refused."""
+    """K, the number of zeros in each row of a caller's mask (B, N); a ValueError if rows differ or keep nothing."""
     counts = (mask == 0).sum(dim=1)
     fewest, most = int(counts.min()), int(counts.max())
     if fewest != most:
@@ -133,7 +133,7 @@ def count_kept(mask: torch.Tensor) -> int:
             f"the mask keeps {fewest} patches in one row and {most} in another; keep the same number in each"
         )
     if fewest == 0:
-        raise ValueError(f"the mask keeps 0 of {mask.shape[1]} patches; 0 means kept: leave at least one")
+        raise ValueError(f"the mask keeps 0 of {mask.shape[1]} patches; set at least one entry to 0 (kept)")
     return fewest
 
 
@@ -148,10 +148,10 @@ def choose_patches(
 ) -> ChosenPatches:
     """Which patches of images (B, C, H, W) the encoder sees; the arguments are those of `MAEModel`.
 
-    All of them, unless a ratio, noise, a mask or a generator asks for fewer.
+    It sees all patches unless a ratio, noise, mask or generator is passed.
 
     Raises:
-        ValueError: if mask, noise or ratio fit neither the images nor each other.
+        ValueError: if mask, noise or ratio don't fit the images or can't be combined.
     """
     if mask_ratio is None and noise is None and mask is None and generator is None:
         return ChosenPatches(grid_size)
@@ -159,15 +159,13 @@ def choose_patches(
     for name, given in (("noise", noise), ("mask", mask)):
         if given is not None and tuple(given.shape) != shape:
             raise ValueError(
-                f"{name} has shape {tuple(given.shape)}, the images {shape} (images, patches); "
+                f"{name} has shape {tuple(given.shape)}, but must be {shape} (images, patches); "
                 "pass one number per patch"
             )
     if mask is not None:
         if noise is not None or mask_ratio is not None or generator is not None:
-            raise ValueError(
-                "mask came with mask_ratio, noise or generator, which it makes void; pass one or the other"
-            )
-        # Sorted by the mask itself: kept patches come first, in image order.
+            raise ValueError("mask can't be combined with mask_ratio, noise or generator; pass one or the other")
+        # Sorting by the mask puts the kept patches first, in image order.
         len_keep, noise = count_kept(mask), (mask != 0).to(torch.float32)
     else:
         len_keep = config.num_kept_patches(config.mask_ratio if mask_ratio is None else mask_ratio, grid_size)

@@ -27,7 +27,7 @@ from .masking_mae import ChosenPatches, choose_patches, eval_noise, gather_token
 
 
 class MAEKwargs(TypedDict, total=False):
-    """What every `forward` takes besides its own arguments, and besides transformers' `return_dict`."""
+    """Keyword arguments of every `forward`, besides its own arguments and transformers' `return_dict`."""
 
     output_hidden_states: bool | None
     output_attentions: bool | None
@@ -43,8 +43,8 @@ class MAEModelOutput(ModelOutput):
         pooler_output: (B, D) mean of the patch tokens, or the class token (`config.pooling`).
         mask: (B, N) 1 = removed, 0 = kept; None without masking.
         ids_restore: (B, N) index that puts a shuffled sequence back in image order; None without masking.
-        hidden_states: inputs of all layers and the last one's output, on request.
-        attentions: (B, heads, 1 + K, 1 + K) of all layers, on request, with the eager attention.
+        hidden_states: inputs of all layers and the last one's output, with `output_hidden_states`.
+        attentions: (B, heads, 1 + K, 1 + K) of all layers, with `output_attentions` and the eager attention.
         features: with `config.decoder_fusion` and a mask, what the decoder reads: (B, 1 + K, D) inputs of all layers,
             then `last_hidden_state`.
     """
@@ -63,15 +63,15 @@ class MAEForPreTrainingOutput(ModelOutput):
     """Output of `MAEForPreTraining`.
 
     Args:
-        loss: mean squared error on the removed patches (Sec. 3, "Reconstruction target"), or on the part of them that
-            `config.prediction_ratio` says.
-        logits: (B, N, V) predicted patches, in image order. The "self" decoder predicts visible ones too; with the
-            "cross" decoder, zeros stand where nothing was predicted: in visible patches, and in training where
-            `config.prediction_ratio` leaves a removed patch out.
+        loss: mean squared error on the removed patches (Sec. 3, "Reconstruction target"), or on those selected by
+            `config.prediction_ratio`.
+        logits: (B, N, V) predicted patches, in image order. The "self" decoder predicts visible ones too. The
+            "cross" decoder leaves zeros in visible patches and, in training, in removed patches that
+            `config.prediction_ratio` leaves out.
         mask: (B, N) 1 = removed, 0 = kept.
         ids_restore: (B, N) index that puts a shuffled sequence back in image order.
-        hidden_states: the encoder's, on request.
-        attentions: the encoder's, on request, with the eager attention.
+        hidden_states: the encoder's, with `output_hidden_states`.
+        attentions: the encoder's, with `output_attentions` and the eager attention.
     """
 
     loss: torch.Tensor | None = None
@@ -83,7 +83,7 @@ class MAEForPreTrainingOutput(ModelOutput):
 
 
 class MAEPreTrainedModel(SavedWithCode, PreTrainedModel):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """What all MAE models share: initial values, loading at another image size or channel count."""
+    """What all MAE models share: initial values, and loading at another image size or channel count."""
 
     config: MAEConfig
     base_model_prefix = "mae"
@@ -98,7 +98,7 @@ class MAEPreTrainedModel(SavedWithCode, PreTrainedModel):  # pyright: ignore[rep
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": MAELayer, "attentions": MAEAttention}
     _input_embed_layer = "patch_embed"
-    # An encoder, a classifier or a backbone leaves the decoder in the file, and says nothing about it.
+    # An encoder, classifier or backbone skips the decoder in the file, without a warning.
     _keys_to_ignore_on_load_unexpected = [r"^decoder\."]
 
     @torch.no_grad()
@@ -109,7 +109,7 @@ class MAEPreTrainedModel(SavedWithCode, PreTrainedModel):  # pyright: ignore[rep
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: Any, *model_args: Any, config: Any = None, **kwargs: Any
     ) -> Any:
-        """Load as every transformers model does; also at another `image_size` or with other `num_channels`.
+        """Load like any transformers model, or at another `image_size` or with other `num_channels`.
 
         The checkpoint is loaded at its own size and then moved by `resize_input`, so that no weights are dropped.
         """
@@ -132,13 +132,13 @@ class MAEPreTrainedModel(SavedWithCode, PreTrainedModel):  # pyright: ignore[rep
     ) -> None:
         """Move the model to another image size or channel count, in place.
 
-        Position tables follow `config.position_resize`. Every new channel starts from the mean of the old channels'
-        filters, scaled so that the sum over channels stays, and the decoder predicts for it the mean of what it
-        predicted for the old ones.
+        Position tables follow `config.position_resize`. Each new channel starts with the mean of the old channels'
+        filters, scaled to keep the sum over channels. For each, the decoder predicts the mean of its predictions for
+        the old channels.
 
         Args:
-            image_size: pixels, one side or (height, width); unchanged when omitted.
-            num_channels: unchanged when omitted.
+            image_size: size in pixels, one side or (height, width); unchanged when omitted.
+            num_channels: number of image channels, 1 or more; unchanged when omitted.
 
         Raises:
             ValueError: if the size is not a multiple of the patch size.
@@ -155,7 +155,7 @@ class MAEPreTrainedModel(SavedWithCode, PreTrainedModel):  # pyright: ignore[rep
                 follow(new)
 
     def _refuse_unknown(self, kwargs: MAEKwargs) -> None:
-        """A misspelt argument must not vanish among the keyword arguments that transformers passes through."""
+        """Raise a TypeError for a misspelt argument, which would vanish among transformers' keyword arguments."""
         known = {*MAEKwargs.__annotations__, "return_dict", "use_cache"}
         if unknown := sorted(set(kwargs) - known):
             raise TypeError(f"{type(self).__name__}.forward() got an unexpected keyword argument '{unknown[0]}'")
@@ -191,12 +191,12 @@ class MAEModel(MAEPreTrainedModel):
             pixel_values: (B, C, H, W) normalised pixels.
             mask_ratio: fraction of patches to remove, in [0, 1).
             noise: (B, N) sort keys, e.g. from U[0, 1): the K patches with the smallest are kept. With `mask_cell`
-                above 1 the key of a cell's first patch counts.
+                above 1, a cell takes the key of its first patch.
             mask: (B, N) the caller's own choice, 1 = removed, 0 = kept; all rows keep the same number.
-            generator: draws the noise.
-            bool_masked_pos: another name for `mask`, as transformers' masked-image scripts call it.
-            interpolate_pos_encoding: accept images of another size than `config.image_size`.
-            chosen: the patches to encode, as `choose_patches` returns them; none of the arguments above applies then.
+            generator: random generator that draws the noise.
+            bool_masked_pos: another name for `mask`, used by transformers' masked-image scripts.
+            interpolate_pos_encoding: accept images whose size differs from `config.image_size`.
+            chosen: the patches to encode, as `choose_patches` returns them, instead of the masking arguments.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Raises:
@@ -231,7 +231,7 @@ class MAEModel(MAEPreTrainedModel):
 class MAEForPreTraining(MAEPreTrainedModel):
     """Encoder and decoder (`config.decoder_attention`): predicts the pixels of removed patches."""
 
-    # The loss is a mean over the batch, whatever a Trainer passes: accumulated steps weigh alike.
+    # The loss is always a mean over the batch, so a Trainer must average accumulated steps.
     accepts_loss_kwargs = False
 
     def __init__(self, config: MAEConfig):
@@ -257,18 +257,19 @@ class MAEForPreTraining(MAEPreTrainedModel):
 
         Args:
             pixel_values: (B, C, H, W) normalised pixels.
-            mask_ratio: `config.mask_ratio` when omitted. This and the other arguments are those of `MAEModel`.
-            noise: drawn when omitted; in evaluation by `config.eval_mask_seed`, the same numbers for each batch.
-            mask: all that it removes is predicted, whatever `config.prediction_ratio` says.
-            generator: draws the noise.
+            mask_ratio: fraction of patches to remove, in [0, 1); `config.mask_ratio` when omitted.
+            noise: (B, N) sort keys, drawn at random when omitted. Evaluation draws them by `config.eval_mask_seed`, the
+                same for each batch.
+            mask: (B, N) 1 = removed, 0 = kept; all removed patches are predicted, ignoring `config.prediction_ratio`.
+            generator: random generator that draws the noise.
             bool_masked_pos: another name for `mask`.
-            interpolate_pos_encoding: as for `MAEModel`.
-            return_loss: compute the loss. A stock Trainer evaluates without labels only where it finds this name.
+            interpolate_pos_encoding: accept images whose size differs from `config.image_size`.
+            return_loss: compute the loss. A stock Trainer evaluates without labels only if `forward` has this argument.
             **kwargs: as for `MAEModel`; hidden states and attentions are the encoder's.
 
         Raises:
-            ValueError: as `MAEModel`, and if no patch is removed.
-            TypeError: as `MAEModel`.
+            ValueError: as for `MAEModel`, and if no patch is removed.
+            TypeError: as for `MAEModel`.
         """
         grid_size = self.config.patch_grid(pixel_values.shape, interpolate_pos_encoding)
         mask = one_mask(mask, bool_masked_pos)
@@ -277,7 +278,7 @@ class MAEForPreTraining(MAEPreTrainedModel):
             if noise is None and generator is None and not self.training:
                 noise = eval_noise(self.config, pixel_values, grid_size)
         chosen = choose_patches(self.config, pixel_values, grid_size, mask_ratio, noise, mask, generator)
-        # return_dict also where the config says False
+        # return_dict=True even if the config says False
         encoded = self.mae(pixel_values, chosen=chosen, return_dict=True, **kwargs)
         ids = self.predicted_patches(chosen, partly=self.training and mask is None)
         logits = self.decode(encoded, chosen, ids)
@@ -292,21 +293,21 @@ class MAEForPreTraining(MAEPreTrainedModel):
         )
 
     def decode(self, encoded: MAEModelOutput, chosen: ChosenPatches, ids: torch.Tensor) -> torch.Tensor:
-        """(B, N, V) predicted patches in image order: all, or those of `ids` (B, M) by the "cross" decoder."""
+        """(B, N, V) predicted patches in image order: all of them, or with the "cross" decoder only `ids` (B, M)."""
         if self.config.decoder_attention == "cross":
             return self.decoder(encoded.features or encoded.last_hidden_state, ids, chosen.grid_size)
         return self.decoder(encoded.last_hidden_state, chosen.ids_restore, chosen.grid_size)
 
     def patch_target(self, pixel_values: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
-        """What `logits` should be, (B, N, V) float32, or (B, M, V) of `ids` alone; normalised with `norm_pix_loss`."""
+        """The true patches (B, N, V) float32, or (B, M, V) for `ids`; normalised if `config.norm_pix_loss`."""
         target = patchify(pixel_values.float(), self.config.patch_height_width, ids)
         return normalize_patches(target) if self.config.norm_pix_loss else target
 
     def predicted_patches(self, chosen: ChosenPatches, partly: bool = False) -> torch.Tensor:
-        """(B, M) which patches the loss is about: all that were removed.
+        """(B, M) indices of the patches that the loss covers: all removed ones.
 
-        With `partly`, as many of them as `config.prediction_ratio` says: those that would have been kept next, so that
-        the noise that draws a mask draws them too.
+        With `partly`, only the fraction `config.prediction_ratio` of all patches: the removed ones with the smallest
+        noise, so that the noise of a mask selects them too.
         """
         assert chosen.ids_shuffle is not None
         kept, end = chosen.ids_keep.shape[1], chosen.ids_shuffle.shape[1]
@@ -317,7 +318,7 @@ class MAEForPreTraining(MAEPreTrainedModel):
     def reconstruction_loss(self, pixel_values: torch.Tensor, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Mean squared error over the pixels of the patches `ids` (B, M), in float32 (Sec. 3).
 
-        Other patches are left out before anything is computed: they cost nothing and get no gradient.
+        Other patches are dropped before anything is computed, so they cost nothing and get no gradient.
         """
         if ids.shape[1] == 0:
             raise ValueError("mask_ratio 0 removes no patch, so there is nothing to predict; use e.g. 0.75")
@@ -325,25 +326,25 @@ class MAEForPreTraining(MAEPreTrainedModel):
 
 
 def mae_vit_tiny(**config_overrides: Any) -> MAEForPreTraining:
-    """MAE with a ViT-Ti encoder, random weights; keys of `MAEConfig` override the table of sizes."""
+    """MAE with a ViT-Ti encoder and random weights; `config_overrides` are keys of `MAEConfig`."""
     return MAEForPreTraining(MAEConfig(**{**SIZES["tiny"], **config_overrides}))
 
 
 def mae_vit_small(**config_overrides: Any) -> MAEForPreTraining:
-    """MAE with a ViT-S encoder, random weights; keys of `MAEConfig` override the table of sizes."""
+    """MAE with a ViT-S encoder and random weights; `config_overrides` are keys of `MAEConfig`."""
     return MAEForPreTraining(MAEConfig(**{**SIZES["small"], **config_overrides}))
 
 
 def mae_vit_base(**config_overrides: Any) -> MAEForPreTraining:
-    """MAE with a ViT-B encoder, random weights; keys of `MAEConfig` override the table of sizes."""
+    """MAE with a ViT-B encoder and random weights; `config_overrides` are keys of `MAEConfig`."""
     return MAEForPreTraining(MAEConfig(**{**SIZES["base"], **config_overrides}))
 
 
 def mae_vit_large(**config_overrides: Any) -> MAEForPreTraining:
-    """MAE with a ViT-L encoder, random weights; keys of `MAEConfig` override the table of sizes."""
+    """MAE with a ViT-L encoder and random weights; `config_overrides` are keys of `MAEConfig`."""
     return MAEForPreTraining(MAEConfig(**{**SIZES["large"], **config_overrides}))
 
 
 def mae_vit_huge(**config_overrides: Any) -> MAEForPreTraining:
-    """MAE with a ViT-H/14 encoder, random weights; keys of `MAEConfig` override the table of sizes."""
+    """MAE with a ViT-H/14 encoder and random weights; `config_overrides` are keys of `MAEConfig`."""
     return MAEForPreTraining(MAEConfig(**{**SIZES["huge"], **config_overrides}))

@@ -23,7 +23,7 @@ def loading(failure: str, remedy: str | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except UserError:
+    except (UserError, ModuleNotFoundError):  # the command line names the extra of a package
         raise
     except Exception as error:  # there is hardly a kind that transformers doesn't raise for a broken file
         why = f"{type(error).__name__}: {one_line(error)}"

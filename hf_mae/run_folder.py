@@ -53,7 +53,10 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_text(self.config_file, yaml.safe_dump({"recipe": recipe, "derived": derived}, sort_keys=False))
+            write_text(
+                self.config_file,
+                yaml.dump({"recipe": recipe, "derived": derived}, Dumper=_PlainDumper, sort_keys=False),
+            )
         except OSError as error:
             raise UserError(f"{self.path} can't be written ({error}); choose another --output_dir") from error
 
@@ -235,6 +238,13 @@ def _read_or(default: Any, path: Path, read: Callable[[Path], Any]) -> Any:
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         logger.warning("%s can't be read and is skipped: %s", path, " ".join(str(error).split())[:200])
         return default
+
+
+class _PlainDumper(yaml.SafeDumper):
+    """YAML without references, also where one list is the value of two keys."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 class _PlainLoader(yaml.SafeLoader):

@@ -1,4 +1,4 @@
-"""A drill to watch: a run that is killed, stopped, and has its newest checkpoint damaged ends as one left in peace.
+"""A drill to watch: a run that is killed, stopped and has a checkpoint damaged ends like an undisturbed run.
 
     python scripts/chaos_drill.py                  about two minutes on two cores
     python scripts/chaos_drill.py --processes 2    the same with two processes under torchrun
@@ -29,7 +29,7 @@ def say(text: str) -> None:
 
 
 def start(output_dir: Path, processes: int) -> subprocess.Popen:
-    """The command that a user types, in a session of its own so that all its processes can be killed at once."""
+    """Start the command that a user types, in a new session, so that all its processes can be killed at once."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes] if processes > 1 else []
     command = [sys.executable, *launcher, "-m", "hf_mae.cli", "pretrain", *RECIPE, "--output_dir", output_dir]
     with (output_dir.parent / f"{output_dir.name}.log").open("a") as log:
@@ -77,7 +77,7 @@ def damage(process: subprocess.Popen, output_dir: Path) -> None:
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)
-    say(f"one bit of {newest(output_dir).name}/model.safetensors flipped: the run has to go on from the one before")
+    say(f"one bit of {newest(output_dir).name}/model.safetensors flipped: the run has to resume from an older one")
 
 
 def sha256(path: Path) -> str:
@@ -86,8 +86,8 @@ def sha256(path: Path) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=None, help="of the moments; another drill each time when omitted")
+    parser.add_argument("--processes", type=int, default=1, help="number of training processes")
+    parser.add_argument("--seed", type=int, default=None, help="seed of the moments; each drill differs when omitted")
     options = parser.parse_args()
     moments = random.Random(options.seed)
     folder = Path(tempfile.mkdtemp(prefix="hf_mae_drill_"))
@@ -96,11 +96,11 @@ def main() -> int:
     peaceful = start(folder / "peaceful", options.processes)
     if peaceful.wait():
         sys.exit(f"the run failed; see {folder / 'peaceful.log'}")
-    say(f"left in peace: weights {sha256(folder / 'peaceful' / 'model.safetensors')[:16]}")
+    say(f"undisturbed:   weights {sha256(folder / 'peaceful' / 'model.safetensors')[:16]}")
 
     output_dir = folder / "harassed"
     misfortunes: list[Callable[[subprocess.Popen, Path], None]] = [kill, stop, damage, kill]
-    # Each in a quarter of its own, so that all have a checkpoint to go back to; any moment of a step will do.
+    # One in each quarter of the run, so that there is always a checkpoint to resume from.
     for quarter, misfortune in enumerate(misfortunes):
         process = start(output_dir, options.processes)
         step = quarter * 25 + moments.randrange(21 if quarter == 2 else 11, 25)
@@ -112,7 +112,7 @@ def main() -> int:
     say(f"harassed:      weights {sha256(output_dir / 'model.safetensors')[:16]}")
     for line in (folder / "harassed.log").read_text().splitlines():
         if "falling back" in line:
-            say(f"it said: {line[line.index(str(output_dir)) :]}")
+            say(f"the run reported: {line[line.index(str(output_dir)) :]}")
 
     same = sha256(output_dir / "model.safetensors") == sha256(folder / "peaceful" / "model.safetensors")
     say("the same weights, bit by bit" if same else f"THE WEIGHTS DIFFER; see {folder}")

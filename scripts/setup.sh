@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Make .venv and install the package in it, with what its tests need. Does nothing when that is up to date.
-# --lowest makes .venv-lowest instead: the oldest Python and the lowest versions that pyproject.toml allows.
+# Create .venv and install the package and its test dependencies in it. Does nothing if .venv is up to date.
+# --lowest creates .venv-lowest instead: the oldest Python and the lowest versions that pyproject.toml allows.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -32,7 +32,7 @@ pip=("$folder/bin/python" -m pip install --quiet --disable-pip-version-check)
 if [ "$folder" = .venv ]; then
     "${pip[@]}" --editable '.[dev]'
 else
-    # pip always takes the highest versions; uv can be asked for the lowest. --upgrade: also when a bound was lowered.
+    # pip always takes the highest versions; uv can take the lowest. --upgrade follows a bound that was lowered.
     "${pip[@]}" 'uv>=0.13'
     "$folder/bin/uv" pip install --quiet --python "$folder/bin/python" --upgrade --resolution lowest-direct --editable '.[dev]'
 fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pretraining on several nodes by Slurm, which goes on by itself after the time limit and after a preemption:
+# Pretraining on several nodes by Slurm. It resumes by itself after the time limit and after a preemption:
 #   sbatch scripts/slurm.sh --recipe vit_huge_in1k --dataset DATA --output_dir outputs/huge
 #SBATCH --job-name=hf_mae
 #SBATCH --nodes=4
@@ -11,13 +11,13 @@
 #SBATCH --signal=B:USR1@180
 set -uo pipefail
 
-# The first node is where the others find each other.
+# All nodes meet at the first one.
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "$SLURM_GPUS_ON_NODE" --max-restarts 3 \
     --rdzv_id "$SLURM_JOB_ID" --rdzv_backend c10d --rdzv_endpoint "$first:${PORT:-29500}" \
     -m hf_mae.cli pretrain --resume auto "$@" &
 
-# Three minutes before the limit: torchrun tells every rank to save the step that is under way, and the job queues again.
+# Three minutes before the limit: torchrun stops every rank, which saves its current step, and the job is queued again.
 told=""
 trap 'told=yes; kill -TERM $!' USR1 TERM
 wait $!

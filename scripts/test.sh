@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Set up, then check style, types and behaviour. --all also runs the slow tests; other words go to pytest.
-# --lowest, as the first word, runs the tests alone, in .venv-lowest: on the lowest versions that pyproject.toml allows.
+# Set up, then check style, types and behaviour. --all also runs the slow tests; other arguments go to pytest.
+# --lowest, as the first argument, only runs tests, in .venv-lowest: on the lowest versions that pyproject.toml allows.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 environment=.venv
@@ -16,7 +16,7 @@ if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [ "$(id 
     { apt-get -qq update && apt-get -qq install --yes chromium >/dev/null; } ||
         echo "test: chromium can't be installed; the tests in a browser are left out" >&2
 fi
-# Style and types are judged on the newest versions only.
+# Style and types are checked on the newest versions only.
 if [ "$environment" = .venv ]; then
     .venv/bin/ruff check .
     .venv/bin/ruff format --check .

@@ -1,8 +1,10 @@
 """The command line: what it answers, and the one line that names every mistake."""
 
 import json
+import os
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from tiny import TINY
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 import hf_mae
-from hf_mae.cli import COMMANDS
+from hf_mae.cli import COMMANDS, main
 from hf_mae.keys.run_keys import PretrainRecipe
 
 datasets = pytest.importorskip("datasets")
@@ -242,7 +244,7 @@ def test_what_was_mistyped_is_named_in_one_line(mistake, words):
 
 # Keys of a tiny run on digits -> words of the message.
 IMPOSSIBLE = {
-    "no steps": ({"total_steps": 0}, ["total_steps 0", "1 or more"]),
+    "no steps": ({"total_steps": 0}, ["total_steps 0", "in [1, 1000000000]"]),
     "no mask left": ({"mask_ratio": 1}, ["mask_ratio 1", "[0, 1)"]),
     "all but a patch masked": ({"mask_ratio": 0.99}, ["mask_ratio 0.99", "16 patches", "use 0.937 or less"]),
     "a mask that is a word": ({"mask_ratio": "most"}, ["mask_ratio", "most"]),
@@ -311,12 +313,12 @@ def test_data_without_images_is_named_with_what_would_be_images(mistake, tmp_pat
 
 def test_another_channel_count_than_the_datas_is_named_with_the_right_one(mistake, tmp_path):
     tiles(tmp_path / "tiles")
-    assert "13 channels, num_channels is 3; pass --num_channels 13" in mistake(
+    assert "13 channels, but num_channels is 3; pass --num_channels 13" in mistake(
         *arguments("out", dataset="tiles", num_channels=3)
     )
     assert "3 channels" in mistake("stats", "--dataset", "tiles", "--num_channels", 3)
     pictures(tmp_path / "pictures")
-    assert "3 channels, num_channels is 13; pass --num_channels 3" in mistake(
+    assert "3 channels, but num_channels is 13; pass --num_channels 3" in mistake(
         *arguments("out", dataset="pictures", num_channels=13)
     )
 
@@ -330,7 +332,7 @@ def test_an_output_folder_that_holds_another_run_is_left_as_it_is(mistake, tmp_p
     assert "--output_dir" in message
     assert tree("out") == before
     (tmp_path / "file").touch()
-    assert "file is no folder" in mistake(*arguments("file"))
+    assert "file is not a folder" in mistake(*arguments("file"))
 
 
 @pytest.mark.parametrize(
@@ -341,7 +343,7 @@ def test_a_run_does_not_go_on_with_another_recipe(mistake, key, value, old):
     run("out", total_steps=2, save_steps=1)
     before = tree("out")
     message = mistake(*arguments("out", **{"total_steps": 2, "save_steps": 1, key: value, "resume": "auto"}))
-    assert f"out/checkpoint-2 is of a run with {key} {old}, not {value}" in message
+    assert f"out/checkpoint-2 belongs to a run with {key} {old}, not {value}" in message
     assert tree("out") == before
 
 
@@ -352,7 +354,7 @@ def test_a_run_goes_on_with_keys_that_only_say_how_it_is_computed_and_shown(caps
         eval_steps=1, keep_checkpoints=3, mixed_precision="bf16", attn_implementation="eager", max_bad_fraction=0.5,
         gradient_checkpointing=True,
     )  # fmt: skip
-    assert "going on from out/checkpoint-2" in capsys.readouterr().out
+    assert "continuing from out/checkpoint-2" in capsys.readouterr().out
 
 
 def test_a_run_does_not_go_on_with_other_data(mistake, tmp_path):
@@ -374,7 +376,7 @@ def test_a_run_goes_on_with_changed_data_where_the_user_says_so(tmp_path, caplog
     shutil.rmtree("out/checkpoint-4")
     Image.new("RGB", (12, 12)).save("data/one more.png")
     run("out", resume="auto", allow_data_change=True, **options)
-    assert "going on with it, the order of samples is another from here on" in caplog.text
+    assert "continuing with it, in a different order of samples from here on" in caplog.text
     assert [event["step"] for event in events("out") if "loss" in event] == [1, 2, 3, 4]
 
 
@@ -523,3 +525,46 @@ def test_the_commands_of_the_readme_for_a_first_run_work(tmp_path):
     subprocess.run([sys.executable, "-c", load], env=environment(), check=True)
     assert (REPOSITORY / "hf_mae" / "recipes" / "quickstart.yaml").is_file()
     assert TINY_RUN["dataset"] == "digits"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("finetune --model a --seed 4294967296", "seed 4294967296 is out of range"),
+        ("finetune --model a --eval_crop_pct 1e-300", "eval_crop_pct 1e-300 is out of range"),
+        ("evaluate linear-probe --model a --dataset d --seed 4294967296", "seed 4294967296 is out of range"),
+        ("evaluate linear-probe --model a --dataset d --epochs nan", "epochs nan is out of range"),
+        ("evaluate linear-probe --model a --dataset d --epochs 1e300", "epochs 1e+300 is out of range"),
+        ("evaluate linear-probe --model a --dataset d --min_lr nan", "min_lr nan is out of range"),
+        ("evaluate knn --model a --dataset d --temperature nan", "temperature nan is out of range"),
+        ("evaluate knn --model a --dataset d --temperature inf", "temperature inf is out of range"),
+        ("evaluate knn --model a --dataset d --k 5 0", "k [5, 0] is too small"),
+        ("reconstruct a.png --model a --cell 99999999", "cell 99999999 is out of range; give a number in [16, 2048]"),
+        ("reconstruct a.png --model a --seed 4294967296", "seed 4294967296 is out of range"),
+        ("convert a b --image_size 0", "image_size 0 is too small; give 1 or more"),
+        ("convert a b --image_size 0x8", "image_size [0, 8] is too small"),
+        ("convert a b --num_channels 0", "num_channels 0 is too small"),
+        ("convert a b --num_attention_heads 0", "num_attention_heads 0 is too small"),
+        ("stats --dataset d --max_samples 0", "max_samples 0 is too small"),
+        ("demo --model a --port 99999", "port 99999 is out of range"),
+        ("card a ''", "--output '' is not a single word"),
+        ("card a /", "output / is not the name of a card; give it the ending .md"),
+        ("report a --output ''", "--output '' is not a single word"),
+    ],
+)
+def test_a_value_that_no_command_can_use_is_one_line(words, message, capsys):
+    assert main(shlex.split(words)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+
+
+@pytest.mark.parametrize("words", [["--help"], ["evaluate", "--help"], ["pretrain", "--help"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_stops_early_is_no_error(words, unbuffered):
+    read, write = os.pipe()
+    os.close(read)
+    command, env = [sys.executable, "-m", "hf_mae.cli", *words], environment(PYTHONUNBUFFERED=unbuffered)
+    process = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, env=env)
+    os.close(write)
+    assert (process.returncode, process.stderr) == (0, "")

@@ -100,6 +100,13 @@ def test_the_backbones_stages_are_the_stem_and_one_for_each_layer():
             r"hidden_size 30 .*num_attention_heads 3, and of 4 for the sin-cos positions; change one",
         ),
         ({"num_attention_heads": 0}, r"hidden_size 48 .*num_attention_heads 0"),
+        ({"hidden_size": 0}, r"hidden_size 0 is not positive; give 1 or more"),
+        ({"num_hidden_layers": 0}, r"num_hidden_layers 0 is not positive"),
+        ({"decoder_intermediate_size": -4}, r"decoder_intermediate_size -4 is not positive"),
+        ({"layer_norm_eps": float("nan")}, r"layer_norm_eps nan lies outside .*give e.g. 1e-06"),
+        ({"head_initializer_range": -1.0}, r"head_initializer_range -1.0 lies outside"),
+        ({"eval_mask_seed": 2**32}, r"eval_mask_seed 4294967296 lies outside"),
+        ({"pyramid_scales": [float("nan")]}, r"pyramid_scales \[nan\] are not all powers of two"),
         (
             {"decoder_hidden_size": 36, "decoder_num_attention_heads": 8},
             r"decoder_hidden_size 36 .*decoder_num_attention_heads 8.*change one of the two",

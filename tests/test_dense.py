@@ -83,7 +83,7 @@ def test_the_levels_are_what_figure_2_of_vitdet_says(out_indices):
         ({"pyramid_scales": [0, 1]}, r"pyramid_scales \[0, 1\] are not all powers of two"),
         (
             {"pyramid_scales": SCALES, "out_indices": [2, 4]},
-            r"\[4, 2, 1, 0.5\] don't go with the 2 maps of out_indices \[2, 4\]; give as many, or one",
+            r"\[4, 2, 1, 0.5\] don't match the 2 maps of out_indices \[2, 4\]; give one index per scale",
         ),
         ({"pyramid_scales": [1], "reshape_hidden_states": False}, r"reshape_hidden_states False gives tokens; leave"),
     ],

@@ -10,11 +10,14 @@ from memory_source import MemorySource, random_image
 from timm.data import create_transform
 
 from hf_mae import FinetuneRecipe, MAEConfig, MAEImageProcessor, MAEImageProcessorPil, PretrainRecipe
+from hf_mae.conversion import convert
 from hf_mae.conversion.processors import evaluation_processor
 from hf_mae.data.labelled import LabelledImages
 from hf_mae.data.loader import EvaluationSet
 from hf_mae.data.order import Rows
 from hf_mae.data.transform import ImageSpec, evaluation_spec, make_normalizer
+from hf_mae.errors import UserError
+from hf_mae.keys.publishing_keys import ConvertRecipe
 from hf_mae.training import finetune_setup
 from hf_mae.training.build import PretrainData, build_processor, make_spec
 from hf_mae.visualize import command
@@ -99,6 +102,58 @@ def test_reconstruction_at_another_size_crops_as_a_model_of_that_size(crop_pct, 
         assert (spec.size, spec.eval_resize) == (size, expected_resize(size, crop_pct))
 
 
+@pytest.mark.parametrize("own", [(8, 8), (32, 32), (224, 224), (208, 320)], ids=str)
+@pytest.mark.parametrize("crop_pct", ["0.875", "1", "0.9", "0.95", "0.77", "0.6"])
+def test_reconstruction_and_conversion_at_another_size_keep_the_crops_share(own, crop_pct, reconstructed):
+    def moved(size, source):
+        config = config_of(own)
+        model = SimpleNamespace(config=config, resize_input=lambda to, _: setattr(config, "image_size", [*size]))
+        source = SimpleNamespace(model=model, processor=source)
+        convert._adapt(source, ConvertRecipe(model="a", output_dir="b", image_size=[*size]))
+        assert evaluation_spec(config, source.processor).size == size
+        return resize_of(source.processor)
+
+    for size in SIZES[::7]:
+        stored = [evaluation_processor(config_of(own), float(crop_pct)) for _ in range(2)]
+        resizes = {moved(size, stored[0]), reconstructed(stored[1], own, size).spec.eval_resize}
+        assert len(resizes) == 1, size
+        if max(own) > 200 or crop_pct == "0.875":  # of 8 pixels, 0.9 and 0.95 leave no trace
+            assert resizes == {expected_resize(size, crop_pct)}, size
+
+
+def test_a_224_model_moved_to_448_is_cropped_out_of_512(reconstructed):
+    for stored in ({"shortest_edge": 256}, {"height": 256, "width": 256}):
+        processor = MAEImageProcessor(size=stored, crop_size={"height": 224, "width": 224})
+        assert reconstructed(processor, (224, 224), (448, 448)).spec.eval_resize == 512
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"resample": 2}, {"resample": 1}, {"do_normalize": False}, {"rescale_factor": 1 / 127.5},
+        {"rescale_factor": 0.00392157}, {"do_rescale": False, "resample": 0}, {"image_mean": 0.5, "image_std": 0.25},
+        {"do_center_crop": False, "size": {"height": 32, "width": 32}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_evaluation_sees_the_pixels_of_the_image_processor_whatever_its_settings(settings, reconstructed):
+    sizes = {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}
+    processor, pil = (kind(**{**sizes, **settings}) for kind in (MAEImageProcessor, MAEImageProcessorPil))
+    images = ROWS.source.shards[0]
+    expected = torch.cat([pil(image, return_tensors="pt").pixel_values for image in images])
+    spec = evaluation_spec(config_of((32, 32)), processor)
+    (batch,) = EvaluationSet(ROWS, spec, len(ROWS))
+    found = make_normalizer(processor)(batch.images)
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-6)
+    assert torch.equal(reconstructed(processor, (32, 32)).pixel_values(images).cpu(), found)
+
+
+@pytest.mark.parametrize("settings", [{"do_resize": False}, {"do_center_crop": False}, {}], ids=str)
+def test_a_processor_that_gives_other_sizes_than_the_models_is_refused_in_one_line(settings):
+    with pytest.raises(UserError, match=r"gives images of .*, not of the model's \(32, 32\)$"):
+        evaluation_spec(config_of((32, 32)), MAEImageProcessor(**settings))
+
+
 def test_the_resize_is_timms():
     for side in range(8, 513, 7):
         resize = create_transform((3, side, side), is_training=False, crop_pct=0.875).transforms[0]
@@ -119,7 +174,7 @@ def test_every_command_sees_the_same_pixels(size, reconstructed):
     config = config_of(size)
     processor, spec = pretraining(config, 0.875)
     (batch,) = EvaluationSet(ROWS, spec, len(ROWS))
-    pixel_values = make_normalizer(processor, spec.dtype)(batch.images)  # of pretraining, and of evaluation
+    pixel_values = make_normalizer(processor)(batch.images)  # of pretraining, and of evaluation
     of_finetuning, view = finetuning(config, 0.875)
     labelled = LabelledImages(ROWS, torch.arange(len(ROWS)), view, of_finetuning)
     assert torch.equal(torch.stack([labelled[i]["pixel_values"] for i in range(len(ROWS))]), pixel_values)

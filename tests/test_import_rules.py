@@ -1,5 +1,6 @@
 """The import rules of pyproject.toml: kept by the package, and able to fail."""
 
+import ast
 import shutil
 import subprocess
 import sys
@@ -48,3 +49,30 @@ def test_a_wrong_import_is_found(copy, file, line, broken):
     result = lint_imports(copy)
     assert result.returncode == 1
     assert broken in " ".join(result.stdout.split())
+
+
+def unseen_imports(source: str) -> list[str]:
+    """Imports of this package's files in another form than `from .name import x`, the one that transformers follows."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        names = [name.name for name in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            flat = node.level == 1 and node.module is not None and "." not in node.module
+            names = [] if flat else [node.module or "."] if node.level == 0 else ["hf_mae"]
+        found += [ast.unparse(node) for name in names if name.split(".")[0] == "hf_mae"]
+    return found
+
+
+def test_hub_files_import_each_other_in_the_form_that_transformers_follows():
+    files = sorted((REPOSITORY / "hf_mae").glob("*_mae.py"))
+    assert len(files) > 10
+    assert {file.name: bad for file in files if (bad := unseen_imports(file.read_text()))} == {}
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["from . import configuration_mae", "from .data.stats import x", "from ..a import b", "import hf_mae.errors",
+     "from hf_mae.errors import UserError", "def f():\n    from . import layers_mae as layers"],
+)  # fmt: skip
+def test_an_import_that_transformers_does_not_follow_is_found(line):
+    assert len(unseen_imports(f"import torch\nfrom .layers_mae import MAELayer\n{line}")) == 1

@@ -542,35 +542,41 @@ REFUSALS = {
     ),
     "noise of another shape": (
         (PRE, {}, {"noise": torch.zeros(2, 15)}),
-        r"noise has shape \(2, 15\), the images \(2, 16\) .*pass one number per patch",
+        r"noise has shape \(2, 15\), but must be \(2, 16\) .*pass one number per patch",
     ),
     "mask of another shape": (
         (PRE, {}, {"mask": torch.zeros(16)}),
-        r"mask has shape \(16,\), the images \(2, 16\) .*pass one number per patch",
+        r"mask has shape \(16,\), but must be \(2, 16\) .*pass one number per patch",
     ),
     "mask and noise": (
         (PRE, {}, {"mask": own_mask(), "noise": draw_noise()}),
-        r"mask came with mask_ratio, noise or generator, which it makes void; pass one or the other",
+        r"mask can't be combined with mask_ratio, noise or generator; pass one or the other",
     ),
-    "mask and ratio": ((MAEModel, {}, {"mask": own_mask(), "mask_ratio": 0.5}), r"mask came with mask_ratio"),
-    "mask and generator": ((PRE, {}, {"mask": own_mask(), "generator": seeded()}), r"mask came with .*generator"),
+    "mask and ratio": (
+        (MAEModel, {}, {"mask": own_mask(), "mask_ratio": 0.5}),
+        r"mask can't be combined with mask_ratio",
+    ),
+    "mask and generator": (
+        (PRE, {}, {"mask": own_mask(), "generator": seeded()}),
+        r"mask can't be combined with .*generator",
+    ),
     "mask and chosen patches": (
         (MAEModel, {}, {"mask": own_mask(), "chosen": choose_patches(tiny_config(), pixels(), (4, 4), 0.5)}),
         r"chosen can't be combined with mask_ratio, noise, mask, bool_masked_pos or generator",
     ),
     "two masks": (
         (PRE, {}, {"mask": own_mask(), "bool_masked_pos": own_mask()}),
-        r"mask and bool_masked_pos are two names of one thing, and both came; pass one of them",
+        r"mask and bool_masked_pos are two names for one argument, and both were passed; pass one",
     ),
     "two masks of the encoder": (
         (MAEModel, {}, {"mask": own_mask(), "bool_masked_pos": own_mask()}),
-        r"mask and bool_masked_pos are two names of one thing",
+        r"mask and bool_masked_pos are two names for one argument",
     ),
     "mask of different counts": (
         (PRE, {}, {"mask": torch.cat([own_mask(1, 4), own_mask(1, 7)])}),
         r"mask keeps 4 patches in one row and 7 in another; keep the same number in each",
     ),
-    "mask of all": ((PRE, {}, {"mask": torch.ones(2, 16)}), r"keeps 0 of 16 patches; 0 means kept: leave at least one"),
+    "mask of all": ((PRE, {}, {"mask": torch.ones(2, 16)}), r"keeps 0 of 16 patches; set at least one entry to 0"),
     "mask of nothing": ((PRE, {}, {"mask": torch.zeros(2, 16)}), r"removes no patch, .*nothing to predict; use e.g."),
     "ratio 0": ((PRE, {}, {"mask_ratio": 0}), r"mask_ratio 0 removes no patch, .*use e.g. 0.75"),
     "ratio 1": ((MAEModel, {}, {"mask_ratio": 1.0}), r"mask_ratio 1.0 lies outside \[0, 1\); the paper uses 0.75"),
@@ -650,7 +656,11 @@ def test_multi_label_and_regression_have_their_losses():
         (None, torch.tensor([[1, 0, 0], [0, 0, 1]]), r"type torch.int64 are neither class indices"),
         (None, torch.tensor([0.0, 2.0]), r'shape \(2,\) and type torch.float32 .*"regression"'),
         (None, torch.full((2, 2), 0.5), r"shape \(2, 2\) .* rows of 3 that sum to 1; .*problem_type"),
-        ("multi_label_classification", torch.tensor([0, 1]), r"shape \(2,\) don't fit \(2, 3\) .*row of 3 an image"),
+        (
+            "multi_label_classification",
+            torch.tensor([0, 1]),
+            r"shape \(2,\) don't fit \(2, 3\) .*give 3 values per image",
+        ),
         ("regression", torch.zeros(2), r"shape \(2,\) don't fit \(2, 3\) .*change num_labels"),
         ("regression", torch.zeros(3, 2), r"shape \(3, 2\) don't fit \(2, 3\)"),
     ],

@@ -11,6 +11,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+from pages import blocks
 from runs import REPOSITORY
 
 import hf_mae
@@ -67,9 +68,9 @@ NOT_PUBLIC = {
 }  # fmt: skip
 
 
-def test_the_readme_and_the_scripts_use_public_names_only():
+def test_the_documentation_and_the_scripts_use_public_names_only():
     texts = [path.read_text() for path in (REPOSITORY / "scripts").rglob("*.py")]
-    texts += re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    texts += [code for _, code in blocks("python")]
     names = set().union(*map(imported_names, texts))
     assert names - NOT_PUBLIC == {f"hf_mae.{name}" for name in hf_mae.__all__} & names
     assert len(names) > 20

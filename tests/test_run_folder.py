@@ -425,3 +425,10 @@ def test_a_resumed_run_survives_everything_at_once_and_ends_as_the_whole_one(who
     assert [step for step, _ in folder.pictures()] == [0, 6, 12]
     assert folder.animation_file.is_file()
     assert folder.bad_samples() == []
+
+
+def test_one_list_under_two_keys_is_written_and_read_without_references(tmp_path):
+    sides = [208, 320]
+    RunFolder(tmp_path).write_config({"image_size": sides}, {"size": sides})
+    assert "&" not in RunFolder(tmp_path).config_file.read_text()
+    assert RunFolder(tmp_path).config() == ({"image_size": sides}, {"size": sides})

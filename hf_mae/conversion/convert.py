@@ -10,13 +10,14 @@ from typing import Any
 
 from transformers import __version__ as transformers_version
 
+from ..data.transform import move_crop
 from ..errors import UserError
 from ..files import check_free, new_folder, write_json
 from ..keys import height_width
 from ..keys.publishing_keys import ConvertRecipe
 from ..run_folder import RunFolder
 from .compare import compare_runs, run_ours
-from .processors import SETTINGS, adapt_channels, evaluation_processor
+from .processors import adapt_channels
 from .read import NON_COMMERCIAL, Source, open_source
 from .write import WRITERS, describe_use, part_for
 
@@ -54,14 +55,13 @@ def _adapt(source: Source, recipe: ConvertRecipe) -> list[str]:
     """Another image size or channel count, in place; what was done, in words."""
     config, changes = source.model.config, []
     old, channels = config.image_height_width, config.num_channels
-    height, width = height_width(recipe.image_size or config.image_size)
+    height, width = height_width(config.image_size if recipe.image_size is None else recipe.image_size)
     try:
         source.model.resize_input(height if height == width else [height, width], recipe.num_channels)
     except ValueError as error:
         raise UserError(str(error)) from error
     if (height, width) != old:
-        settings = {key: getattr(source.processor, key) for key in SETTINGS}
-        source.processor = evaluation_processor(config, **settings)
+        move_crop(source.processor, (height, width))
         changes.append(f"image_size {old[0]}x{old[1]} -> {height}x{width}, positions: {config.position_resize}")
     if config.num_channels != channels:
         adapt_channels(source.processor, config.num_channels)

@@ -7,13 +7,14 @@ from transformers import ViTImageProcessor
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..configuration_mae import MAEConfig
-from ..data.transform import crop_settings, default_crop_pct
+from ..data.transform import crop_settings, default_crop_pct, stored_crop_pct
 from ..files import read_json
 from ..image_processing_mae import MAEImageProcessor
 
 # What ours, and ViTImageProcessor, may say besides sizes.
 SETTINGS = ("do_resize", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "resample")
-INTERPOLATION = {"bilinear": 2, "bicubic": 3}  # PIL.Image.Resampling
+# timm's names of PIL.Image.Resampling
+INTERPOLATION = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 
 
 def evaluation_processor(config: MAEConfig, crop_pct: float | None = None, **settings: Any) -> MAEImageProcessor:
@@ -69,12 +70,10 @@ def read_timm_processor(pretrained: dict[str, Any], config: MAEConfig) -> MAEIma
 
 def timm_settings(processor: MAEImageProcessor, config: MAEConfig) -> dict[str, Any]:
     """What timm's `pretrained_cfg` says of images."""
-    size = dict(processor.size)
-    edge = size.get("shortest_edge") or size["height"]
     names = {number: name for name, number in INTERPOLATION.items()}
     return {
         "input_size": [config.num_channels, *config.image_height_width],
-        "crop_pct": config.image_height_width[0] / edge,
+        "crop_pct": stored_crop_pct(processor),
         "interpolation": names.get(int(processor.resample), "bicubic"),
         "mean": list(processor.image_mean),
         "std": list(processor.image_std),

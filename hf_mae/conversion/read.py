@@ -76,13 +76,14 @@ def _read_folder(folder: Path, source: str, numbers: Numbers) -> Source:
             raise UserError(f"{source} records its own {key}; leave --{key} out")
     try:
         config = read_json(folder / "config.json")
-    except (OSError, ValueError) as error:
+        kind = "timm" if "architecture" in config else config.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:  # the last: it is no table
         raise UserError(f"{source} has no config.json that can be read; name a model") from error
-    kind = "timm" if "architecture" in config else config.get("model_type")
     readers = {"mae": _read_ours, "vit_mae": _read_transformers, "vit": _read_transformers, "timm": _read_timm}
     if kind not in readers:
         raise UserError(f"{source} is a model of type {kind}; there are {', '.join(readers)}, and .pth files")
-    result = readers[kind](folder, config)
+    with loading(f"{source} can't be read"):
+        result = readers[kind](folder, config)
     if any(_FACEBOOKS.search(str(name)) for name in (source, config.get("_name_or_path"))):
         result.licence = NON_COMMERCIAL
     return result

@@ -58,7 +58,7 @@ class LabelledImages(Dataset):
         self.bad_file = bad_file
         self.length = len(rows) // multiple * multiple or len(rows)
         self.set_epoch(0)
-        self.normalize = make_normalizer(processor, spec.dtype)
+        self.normalize = make_normalizer(processor)
 
     def __len__(self) -> int:
         return self.length
@@ -79,7 +79,7 @@ class LabelledImages(Dataset):
         row = self.rows.read_one(index)
         if self.seed is None:
             image = decode_image(row.image, self.spec.num_channels, self.spec.dtype)
-            pixels = evaluation_view(image, self.spec.eval_resize, self.spec.size)
+            pixels = evaluation_view(image, self.spec.eval_resize, self.spec.size, self.spec.resample)
             return {"pixel_values": self.normalize(torch.from_numpy(pixels)), "labels": self.targets[index]}
         rng = sample_rng(self.seed, self.epoch, row.shard, row.row)
         image, index = self._decode_or_replace(row, index, rng)

@@ -164,7 +164,8 @@ class EvaluationSet(IterableDataset):
                     bad.append((row.key, error.reason))
                     continue
                 noise = sample_rng(self.mask_seed, 0, row.shard, row.row).random(self.spec.num_patches, np.float32)
-                samples.append((evaluation_view(image, self.spec.eval_resize, self.spec.size), noise, row))
+                view = evaluation_view(image, self.spec.eval_resize, self.spec.size, self.spec.resample)
+                samples.append((view, noise, row))
             yield _collate(self.spec, samples, {}, bad)
 
 

@@ -65,6 +65,10 @@ class Place:
         first_files = [files[0] for files in self.splits.values() if files]
         return self.revision is not None or any(is_remote(place) for place in (self.root, *first_files))
 
+    def urls(self, split: str) -> list[str]:
+        """Paths or URLs of a split's files."""
+        return [f"{self.root}/{name}" if self.kind == "imagefolder" else name for name in self.splits[split]]
+
 
 def locate(keys: SourceKeys) -> Place:
     """Find a data set: the built-in one, or what is at a URL, at a local path, or on the Hub, in this order.

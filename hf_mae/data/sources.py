@@ -152,7 +152,7 @@ def _open_images(place: Place, split: str) -> Source:
         raise DataError(f"{message}; leave out --label_column")
     names, files = place.splits[split], {}
     if place.revision is None:
-        sizes = _sizes([f"{place.root}/{name}" for name in names])
+        sizes = _sizes(place.urls(split))
         sized = [(name, size) for name, size in zip(names, sizes, strict=True) if size is not None]
         if len(sized) < len(names):
             logger.warning("%s: %d links lead nowhere and are left out", place.name, len(names) - len(sized))
@@ -208,7 +208,7 @@ def _open_saved(place: Place, split: str) -> Source:
 def _open_mapped(place: Place, split: str) -> Source:
     builder = place.builder
     if builder is None:
-        data_files = {split: [glob.escape(file) for file in place.splits[split]]}
+        data_files = {split: [glob.escape(file) for file in place.urls(split)]}
         builder = load_builder(place.name, place.kind, data_files=data_files)
     if place.kind == "imagefolder" and any(file.endswith(".zip") for file in place.splits[split]):
         # `datasets` 5.2 takes the archive's own folder for the class of each of its files, and then refuses it.
@@ -239,9 +239,7 @@ def _fingerprint(place: Place, source: Source, files: Any = None) -> dict[str, A
     if place.revision is not None:
         return facts | {"revision": place.revision}
     if files is None:
-        urls = place.splits[source.split]
-        if place.kind == "imagefolder":
-            urls = [f"{place.root}/{name}" for name in urls]
+        urls = place.urls(source.split)
         files = [[name, size or 0] for name, size in zip(short_names(urls), _sizes(urls), strict=True)]
     return facts | {"files": files}
 

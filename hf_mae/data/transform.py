@@ -1,6 +1,7 @@
 """Image -> the model's pixels, step by step: the crop rule, resize and crop, pixel type, normalisation.
 
     crop_settings, rescale_settings    what an image processor stores of a model's images
+    move_crop                          the same crop at another size of the model
     evaluation_spec                    the same, read back for a batch; ImageSpec
     evaluation_view                    one image, resized and cropped, in the source's pixel type
     make_normalizer                    batches -> pixel_values, on the device
@@ -21,7 +22,8 @@ from PIL import Image
 from transformers.image_utils import SizeDict
 
 from ..configuration_mae import MAEConfig
-from ..image_processing_base_mae import center_spans, resize_bands
+from ..errors import UserError
+from ..image_processing_base_mae import center_spans, per_channel, resize_bands
 from ..image_processing_mae import MAEImageProcessor
 
 BICUBIC = Image.Resampling.BICUBIC
@@ -57,11 +59,27 @@ def crop_settings(size: tuple[int, int], crop_pct: float) -> dict[str, Any]:
 
 
 def stored_crop_pct(processor: MAEImageProcessor) -> float:
-    """The crop's share of the resized side, by the sizes that a processor has."""
-    crop, resize = dict(processor.crop_size), dict(processor.size)
-    if "shortest_edge" in resize:
-        return min(crop["height"], crop["width"]) / resize["shortest_edge"]
-    return crop["height"] / resize["height"]
+    """The crop's share of the resized side: a usual or else the shortest one that gives the sizes a processor has."""
+    size: Any = processor.size
+    crop = _crop(processor)
+    resize = size.shortest_edge or (size.height, size.width)
+    sides = (min(crop), resize) if isinstance(resize, int) else (crop[0], resize[0])
+    # Sizes are rounded down: 8 of 9 pixels are 0.875, not 8/9, and 0.77 of 290 are not 224.
+    shares = [1.0, 0.875, 0.9, 0.95, *(10**digits * sides[0] // sides[1] / 10**digits for digits in range(2, 7))]
+    return next((share for share in shares if resize_before_crop(crop, share) == resize), sides[0] / sides[1])
+
+
+def _crop(processor: MAEImageProcessor) -> tuple[int, int]:
+    size: Any = processor.crop_size
+    return size.height, size.width
+
+
+def move_crop(processor: MAEImageProcessor, size: tuple[int, int]) -> None:
+    """Crop to another (height, width), in place: the same share of the resized side. Its own size changes nothing."""
+    if size != _crop(processor):
+        for name, sides in crop_settings(size, stored_crop_pct(processor)).items():
+            setattr(processor, name, SizeDict(**sides))
+        processor.do_resize = processor.do_center_crop = True
 
 
 def rescale_settings(dtype: str) -> dict[str, Any]:
@@ -71,9 +89,19 @@ def rescale_settings(dtype: str) -> dict[str, Any]:
 
 def pixel_dtype(processor: MAEImageProcessor) -> str:
     """The type of the images that a processor was made for: "uint8", "uint16" or "float32"."""
-    if not processor.do_rescale:
-        return "float32"
-    return next((dtype for dtype, factor in RESCALE_FACTORS.items() if factor == processor.rescale_factor), "float32")
+    factor = processor.rescale_factor if processor.do_rescale else 1.0
+    if math.isclose(factor, RESCALE_FACTORS["uint16"], rel_tol=1e-3):
+        return "uint16"
+    return "uint8" if 1 / 256 < factor < 1 else "float32"  # 1/127.5 is for 8 bits too
+
+
+def normalization(processor: MAEImageProcessor) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel, for rescaled pixels; 0 and 1 if a processor doesn't normalise."""
+    channels: int = processor.num_channels
+    if not processor.do_normalize:
+        return [0.0] * channels, [1.0] * channels
+    values: Any = processor.image_mean, processor.image_std
+    return list(per_channel("image_mean", values[0], channels)), list(per_channel("image_std", values[1], channels))
 
 
 @dataclass(frozen=True)
@@ -88,7 +116,7 @@ class ImageSpec:
         crop_scale: smallest and largest fraction of the area that a training crop keeps.
         flip: mirror half of the training crops.
         masks: of each training image.
-        eval_resize: for the evaluation view, see `evaluation_view`.
+        eval_resize, resample: for the evaluation view, see `evaluation_view`.
         one_draw: how a training crop is drawn, see `random_resized_crop_box`.
     """
 
@@ -100,6 +128,7 @@ class ImageSpec:
     flip: bool = True
     masks: int = 1
     eval_resize: int | tuple[int, int] = 256
+    resample: int = BICUBIC
     one_draw: bool = False
 
     @property
@@ -114,21 +143,30 @@ def pixels_needed(size: tuple[int, int], scale: Sequence[float]) -> int:
 
 
 def evaluation_spec(config: MAEConfig, processor: MAEImageProcessor) -> ImageSpec:
-    """The evaluation view that a processor describes, for the model that it belongs to."""
+    """The evaluation view that a processor describes, for the model that it belongs to.
+
+    Raises:
+        UserError: if the processor gives images of another size than the model's.
+    """
     size: Any = processor.size
+    given = _crop(processor) if processor.do_center_crop else (size.height, size.width)
+    if not processor.do_resize or given != config.image_height_width:
+        how = given if processor.do_resize else "any size (do_resize false)"
+        raise UserError(f"the image processor gives images of {how}, not of the model's {config.image_height_width}")
     return ImageSpec(
         size=config.image_height_width,
         num_channels=config.num_channels,
         dtype=pixel_dtype(processor),
         num_patches=config.num_patches,
         eval_resize=size.shortest_edge or (size.height, size.width),
+        resample=processor.resample,
     )
 
 
 def evaluation_view(
-    image: Image.Image | np.ndarray, resize: int | tuple[int, int], size: tuple[int, int]
+    image: Image.Image | np.ndarray, resize: int | tuple[int, int], size: tuple[int, int], resample: int = BICUBIC
 ) -> np.ndarray:
-    """Resize (bicubic) and centre crop, pixel by pixel as the Pillow image processor.
+    """Resize and centre crop, pixel by pixel as the Pillow image processor.
 
     Of an image more than `LONGEST` times as long as it is wide, the middle alone is resized. The crop shows no more,
     and the whole of a line of 65,535 pixels would become one of 256 x 16,776,960.
@@ -137,6 +175,7 @@ def evaluation_view(
         image: as `decode_image` returns it.
         resize: pixels of the shorter side, or (height, width), before the crop.
         size: (height, width) of the crop in pixels; zeros surround an image that is smaller.
+        resample: a `PIL.Image.Resampling` filter.
 
     Returns:
         (C, H, W) in the image's dtype, contiguous and writable.
@@ -151,7 +190,7 @@ def evaluation_view(
             resize if height == short else int(resize * height / width),
             resize if width == short else int(resize * width / height),
         )
-    view = _resize(image, resize, (left, upper, left + width, upper + height))
+    view = _resize(image, resize, (left, upper, left + width, upper + height), resample)
     (rows, columns), zeros = center_spans(*resize, SizeDict(height=size[0], width=size[1]))
     return np.pad(view[rows, columns].transpose(2, 0, 1), ((0, 0), *zeros))
 
@@ -161,27 +200,22 @@ def height_width(image: Image.Image | np.ndarray) -> tuple[int, int]:
 
 
 def _resize(
-    image: Image.Image | np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float]
+    image: Image.Image | np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float], resample: int
 ) -> np.ndarray:
     """The box of an image, resized to (height, width), as (H, W, C)."""
     if isinstance(image, np.ndarray):
-        return resize_bands(image, size, BICUBIC, box=box)
-    view = np.asarray(image.resize((size[1], size[0]), BICUBIC, box=box))
+        return resize_bands(image, size, resample, box=box)
+    view = np.asarray(image.resize((size[1], size[0]), resample, box=box))
     return view if view.ndim == 3 else view[..., None]
 
 
 def make_normalizer(
-    processor: Any, dtype: str, device: torch.device | str = "cpu"
+    processor: MAEImageProcessor, device: torch.device | str = "cpu"
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function from images (..., C, H, W) of this dtype and device to pixel_values, scaled and normalised.
-
-    Mean and standard deviation are those of an image processor; the dtype is "uint8", "uint16" or "float32".
-    """
+    """A function from images (..., C, H, W) of its `pixel_dtype`, on a device, to a processor's pixel_values."""
     # In the images' own units, so that scaling and normalising are one pass.
-    mean, std = (
-        torch.tensor(values, device=device).view(-1, 1, 1) / RESCALE_FACTORS[dtype]
-        for values in (processor.image_mean, processor.image_std)
-    )
+    factor = processor.rescale_factor if processor.do_rescale else 1.0
+    mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) / factor for values in normalization(processor))
     # A partial, which can be sent to a spawned worker.
     return partial(_normalize, mean=mean, std=std)
 

@@ -39,7 +39,7 @@ def evaluate_classification(recipe: ClassificationRecipe) -> dict[str, Any] | No
     problem = config.problem_type or "single_label_classification"
     labels = Labels(problem, tuple(config.id2label[i] for i in range(config.num_labels)))
     spec = evaluation_spec(config, processor)
-    normalize = make_normalizer(processor, spec.dtype, device)
+    normalize = make_normalizer(processor, device)
 
     def logits(images: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.mixed_precision == "bf16"):

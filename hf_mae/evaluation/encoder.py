@@ -51,7 +51,7 @@ class FrozenEncoder(nn.Module):
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) in the source's dtype -> pooled features, float32."""
-        pixel_values = make_normalizer(self.processor, self.spec.dtype, images.device)(images)
+        pixel_values = make_normalizer(self.processor, images.device)(images)
         # TF32, cuDNN's default for convolutions, would make features depend on the batch's size in the third digit.
         exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
         with exact, torch.autocast(images.device.type, torch.bfloat16, enabled=self.mixed_precision == "bf16"):

@@ -1,7 +1,7 @@
-"""What a model gives on a fixed image, and the fresh process that measures it again on what the Hub gives back.
+"""A model's outputs for a fixed image, and a script that measures them again on a download from the Hub.
 
-As a script this file runs without the package, as on a stranger's machine: `push.py` starts it after an upload. The
-code that comes with the model is run there, and only after its bytes have been found to be those of this package.
+As a script this file runs without the package, as on a stranger's machine; `push.py` starts it after an upload. It
+runs the code that comes with the model, but only after checking that its bytes are those of this package.
 """
 
 import sys
@@ -13,17 +13,17 @@ import transformers
 from huggingface_hub import hf_hub_download
 from safetensors.torch import save_file
 
-# What `save_pretrained` writes beside a model and its image processor (hub_code_mae.py): the files of that ending.
+# The code files that `save_pretrained` writes beside a model and its image processor (hub_code_mae.py).
 CODE = tuple(sorted(path.name for path in Path(__file__).parents[1].glob("*_mae.py")))
 
 
 @torch.no_grad()
 def measure(place: str, **loading: Any) -> dict[str, torch.Tensor]:
-    """Pixels, features and loss (of a classifier: logits) for one fixed image.
+    """Pixels, features and loss (for a classifier: logits) of one fixed image.
 
     Args:
-        place: folder or Hub id.
-        **loading: keywords of every `from_pretrained`.
+        place: folder or Hub id of the model.
+        **loading: keywords for every `from_pretrained`.
     """
     config = transformers.AutoConfig.from_pretrained(place, **loading)
     height, width = config.image_height_width
@@ -47,7 +47,7 @@ def measure(place: str, **loading: Any) -> dict[str, torch.Tensor]:
 
 
 class _WithoutPackage:
-    """Makes the package absent to every import, wherever it is installed."""
+    """Hides the package from every import, wherever it is installed."""
 
     @staticmethod
     def find_spec(name: str, path: Any = None, target: Any = None) -> None:
@@ -58,12 +58,12 @@ class _WithoutPackage:
 def main(repo_id: str, revision: str, code: str, output: str) -> int:
     """Measure a commit of a repository, and write the tensors to a safetensors file.
 
-    Only code equal to the files in the folder `code`, those that were pushed, is run.
+    It only runs code that equals the pushed files, which are in the folder `code`.
     """
     sys.meta_path.insert(0, _WithoutPackage)  # type: ignore[arg-type]
     for name in CODE:
         if Path(hf_hub_download(repo_id, name, revision=revision)).read_bytes() != (Path(code) / name).read_bytes():
-            raise ValueError(f"{name} is not the file that was pushed; it was not run")
+            raise ValueError(f"{name} differs from the file that was pushed; it was not run")
     save_file(measure(repo_id, revision=revision, trust_remote_code=True), output)
     return 0
 

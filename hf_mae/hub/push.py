@@ -1,4 +1,4 @@
-"""To the Hub and back: save with the code that loads it, push, pull back and compare.
+"""Publish a model with the code that loads it, then download it from the Hub and compare.
 
     push("outputs/quickstart", "user/quickstart")
 
@@ -32,16 +32,16 @@ from .card import Card
 
 MODELS = {cls.__name__: cls for cls in (MAEForPreTraining, MAEForImageClassification, MAEModel, MAEBackbone)}
 PICTURE = "reconstruction.png"
-# What an earlier push may have left and another model doesn't have.
+# Files that an earlier push may have left, and that the new model may not have.
 OURS = ["*.safetensors", "*.safetensors.index.json", "conversion.json", "recipe.yaml", PICTURE]
 
 
 def write_card(folder: str, output: str) -> str | None:
-    """Write the card that `push` would publish, and nothing else.
+    """Write the card that `push` would publish, with its picture, and nothing else.
 
     Args:
-        folder: the model's; only read.
-        output: NAME.md; NAME is the card's title.
+        folder: the model's folder; it is only read.
+        output: file to write, NAME.md; NAME becomes the card's title.
 
     Returns:
         Path of the picture beside it, NAME.png; None if the folder has none.
@@ -68,21 +68,21 @@ def write_card(folder: str, output: str) -> str | None:
 def push(folder: str, repo_id: str, private: bool = False, revision: str | None = None) -> dict[str, Any]:
     """Publish a model folder, then load it from the Hub in a fresh process without this package, and compare.
 
-    All files arrive in one commit or none does, so an interrupted push can be repeated; a second commit states in the
-    card which revision was compared. The folder is only read. Its own README.md, if there is one, is left out: the
-    card is made from what the folder records.
+    All files arrive in one commit or none does, so an interrupted push can be repeated. A second commit adds to the
+    card which revision was compared. The folder is only read. A README.md in it is not pushed, because the card is
+    written from the folder's records.
 
     Args:
-        folder: with config.json, *.safetensors and preprocessor_config.json.
-        repo_id: USER/NAME.
+        folder: model folder with config.json, *.safetensors and preprocessor_config.json.
+        repo_id: repository to push to, USER/NAME.
         private: whether the repository must be private.
-        revision: branch.
+        revision: branch to push to; the repository's main branch when None.
 
     Returns:
-        `url`; `commit`, which was compared; `difference`, the largest of loss, features and pixels.
+        `url`; `commit`, the one compared; `difference`, the largest in loss, features and pixels.
 
     Raises:
-        UserError: if the folder, the name, the token or the network doesn't allow it; one line with the remedy.
+        UserError: if folder, name, token or network prevents the push; one line with the remedy.
     """
     with tempfile.TemporaryDirectory() as temporary:
         staged = Path(temporary) / "files"
@@ -103,9 +103,9 @@ def push(folder: str, repo_id: str, private: bool = False, revision: str | None 
 
 
 class BackgroundPush:
-    """Pushes checkpoints while the run continues: `hf-mae push` in a process of its own, one at a time.
+    """Pushes checkpoints while the run continues: `hf-mae push` in a separate process, one at a time.
 
-    Nothing that happens there stops the training; how a push ended is reported at the next one, by `say`.
+    A failed push doesn't stop the training. How a push ended is passed to `say` when the next one starts.
     """
 
     def __init__(self, repo_id: str, private: bool, say: Callable[[str], None]):
@@ -113,19 +113,19 @@ class BackgroundPush:
         self.process: subprocess.Popen[str] | None = None
 
     def start(self, folder: Path) -> None:
-        """Push a checkpoint; it is skipped while the one before is still being pushed."""
+        """Push a checkpoint, unless the previous one is still being pushed."""
         if self.process and self.process.poll() is None:
-            self.say(f"{folder.name} is not pushed: the one before is still on its way to {self.repo_id}")
+            self.say(f"{folder.name} is not pushed: the previous push to {self.repo_id} is still running")
             return
         self.wait()
         words = ["push", str(folder), "--repo_id", self.repo_id, "--private", str(self.private).lower()]
-        # The run's GPUs and its group of processes are not for this one.
+        # The push must not use the run's GPUs or join its process group.
         launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         kept = {name: value for name, value in os.environ.items() if name not in launcher}
         env = {**kept, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "hf_mae.cli", *words], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, start_new_session=True,  # a signal to the run is not one to the push
+            text=True, start_new_session=True,  # a signal to the run must not reach the push
         )  # fmt: skip
 
     def wait(self) -> None:
@@ -133,17 +133,17 @@ class BackgroundPush:
         if self.process:
             lines = self.process.communicate()[0].splitlines()
             outcomes = [line for line in lines if line.startswith(("published", "hf-mae: error:"))]
-            self.say((outcomes or lines or ["the push said nothing"])[-1])
+            self.say((outcomes or lines or ["the push printed nothing"])[-1])
             self.process = None
 
 
 def stage(folder: Path, target: Path, repo_id: str | None = None) -> Card:
-    """Write all that a repository needs into a new folder: weights, configuration, image processor, code, card, recipe.
+    """Write everything a repository needs to a new folder: weights, configuration, image processor, code, card, recipe.
 
-    The model's folder is only read. The card is returned as written.
+    The model's folder is only read. Returns the card as written.
 
     Raises:
-        UserError: if the folder isn't a whole model of this package.
+        UserError: if the folder isn't a complete model of this package.
     """
     with _whole_folder(folder):
         architecture = read_json(folder / "config.json")["architectures"][0]
@@ -166,29 +166,29 @@ def stage(folder: Path, target: Path, repo_id: str | None = None) -> Card:
 
 
 def _whole_folder(folder: str | Path) -> AbstractContextManager[None]:
-    return loading(f"{folder} is no whole model folder", "name one that hf-mae has written")
+    return loading(f"{folder} is not a complete model folder", "name one that hf-mae wrote")
 
 
 def _open_repository(api: HfApi, repo_id: str, private: bool, revision: str | None) -> None:
-    """Make the repository and the branch, or see that what is there may be pushed to."""
+    """Create the repository and the branch, or check that an existing one may be pushed to."""
     api.create_repo(repo_id, private=private or None, exist_ok=True)
     repository = api.model_info(repo_id)
     if private and not repository.private:
-        raise UserError(f"{repo_id} is there already and public; make it private on the Hub, or choose another name")
+        raise UserError(f"{repo_id} already exists and is public; make it private on the Hub, or choose another name")
     names = {sibling.rfilename for sibling in repository.siblings or []}
     if names - {".gitattributes", "README.md", "LICENSE"} and not names & set(check.CODE):
         some = ", ".join(sorted(names)[:3])
-        raise UserError(f"{repo_id} is taken by something else ({some}); choose another name, or empty it first")
+        raise UserError(f"{repo_id} already holds something else ({some}); choose another name, or empty it first")
     if revision:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
 
 
 def _pull_back(repo_id: str, commit: str, expected: Outputs, code: Path, cache: Path) -> float:
-    """The largest difference between the publisher's outputs and those of what the Hub gives a stranger."""
+    """The largest difference between the local outputs and those of a fresh download from the Hub."""
     cache.mkdir(exist_ok=True)
     empty = {name: str(cache / name) for name in ("HF_HUB_CACHE", "HF_MODULES_CACHE", "HF_XET_CACHE")}
     measured = cache / "measured.safetensors"
-    # -P: without the folder of the script, whose siblings would stand in for modules of the same name.
+    # -P keeps the script's folder off sys.path, where its siblings would hide modules of the same name.
     command = [sys.executable, "-P", check.__file__, repo_id, commit, str(code), str(measured)]
     done = subprocess.run(command, env={**os.environ, **empty}, capture_output=True, text=True, check=False)
     try:
@@ -197,32 +197,32 @@ def _pull_back(repo_id: str, commit: str, expected: Outputs, code: Path, cache: 
         return compare(expected, load_file(measured))
     except ValueError as error:
         raise UserError(
-            f"{repo_id} was uploaded as {commit[:12]}, but does not come back as it was ({one_line(error)}); push it "
+            f"{repo_id} was uploaded as {commit[:12]}, but its download differs ({one_line(error)}); push it "
             "again, or delete it"
         ) from error
 
 
 @contextmanager
 def _one_line(repo_id: str) -> Iterator[None]:
-    """Turn what the Hub and the network answer into a line that says what to do."""
+    """Turn errors of the Hub and the network into one line with a remedy."""
     try:
         yield
     except UserError:
         raise
     except errors.HFValidationError as error:
-        raise UserError(f"repo_id '{repo_id}' is no name of a repository; write USER/NAME") from error
+        raise UserError(f"repo_id '{repo_id}' is not a repository's name; write USER/NAME") from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
         remedy = {
-            401: "no valid token; log in by `hf auth login`, or set HF_TOKEN to one that may write",
+            401: "no valid token; log in with `hf auth login`, or set HF_TOKEN to one with write access",
             403: "this token may not write there; check USER, and the token's rights",
-            404: "it is not there, or not for you; check the name and the token",
-            409: "something else was written meanwhile; push again",
-        }.get(status, "push again, which continues with what is missing")
+            404: "it doesn't exist, or you have no access; check the name and the token",
+            409: "something else was pushed at the same time; push again",
+        }.get(status, "push again; only missing files are sent")
         missing = status == 401 and isinstance(error, errors.RepositoryNotFoundError)
         raise UserError(f"{repo_id}: the Hub answered {404 if missing else status}: {remedy}") from error
     except (errors.HTTPError, OSError) as error:  # pyright: ignore[reportPrivateImportUsage]
         what = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"{repo_id}: the Hub can't be reached ({what}); push again") from error
-    except ValueError as error:  # of the card's metadata
+    except ValueError as error:  # from the card's metadata
         raise UserError(f"{repo_id}: {one_line(error)}") from error

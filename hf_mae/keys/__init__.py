@@ -2,13 +2,14 @@
 
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
-from ..errors import UserError
+from ..errors import UserError, short
 
 # Pixels, one side or [height, width]; typed as 224, 208 320, 208x320 or 208,320.
 ImageSize = Annotated[int | list[int], "image size"]
@@ -18,6 +19,8 @@ BOOLEANS: dict[str, bool] = {
     **dict.fromkeys(("true", "yes", "t", "y", "1"), True),
     **dict.fromkeys(("false", "no", "f", "n", "0"), False),
 }
+
+FINITE = sys.float_info.max
 
 # type of a word -> how the help writes it, and what an error says it should be
 KINDS: dict[Any, tuple[str, str]] = {
@@ -97,17 +100,23 @@ class Recipe:
         return self
 
     def check_least(self, **limits: float) -> None:
-        """Raise a UserError for a key below its limit; None passes."""
+        """Raise a UserError for a key, or one number of its list, below its limit; None passes."""
         for name, least in limits.items():
-            if (value := getattr(self, name)) is not None and value < least:
-                raise UserError(f"{name} {value} is too small; give {least} or more")
+            value = getattr(self, name)
+            if value is not None and not all(one >= least for one in _numbers(value)):
+                raise UserError(f"{name} {short(value)} is too small; give {least} or more")
 
     def check_range(self, *names: str, low: float = 0, high: float = math.inf) -> None:
-        """Raise a UserError for a number that is not finite or not in [low, high]; None passes."""
+        """Raise a UserError for a key, or one number of its list, not finite or not in [low, high]; None passes."""
         limits = f"{low} or more" if high == math.inf else f"in [{low}, {high}]"
         for name in names:
-            if (value := getattr(self, name)) is not None and not (math.isfinite(value) and low <= value <= high):
-                raise UserError(f"{name} {value} is out of range; give a number {limits}")
+            value = getattr(self, name)
+            if value is not None and not all(low <= one <= min(high, FINITE) for one in _numbers(value)):
+                raise UserError(f"{name} {short(value)} is out of range; give a number {limits}")
+
+    def check_seed(self) -> None:
+        """Raise a UserError for a seed that numpy doesn't take."""
+        self.check_range("seed", high=2**32 - 1)
 
     def check_fraction(self, name: str, remedy: str) -> None:
         """Raise a UserError for a number outside (0, 1]; None passes."""
@@ -148,7 +157,7 @@ class Key:
 
     def bad_value(self, value: Any) -> BadValue:
         allowed = f"one of {', '.join(self.choices)}" if self.choices else KINDS[self.base][1]
-        return BadValue(f"{self.name} {value!r} is not {allowed}{', or none' if self.none_is_typed else ''}")
+        return BadValue(f"{self.name} {short(repr(value))} is not {allowed}{', or none' if self.none_is_typed else ''}")
 
     def read(self, word: Any) -> Any:
         """The value of a typed word. jsonargparse passes values here too, to check what it has read."""
@@ -157,6 +166,8 @@ class Key:
         if self.none_is_typed and word.lower() == "none":
             return None
         try:
+            if not word.strip():
+                raise ValueError
             if self.choices:
                 return self.choices[self.choices.index(word)]
             if self.base is bool:
@@ -203,6 +214,10 @@ def _typed(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(_typed, value))
     return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _numbers(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _sides(word: str) -> list[int]:

@@ -23,27 +23,29 @@ class SourceKeys(Recipe):
     dataset: str = data_key(help_text="Hub id, folder or URL of images, parquet or tar shards; or digits", place=True)
     dataset_config: str | None = data_key(None, "configuration name of a Hub data set", place=True, metavar="NAME")
     dataset_revision: str | None = data_key(None, "branch, tag or commit of a Hub data set", place=True, metavar="NAME")
-    image_column: str | None = data_key(None, "column of the images", "found by type", metavar="NAME")
-    label_column: str | None = data_key(None, "column of the labels", "found by type or name", metavar="NAME")
+    image_column: str | None = data_key(None, "column that holds the images", "found by type", metavar="NAME")
+    label_column: str | None = data_key(None, "column that holds the labels", "found by type or name", metavar="NAME")
 
 
 @dataclass
 class DataKeys(SourceKeys):
     """The rows that a command reads."""
 
-    split: str = data_key("train", "split to read", metavar="NAME")
-    max_samples: int | None = data_key(None, "maximum number of images", "all")
+    split: str = data_key("train", "split of the data to read", metavar="NAME")
+    max_samples: int | None = data_key(None, "read at most this many images", "all")
 
 
 @dataclass
 class SplitKeys(DataKeys):
     """The rows to learn from, and the rows to evaluate on; `open_splits` says how these are found."""
 
-    eval_dataset: str | None = data_key(None, "data set to evaluate on", "the same as dataset", place=True)
-    eval_split: str | None = data_key(
-        None, "split to evaluate on", "found by name, or a held-out part", place=True, metavar="NAME"
+    eval_dataset: str | None = data_key(
+        None, "data set to evaluate on, named as dataset", "the same data set", place=True
     )
-    max_eval_samples: int | None = evaluation_key(None, "maximum number of evaluation images", "all")
+    eval_split: str | None = data_key(
+        None, "split of the data to evaluate on", "found by name, or a held-out part", place=True, metavar="NAME"
+    )
+    max_eval_samples: int | None = evaluation_key(None, "evaluate on at most this many images", "all")
 
 
 @dataclass
@@ -51,11 +53,11 @@ class PrepareRecipe(SourceKeys):
     """Keys of `hf-mae prepare SRC DST`."""
 
     dataset: str = inherit(SourceKeys, "dataset", positional=True, metavar="SRC")
-    output_dir: str = output_key(help_text="folder to write", positional=True, metavar="DST")
+    output_dir: str = output_key(help_text="folder for the parquet shards", positional=True, metavar="DST")
     split: str | None = data_key(None, "the only split to prepare", "all splits", metavar="NAME")
     shortest_edge: int = output_key(256, "pixels of the shorter side; smaller images keep their size and their bytes")
-    quality: int = output_key(90, "JPEG quality, 1 to 95")
-    rows_per_shard: int = output_key(5000, "number of images in a file")
+    quality: int = output_key(90, "quality of re-encoded JPEGs, 1 to 95")
+    rows_per_shard: int = output_key(5000, "number of images in each file")
     num_workers: int = hardware_key(2, "processes, each writing one shard at a time; 0 for none")
     max_bad_fraction: float = data_key(0.01, "fail when a larger fraction of the images can't be decoded")
 
@@ -74,3 +76,6 @@ class StatsRecipe(DataKeys):
 
     streaming: bool | None = data_key(None, "read the data in place, block by block", "true if remote")
     num_channels: int | None = data_key(None, "number of channels of each image", "as in the data")
+
+    def check(self) -> None:
+        self.check_least(max_samples=1, num_channels=1)

@@ -40,8 +40,8 @@ class FeatureRecipe(ModelInput, DataKeys):
 class ScoreRecipe(FeatureRecipe, SplitKeys):
     """Keys of every command whose result is an entry of results.json."""
 
-    split: str = inherit(DataKeys, "split", "train", "split to learn from")
-    max_samples: int | None = inherit(DataKeys, "max_samples", None, "maximum number of images to learn from")
+    split: str = inherit(DataKeys, "split", "train", "split of the data to learn from")
+    max_samples: int | None = inherit(DataKeys, "max_samples", None, "learn from at most this many images")
     results: str | None = output_key(
         None,
         "JSON file that the result is added to; none prints it only",
@@ -94,13 +94,13 @@ class EvaluateRecipe(ScoreRecipe):
 class KnnRecipe(EvaluateRecipe):
     """Keys of `hf-mae evaluate knn`."""
 
-    k: list[int] = evaluation_key([10, 20, 100, 200], "numbers of neighbours")
+    k: list[int] = evaluation_key([10, 20, 100, 200], "numbers of neighbours to vote, each with a figure of its own")
     temperature: float = evaluation_key(0.07, "temperature of the weights exp(cosine / temperature)")
 
     def check(self) -> None:
         super().check()
-        if min(self.k) < 1 or self.temperature <= 0:
-            raise UserError(f"k {self.k} or temperature {self.temperature} is not positive; give e.g. 20 and 0.07")
+        self.check_least(k=1)
+        self.check_range("temperature", low=1e-6, high=1e6)
 
 
 @dataclass
@@ -125,7 +125,7 @@ class LinearProbeRecipe(EvaluateRecipe):
     )
     total_batch_size: int = optimization_key(16_384, "images per step, over all processes")
     epochs: float = optimization_key(90, "passes over the training images")
-    warmup_epochs: float = optimization_key(10, "linear warm-up in epochs")
+    warmup_epochs: float = optimization_key(10, "length of the linear warm-up in epochs")
     blr: float = optimization_key(0.1, "base learning rate per 256 images: lr = blr * total_batch_size / 256")
     min_lr: float = optimization_key(0.0, "learning rate at the end of the cosine schedule")
     weight_decay: float = optimization_key(0.0, "weight decay of the linear layer")
@@ -135,7 +135,10 @@ class LinearProbeRecipe(EvaluateRecipe):
         super().check()
         if self.protocol == "paper" and self.fraction != 1:
             raise UserError("fraction draws from a table of features; with --protocol paper pass --max_samples")
-        self.check_least(total_batch_size=2, epochs=1e-9, warmup_epochs=0, blr=0, seed=0)
+        self.check_least(total_batch_size=2)
+        self.check_range("epochs", low=1e-9, high=10**6)
+        self.check_range("warmup_epochs", "blr", "min_lr", "weight_decay")
+        self.check_seed()
 
 
 FEATURE_FILES = (".parquet", ".npy")

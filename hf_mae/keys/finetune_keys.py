@@ -64,7 +64,7 @@ class FinetuneRecipe(RunRecipe):
 
     def check(self) -> None:
         super().check()
-        self.check_fraction("eval_crop_pct", "0.875 is the usual one")
+        self.check_range("eval_crop_pct", low=0.1, high=1)
         if self.blr <= 0:
             raise UserError(f"blr {self.blr} is not positive; the paper's recipes have 5e-4 and 1e-3")
         self.check_range("mixup", "cutmix")

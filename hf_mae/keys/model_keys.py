@@ -13,7 +13,7 @@ def _mae_key(default: Any, help_text: str, group: str = "model") -> Any:
 
 @dataclass
 class ModelKeys:
-    """All keys of `MAEConfig`, in its order; None means that the key was not given."""
+    """The keys of `MAEConfig` that pretraining uses, in its order; None means that the key was not given."""
 
     hidden_size: int | None = _mae_key(768, "width of the encoder's tokens, as model_size sets it")
     num_hidden_layers: int | None = _mae_key(12, "number of encoder blocks, as model_size sets it")
@@ -58,18 +58,9 @@ class ModelKeys:
     pooling: Literal["mean", "cls"] | None = _mae_key(
         "mean", "feature vector of an image: mean of the patch tokens, or class token"
     )
-    head_initializer_range: float | None = _mae_key(
-        2e-5, "standard deviation of a classifier's initial weights; unused in pretraining"
-    )
     trainable_positions: bool | None = _mae_key(False, "train the position tables instead of keeping them fixed")
     position_resize: Literal["auto", "sincos", "interpolate"] | None = _mae_key(
         "auto", "how positions adapt to a new image size: recompute, resample, or whichever fits the table"
-    )
-    reshape_hidden_states: bool | None = _mae_key(
-        True, "let the backbone return maps instead of token sequences; unused in pretraining"
-    )
-    pyramid_scales: list[float] | None = _mae_key(
-        None, "resolution of each of the backbone's maps relative to the patch grid, such as 4 2 1 0.5"
     )
 
     def given_model_keys(self) -> dict[str, Any]:

@@ -18,13 +18,18 @@ class Numbers(Recipe):
     """What weights don't say about themselves; None: not given."""
 
     image_size: ImageSize | None = model_key(None, "move to another size in pixels, such as 224 or 208x320", "as it is")
-    num_attention_heads: int | None = model_key(None, "attention heads of a file's encoder", "by the encoder's width")
+    num_attention_heads: int | None = model_key(
+        None, "attention heads of the encoder in a .pth or .safetensors file", "by its width"
+    )
     decoder_num_attention_heads: int | None = model_key(
-        None, "attention heads of a file's decoder", "by the decoder's width"
+        None, "attention heads of the decoder in a .pth or .safetensors file", "by its width"
     )
     norm_pix_loss: bool | None = model_key(
-        None, "whether a file's decoder predicts normalised patches", "as the file says"
+        None, "whether the decoder in a .pth file predicts normalised patches", "by the file's name"
     )
+
+    def check(self) -> None:
+        self.check_least(image_size=1, num_attention_heads=1, decoder_num_attention_heads=1)
 
 
 @dataclass
@@ -33,8 +38,12 @@ class ConvertRecipe(Numbers):
 
     model: str = positional_key(".pth or .safetensors file, folder, or Hub id", metavar="SRC")
     output_dir: str = positional_key("folder to write; missing or empty", metavar="DST")
-    to: Format = key("mae", "format to write")
+    to: Format = key("mae", "format of the model that is written")
     num_channels: int | None = model_key(None, "move to another number of channels", "as it is")
+
+    def check(self) -> None:
+        super().check()
+        self.check_least(num_channels=1)
 
 
 @dataclass
@@ -63,13 +72,17 @@ class CardRecipe(ModelInput):
     model: str = positional_key("folder of the model; it is only read", metavar="RUN")
     output: str = positional_key("file NAME.md to write, with its picture NAME.png beside it", metavar="OUT")
 
+    def check(self) -> None:
+        if Path(self.output).suffix.lower() != ".md":
+            raise UserError(f"output {self.output} is not the name of a card; give it the ending .md")
+
 
 @dataclass
 class ReportRecipe(Recipe):
     """Keys of `hf-mae report RUN [RUN ...]`."""
 
-    runs: list[str] = positional_key("folders of the runs", metavar="RUN")
-    output: str | None = key(None, "HTML file to write", "report.html of the first run", metavar="FILE")
+    runs: list[str] = positional_key("folders of the runs to report", metavar="RUN")
+    output: str | None = key(None, "file for the HTML page", "report.html of the first run", metavar="FILE")
 
 
 @dataclass
@@ -77,7 +90,7 @@ class DemoRecipe(ModelInput):
     """Keys of `hf-mae demo`."""
 
     gallery: str | None = data_key(None, "data set in which the page looks for the nearest images", "none")
-    gallery_split: str = data_key("train", "split of the gallery", metavar="NAME")
+    gallery_split: str = data_key("train", "split of the gallery to read", metavar="NAME")
     max_gallery: int = data_key(1000, "maximum number of images in the gallery, evenly spaced")
     host: str = key("127.0.0.1", "address to listen on; 0.0.0.0 lets everyone in", metavar="ADDRESS")
     port: int = key(7860, "port to listen on; 0 for any free port")
@@ -85,13 +98,17 @@ class DemoRecipe(ModelInput):
         None, "folder of a Space to write instead of starting the page", "start the page", metavar="DIR"
     )
 
+    def check(self) -> None:
+        self.check_least(max_gallery=1)
+        self.check_range("port", high=65_535)
+
 
 @dataclass
 class ReconstructRecipe(ModelInput):
     """Keys of `hf-mae reconstruct IMAGE [IMAGE ...]`."""
 
     images: list[str] = positional_key("image files, folders of them, or data sets", group="data", metavar="IMAGE")
-    output: str = output_key("reconstruction.png", "picture to write", metavar="FILE")
+    output: str = output_key("reconstruction.png", "file for the picture, .png, .webp or .jpg", metavar="FILE")
     mask_ratios: list[float] = masking_key([0.75], "fractions of patches to hide, one after the other")
     seed: int = masking_key(0, "random seed of the masks")
     statistics: Statistics = output_key(
@@ -108,4 +125,6 @@ class ReconstructRecipe(ModelInput):
     def check(self) -> None:
         if Path(self.output).suffix.lower() not in (".png", ".webp", ".jpg", ".jpeg"):
             raise UserError(f"output {self.output} is no name of a picture; give it the ending .png, .webp or .jpg")
-        self.check_least(max_images=1, cell=16, seed=0)
+        self.check_least(max_images=1)
+        self.check_range("cell", low=16, high=2048)
+        self.check_seed()

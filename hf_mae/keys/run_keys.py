@@ -38,8 +38,8 @@ class RunRecipe(SplitKeys):
         None, "recipe to start from: a name of the package, or a YAML file", free=True, card=False, metavar="NAME|FILE"
     )
     dataset: str = inherit(SplitKeys, "dataset", "digits")
-    split: str = inherit(SplitKeys, "split", "train", "split to train on")
-    max_samples: int | None = inherit(SplitKeys, "max_samples", None, "maximum number of training images")
+    split: str = inherit(SplitKeys, "split", "train", "split of the data to train on")
+    max_samples: int | None = inherit(SplitKeys, "max_samples", None, "train on at most this many images")
     max_eval_samples: int | None = inherit(SplitKeys, "max_eval_samples", 2048)
     crop_scale: list[float] = data_key(
         [0.2, 1.0], "smallest and largest area of a random crop, as fractions of the image"
@@ -68,7 +68,9 @@ class RunRecipe(SplitKeys):
     compile: bool = hardware_key(False, "compile the model with torch.compile")
     attn_implementation: str = hardware_key("sdpa", "attention kernel, such as eager, sdpa or flash_attention_2")
     deterministic: bool = hardware_key(False, "repeat a run bit by bit on a GPU too, at some cost in speed")
-    output_dir: str | None = checkpoint_key(None, "folder of the run", "outputs/RECIPE", card=False, metavar="DIR")
+    output_dir: str | None = checkpoint_key(
+        None, "folder for the run and its model", "outputs/RECIPE", card=False, metavar="DIR"
+    )
     resume: str = checkpoint_key(
         "none",
         "checkpoint to continue from: auto takes the newest complete one, if any",
@@ -78,8 +80,8 @@ class RunRecipe(SplitKeys):
     seed: int = optimization_key(0, "random seed of weights, order, crops, flips and masks")
     num_workers: int = hardware_key(2, "loader processes for each training process")
     log_steps: int = log_key(20, "steps between two lines of the log")
-    eval_steps: int | None = evaluation_key(None, "steps between two evaluations", "a tenth of the run")
-    save_steps: int | None = checkpoint_key(None, "steps between two checkpoints", "a tenth of the run")
+    eval_steps: int | None = evaluation_key(None, "optimizer steps between two evaluations", "a tenth of the run")
+    save_steps: int | None = checkpoint_key(None, "optimizer steps between two checkpoints", "a tenth of the run")
     keep_checkpoints: int = checkpoint_key(2, "number of newest checkpoints to keep, 2 or more")
     log_with: str | None = log_key(
         None, "trackers: tensorboard, wandb, trackio or all", "none", card=False, metavar="NAME"
@@ -127,16 +129,16 @@ class RunRecipe(SplitKeys):
 
     def check(self) -> None:
         self.check_least(
-            total_batch_size=1, per_device_batch_size=1, log_steps=1, keep_checkpoints=2, total_steps=1, save_steps=1,
-            eval_steps=1, max_samples=1, max_eval_samples=1,
+            total_batch_size=1, per_device_batch_size=1, log_steps=1, keep_checkpoints=2, save_steps=1, eval_steps=1,
+            max_samples=1, max_eval_samples=1,
         )  # fmt: skip
-        if self.epochs is not None and self.epochs <= 0:
-            raise UserError(f"epochs {self.epochs} is not positive; give e.g. 800, or total_steps")
-        if self.seed < 0:
-            raise UserError(f"seed {self.seed} is negative; give 0 or more")
+        self.check_range("epochs", low=1e-9, high=10**6)
+        self.check_range("total_steps", low=1, high=10**9)
+        self.check_seed()
         if self.num_workers < 0:
             raise UserError(f"num_workers {self.num_workers} is negative; 0 loads in the training process")
-        self.check_range("blr", "min_lr", "weight_decay", "clip_grad", "warmup_epochs", "warmup_steps")
+        self.check_range("blr", "min_lr", "weight_decay", "warmup_epochs", "warmup_steps")
+        self.check_range("clip_grad", low=1e-9)
         self.check_range("adam_beta1", high=0.9999)
         self.check_range("adam_beta2", high=0.999999)
         if len(self.crop_scale) not in (1, 2) or not 0 < self.crop_scale[0] <= self.crop_scale[-1] <= 1:
@@ -200,7 +202,9 @@ class PretrainRecipe(ModelKeys, PretrainRunKeys):
 
     def check(self) -> None:
         super().check()
-        self.check_fraction("eval_crop_pct", "0.875 is the usual one")
+        self.check_range("eval_crop_pct", low=0.1, high=1)
+        self.check_range("image_mean", low=-1e30, high=1e30)
+        self.check_range("image_std", low=1e-30, high=1e30)
         _ = self.image_sizes, self.mask_ratios  # raise if they can't be read
         self.check_range("masks_per_image", low=1)
         if self.total_batch_size % self.masks_per_image:

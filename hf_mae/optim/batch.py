@@ -6,14 +6,14 @@ from ..errors import UserError
 def micro_batch(
     total_batch_size: int, per_device_batch_size: int | None, ranks: int, most: int = 64, masks: int = 1
 ) -> tuple[int, int]:
-    """Images at once on a device, and how many such micro-batches make a step of one process.
+    """The micro-batch size of a device, and the number of micro-batches per step and process.
 
     Args:
-        total_batch_size: images of a step, over all processes.
-        per_device_batch_size: images at once, capped at a process's share of the step. When None, the largest size
-            that fits, up to `most`.
-        ranks: processes.
-        masks: of each decoded image. `total_batch_size` counts an image once for each mask, and all its masks are in
+        total_batch_size: images per optimizer step, over all processes.
+        per_device_batch_size: images per micro-batch, capped at a process's share of the step. When None, the largest
+            size that fits, up to `most`.
+        ranks: number of processes.
+        masks: masks per decoded image. `total_batch_size` counts an image once for each mask, and all its masks are in
             one micro-batch.
 
     Raises:
@@ -23,7 +23,7 @@ def micro_batch(
     if remainder:
         fitting = [n for n in range(1, ranks + 1) if total_batch_size // masks % n == 0]
         raise UserError(
-            f"total_batch_size {total_batch_size} can't be dealt to {ranks} processes; use {fitting} "
+            f"total_batch_size {total_batch_size} can't be split evenly over {ranks} processes; use {fitting} "
             f"processes, or a multiple of {ranks * masks} images"
         )
     fitting = [masks * n for n in range(1, share + 1) if share % n == 0]

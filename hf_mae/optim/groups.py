@@ -1,4 +1,4 @@
-"""Parameter groups: what weight decay applies to, which layers learn how fast, and which learn at all."""
+"""Parameter groups: which parameters are decayed, how fast each layer learns, and which layers are frozen."""
 
 import re
 from typing import Any
@@ -10,12 +10,12 @@ from torch import nn
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups, with and without weight decay.
 
-    As in the original's pretraining, every one-dimensional parameter (biases, LayerNorm) goes without; class and mask
-    tokens are decayed.
+    As in the original's pretraining, one-dimensional parameters (biases, LayerNorm) are not decayed; class and mask
+    tokens are.
 
     Args:
-        model: its parameters that require a gradient are taken.
-        weight_decay: of the first group (0.05 in Table 8).
+        model: the model; only parameters that require a gradient are used.
+        weight_decay: weight decay of the first group (0.05 in Table 8).
 
     Returns:
         Groups for a torch optimizer; an empty one is left out.
@@ -29,17 +29,17 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def adamw(model: nn.Module, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
-    """AdamW (Table 8: betas 0.9 and 0.95 in pretraining); its learning rate is set before each step.
+    """AdamW on `parameter_groups` (Table 8: betas 0.9 and 0.95); its learning rate is set before each step.
 
-    The fused kernel is one launch a step, reads no number back, and can skip a step by a flag on the device.
+    The fused kernel needs one launch per step, reads nothing back, and can skip a step by a flag on the device.
     """
     return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=0.0, betas=betas, fused=True)
 
 
 def layer_of(name: str, depth: int) -> int:
-    """The layer of a parameter, by its name in an encoder or classifier of `depth` blocks.
+    """The layer number of a parameter, from its name in an encoder or classifier of `depth` blocks.
 
-    0 for class token, positions and patch projection, i + 1 for block i, depth + 1 for all that follows.
+    0 for class token, positions and patch projection, i + 1 for block i, depth + 1 for everything after the blocks.
     """
     if match := re.search(r"(?:^|\.)layers\.(\d+)\.", name):
         return int(match[1]) + 1
@@ -47,17 +47,17 @@ def layer_of(name: str, depth: int) -> int:
 
 
 def layer_decay_groups(model: Any, lr: float, layer_decay: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Groups of fine-tuning: each layer learns `layer_decay` times as fast as the one above it (arXiv:2003.10555).
+    """Groups for fine-tuning: each layer learns `layer_decay` times as fast as the one above it (arXiv:2003.10555).
 
-    As in the original's fine-tuning, one-dimensional parameters, positions and class token are not decayed. The first
-    group is the head's, so that a Trainer logs the learning rate that belongs to `lr`.
+    As in the original's fine-tuning, one-dimensional parameters, positions and class token are not decayed. The head's
+    group comes first, so that a Trainer logs its learning rate `lr`.
 
     Args:
-        model: a classifier or an encoder with `config.num_hidden_layers`; its parameters that require a gradient are
-            taken.
-        lr: of the head.
-        layer_decay: 0.65 or 0.75 in the original's recipes; 1 for one learning rate.
-        weight_decay: of the other parameters (0.05 in Table 9).
+        model: a classifier or an encoder with `config.num_hidden_layers`; only parameters that require a gradient are
+            used.
+        lr: learning rate of the head.
+        layer_decay: factor from each layer to the one below; 0.65 or 0.75 in the original's recipes, 1 for one rate.
+        weight_decay: weight decay of all other parameters (0.05 in Table 9).
 
     Returns:
         Groups for a torch optimizer, with their own `lr` and `weight_decay`.
@@ -81,19 +81,19 @@ def layer_decay_groups(model: Any, lr: float, layer_decay: float, weight_decay: 
 def train_last_blocks(model: Any, blocks: str) -> None:
     """Freeze all but the head and the last blocks: partial fine-tuning (arXiv:2111.06377, Fig. 9).
 
-    What follows the last block (its LayerNorm and the classifier) always trains.
+    The layers after the last block (LayerNorm and classifier) always train.
 
     Args:
         model: a classifier.
-        blocks: "all" (nothing is frozen), a number of blocks, or "0.5": of the last block the MLP with its LayerNorm;
-            a ValueError for anything else.
+        blocks: "all" (freeze nothing), a number of blocks, or "0.5": only the last block's MLP and its LayerNorm. A
+            ValueError for anything else.
     """
     depth: int = model.config.num_hidden_layers
     if blocks == "all":
         return
     if blocks != "0.5" and not (blocks.isdecimal() and int(blocks) <= depth):
-        raise ValueError(f"trainable_blocks {blocks} is none of 0, 0.5, 1 to {depth}, or all; choose one of these")
-    frozen = depth - (0 if blocks == "0.5" else int(blocks))  # layers up to this one
+        raise ValueError(f"trainable_blocks {blocks} is not possible; choose 0, 0.5, 1 to {depth}, or all")
+    frozen = depth - (0 if blocks == "0.5" else int(blocks))  # the last frozen layer
     for name, parameter in model.named_parameters():
         half = blocks == "0.5" and re.search(rf"layers\.{depth - 1}\.(norm2|mlp)\.", name) is not None
         parameter.requires_grad_(half or layer_of(name, depth) > frozen)

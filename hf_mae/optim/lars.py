@@ -8,9 +8,9 @@ import torch
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (arXiv:1708.03888), as linear probing uses it (arXiv:2111.06377, Table 10).
 
-    Of a parameter p with two or more dimensions, the update u = gradient + weight_decay * p is scaled to the length
+    For a parameter p with two or more dimensions, the update u = gradient + weight_decay * p is scaled to the length
     trust_coefficient * |p|; one-dimensional parameters (biases) are neither scaled nor decayed. Then
-    buffer = momentum * buffer + u and p = p - lr * buffer. Where |p| or |u| is 0, u stays as it is.
+    buffer = momentum * buffer + u and p = p - lr * buffer. If |p| or |u| is 0, u is not scaled.
 
     `lr` is set before each step.
     """
@@ -37,7 +37,7 @@ class LARS(torch.optim.Optimizer):
                 if parameter.ndim > 1:
                     update = update + group["weight_decay"] * parameter
                     length, target = update.norm(), group["trust_coefficient"] * parameter.norm()
-                    # On the device: no number is read back.
+                    # torch.where works on the device, so nothing is read back.
                     update = update * torch.where((length > 0) & (target > 0), target / length, 1.0)
                 state = self.state[parameter]
                 if "momentum_buffer" not in state:

@@ -1,7 +1,8 @@
-"""The learning rate, and values that change during a run, as pure functions of the step: there is no state to save."""
+"""The learning rate and other values that change during a run: pure functions of the step, without state to save."""
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -13,9 +14,9 @@ def lr_at(step: float, lr: float, warmup_steps: float, total_steps: float, min_l
     Args:
         step: optimizer steps taken before this one, from 0. Any other unit works too; the original counts epochs.
         lr: the highest learning rate, `blr * total_batch_size / 256`.
-        warmup_steps: length of the warm-up.
-        total_steps: where the cosine ends.
-        min_lr: the learning rate at its end.
+        warmup_steps: length of the warm-up, in the unit of `step`.
+        total_steps: end of the cosine, in the same unit.
+        min_lr: learning rate at the end of the cosine.
 
     Returns:
         The learning rate of the step.
@@ -27,30 +28,30 @@ def lr_at(step: float, lr: float, warmup_steps: float, total_steps: float, min_l
 
 
 def read_points(words: Sequence[str], read: Callable[[str], T]) -> list[tuple[float, T]]:
-    """A value that changes during a run, as it is typed: FRACTION:VALUE, the value from that part of the run on.
+    """Parse a value that changes during a run: FRACTION:VALUE sets the value from that fraction of the run on.
 
     Args:
-        words: e.g. `["0:128", "0.5:160", "0.8:224"]`; a ValueError unless the fractions begin at 0 and rise, below 1.
-        read: turns the text of a value into the value.
+        words: e.g. `["0:128", "0.5:160", "0.8:224"]`; a ValueError unless fractions start at 0, rise, stay below 1.
+        read: parses the text of a value.
 
     Returns:
-        (fraction, value) of each word.
+        (fraction, value) for each word.
     """
     try:
         points = [(float(at), read(value)) for at, _, value in (word.partition(":") for word in words)]
     except ValueError as error:
         raise ValueError(f"{' '.join(words)} is not FRACTION:VALUE ...; give e.g. 0:A 0.5:B") from error
     starts = [at for at, _ in points]
-    if starts != sorted(set(starts)) or not starts or starts[0] != 0 or starts[-1] >= 1:
-        raise ValueError(f"{' '.join(words)} must begin at 0 and rise, below 1; give e.g. 0:A 0.5:B")
+    if starts[:1] != [0] or not all(a < b for a, b in pairwise([*starts, 1])):
+        raise ValueError(f"{' '.join(words)} must start at 0, rise and stay below 1; give e.g. 0:A 0.5:B")
     return points
 
 
 def stages(points: Sequence[tuple[float, T]], total_steps: int) -> list[tuple[int, T]]:
-    """Fractions of a run as steps: (first step from 0, value)."""
+    """Convert fractions of a run to steps: (first step, from 0; value)."""
     return [(math.ceil(at * total_steps), value) for at, value in points]
 
 
 def value_at(stages: Sequence[tuple[int, T]], step: int) -> T:
-    """The value of the last stage that has begun at a step (from 0)."""
+    """The value at a step (from 0): that of the last stage that has begun."""
     return [value for first, value in stages if first <= step][-1]

@@ -1,4 +1,4 @@
-"""Micro-batches of a pretraining run on the device, and the account of what was read for them."""
+"""Micro-batches of a pretraining run on the device, and a record of the samples read for them."""
 
 from collections.abc import Generator
 from contextlib import closing
@@ -12,11 +12,11 @@ from ..data.loader import Batch, TrainingStream, each_batch, make_loader
 
 @dataclass
 class MicroBatches:
-    """An iterator over this process's micro-batches. Loader workers start at the first one and end with `close`."""
+    """An iterator over this process's micro-batches. Loader workers start with the first one and stop at `close`."""
 
     stream: TrainingStream  # this process's share of the data
-    images: int  # decoded ones in a micro-batch
-    masks: int  # of each image
+    images: int  # decoded images per micro-batch
+    masks: int  # masks per image
     num_workers: int
     device: torch.device
 
@@ -45,11 +45,11 @@ class MicroBatches:
                     yield Batch(images, noise, item.keys[part], item.labels[part])
 
     def positions(self) -> dict[int, int]:
-        """Stream number -> rows read, of the streams of all processes that have moved; every process calls it."""
+        """Stream number -> rows read, for the streams that any process has read; every process must call it."""
         return {stream: rows for process in gather_object([self._read_up_to]) for stream, rows in process.items()}
 
     def take_bad(self) -> list[tuple[str, str]]:
-        """(key, reason) of the samples that no process could decode since the last call; every process calls it."""
+        """(key, reason) of samples that failed to decode since the last call, on any process; all processes call it."""
         bad = gather_object(self._bad)
         self._bad = []
         return bad

@@ -1,4 +1,4 @@
-"""What a pretraining run is made of: data, model, image processor and starting state, new or from a checkpoint."""
+"""The parts of a pretraining run: data, model, image processor and starting state, new or from a checkpoint."""
 
 import copy
 import json
@@ -29,25 +29,25 @@ logger = logging.getLogger(__name__)
 class PretrainData:
     """The data of a run."""
 
-    rows: Rows  # to train on
+    rows: Rows  # for training
     eval_rows: Rows
-    num_channels: int  # C of every image in a batch
-    dtype: str  # of their pixels: "uint8", "uint16" or "float32"
-    evaluated_on: str  # what the evaluation rows are, for people
+    num_channels: int  # C, for all images of a batch
+    dtype: str  # dtype of the pixels: "uint8", "uint16" or "float32"
+    evaluated_on: str  # a description of the evaluation rows
 
 
 def open_data(recipe: PretrainRecipe) -> PretrainData:
     """Open the training and evaluation rows of a recipe.
 
     Raises:
-        DataError: if the data is missing, or has other channels than the recipe says.
+        DataError: if the data is missing, or its number of channels is not the recipe's.
     """
     rows, eval_rows, evaluated_on = open_splits(recipe, streaming=recipe.streaming)
     num_channels, dtype = probe_rows(rows)
     configured = num_channels if recipe.num_channels is None else recipe.num_channels
     if configured != num_channels and {configured, num_channels} != {1, 3}:
         raise DataError(
-            f"images of {recipe.dataset} have {num_channels} channels, num_channels is {configured}; pass "
+            f"images of {recipe.dataset} have {num_channels} channels, but num_channels is {configured}; pass "
             f"--num_channels {num_channels}"
         )
     return PretrainData(rows, eval_rows, configured, dtype, evaluated_on)
@@ -57,14 +57,14 @@ def build_model(recipe: PretrainRecipe, stored: Path | None, num_channels: int) 
     """The model of a run: from its checkpoint, from another model (at the recipe's size and channels), or new.
 
     Raises:
-        UserError: if the recipe's model can't be loaded or made.
+        UserError: if the recipe's model can't be loaded or built.
     """
     options = {"attn_implementation": recipe.attn_implementation, "dtype": torch.float32}
     name = stored or (recipe.model and f"--model {recipe.model}")
-    with loading(describe_failure(f"{name} can't be loaded" if name else "the model can't be made", recipe)):
+    with loading(describe_failure(f"{name} can't be loaded" if name else "the model can't be built", recipe)):
         if name:
             changes = {} if stored else {"num_channels": num_channels, **recipe.given_model_keys()}
-            # Weights as safetensors alone: no pickle is read.
+            # Only safetensors are loaded, never a pickle.
             options |= {"use_safetensors": True, **changes}
             model = MAEForPreTraining.from_pretrained(stored or recipe.model, **options)
         else:
@@ -77,7 +77,7 @@ def build_model(recipe: PretrainRecipe, stored: Path | None, num_channels: int) 
 
 
 def describe_failure(what: str, recipe: RunRecipe) -> str:
-    """The beginning of the message that a model can't be had; names an attention that may not be installed."""
+    """Start of the error message for a model that can't be loaded; names an attention that may not be installed."""
     if recipe.attn_implementation in ("eager", "sdpa"):
         return what
     return f"{what} with attn_implementation {recipe.attn_implementation} (eager and sdpa always work)"
@@ -86,10 +86,10 @@ def describe_failure(what: str, recipe: RunRecipe) -> str:
 def build_processor(
     recipe: PretrainRecipe, stored: Path | None, data: PretrainData, config: MAEConfig
 ) -> MAEImageProcessor:
-    """The image processor that belongs to the model: sizes, scaling, and mean and standard deviation.
+    """The model's image processor: sizes, scaling, mean and standard deviation.
 
     Raises:
-        UserError: if mean or standard deviation have another length than there are channels.
+        UserError: if mean or standard deviation don't have one number per channel.
     """
     if stored:
         try:
@@ -106,7 +106,7 @@ def build_processor(
             mean, std = stats["image_mean"], stats["image_std"]
     for name, values in (("image_mean", mean), ("image_std", std)):
         if len(values) != data.num_channels:
-            raise UserError(f"{name} has {len(values)} numbers for {data.num_channels} channels; give one for each")
+            raise UserError(f"{name} has {len(values)} numbers for {data.num_channels} channels; give one per channel")
     return MAEImageProcessor(
         num_channels=data.num_channels,  # pyright: ignore[reportCallIssue] (its own key, unknown to the base class)
         **crop_settings(config.image_height_width, recipe.eval_crop_pct),
@@ -117,11 +117,10 @@ def build_processor(
 
 
 def make_spec(recipe: PretrainRecipe, data: PretrainData, config: MAEConfig, processor: MAEImageProcessor) -> ImageSpec:
-    """The crop, type and masks of a batch's images."""
+    """The crop, dtype and masks of the images in a batch."""
     return replace(
         evaluation_spec(config, processor),
         num_channels=data.num_channels,
-        dtype=data.dtype,
         crop_scale=(recipe.crop_scale[0], recipe.crop_scale[-1]),
         flip=recipe.flip,
         masks=recipe.masks_per_image,
@@ -131,7 +130,7 @@ def make_spec(recipe: PretrainRecipe, data: PretrainData, config: MAEConfig, pro
 def make_training_specs(
     recipe: PretrainRecipe, spec: ImageSpec, config: MAEConfig, total_steps: int
 ) -> list[tuple[int, ImageSpec]]:
-    """(first step from 0, spec of the training images from there on), by `image_size_schedule`.
+    """(first step from 0, spec of the training images from that step on), by `image_size_schedule`.
 
     Raises:
         UserError: if a size or mask ratio doesn't fit the model, or the last size is not the model's own.
@@ -146,11 +145,11 @@ def make_training_specs(
             for _, ratio in recipe.mask_ratios:
                 sized.num_kept_patches(ratio)
         except ValueError as error:
-            raise UserError(f"image_size {size} from {at:g} of the run on: {error}") from error
+            raise UserError(f"image_size {size}, from fraction {at:g} of the run on: {error}") from error
         specs.append((at, replace(spec, size=sized.image_height_width, num_patches=sized.num_patches)))
     if specs[-1][1].size != config.image_height_width:
         raise UserError(
-            f"image_size_schedule ends with {points[-1][1]}, image_size {config.image_size}; end with the model's own"
+            f"image_size_schedule ends with {points[-1][1]}, but image_size is {config.image_size}; end with that"
         )
     return stages(specs, total_steps)
 
@@ -158,12 +157,12 @@ def make_training_specs(
 def start_state(
     recipe: PretrainRecipe, data: PretrainData, total_steps: int, ranks: int, stored: RunState | None
 ) -> RunState:
-    """Where a run starts: at step 0, or at the `stored` state of its checkpoint.
+    """The state a run starts from: step 0, or the `stored` state of its checkpoint.
 
     Raises:
-        CheckpointError: if the data is not what the checkpoint was trained on.
+        CheckpointError: if the data differs from the checkpoint's.
     """
-    # What the order of samples depends on besides the seed, in the types of JSON.
+    # What the order of samples depends on besides the seed, in JSON's types.
     fingerprint = json.loads(json.dumps({**data.rows.source.fingerprint, "num_samples": len(data.rows)}))
     if stored is None:
         access = data.rows.source.random_access
@@ -172,15 +171,15 @@ def start_state(
     if stored.fingerprint != fingerprint:
         change = f"{recipe.dataset} is not the data that this run was trained on (its files or rows changed)"
         if not recipe.allow_data_change:
-            raise CheckpointError(f"{change}; bring the old data back, or pass --allow_data_change true")
-        logger.warning("%s; going on with it, the order of samples is another from here on", change)
-    # Keys that may change at a resume are this run's own, as is all that follows from them.
+            raise CheckpointError(f"{change}; restore the old data, or pass --allow_data_change true")
+        logger.warning("%s; continuing with it, in a different order of samples from here on", change)
+    # The recipe may have changed in the keys that a resume allows, so it and the values derived from it are new.
     own = {"recipe": recipe.to_dict(), "total_steps": total_steps, "fingerprint": fingerprint, "version": __version__}
     return replace(stored, **own)
 
 
 def model_config_of(recipe: PretrainRecipe, num_channels: int) -> MAEConfig:
-    """The configuration of a model from scratch: table of sizes < data's channels < the recipe's keys."""
+    """Configuration of a new model: table of sizes, overridden by `num_channels`, then by the recipe's model keys."""
     try:
         return MAEConfig(**{**SIZES[recipe.model_size], "num_channels": num_channels, **recipe.given_model_keys()})
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Callbacks of the Trainer that fine-tunes: other crops in each epoch, averaged weights, the log of a run."""
+"""Trainer callbacks of fine-tuning: new crops in each epoch, averaged weights, the run's log."""
 
 import math
 import time
@@ -19,7 +19,7 @@ EMA_FILE = "ema.safetensors"
 
 
 class EpochCallback(TrainerCallback):
-    """Sets the data set's epoch, which Accelerate's loader does on one process only; logs and scores the last step."""
+    """Sets the data set's epoch, as Accelerate's loader does on one process only; logs and scores the last step."""
 
     def __init__(self, images: LabelledImages):
         self.images = images
@@ -33,7 +33,7 @@ class EpochCallback(TrainerCallback):
 
 
 class EMACallback(TrainerCallback):
-    """An exponential moving average of the trained weights, which is scored, and is the model at the end.
+    """An exponential moving average of the trained weights, used in evaluations and as the final model.
 
     After each step, average = decay * average + (1 - decay) * weights; it starts at the initial weights. Checkpoints
     hold both.
@@ -79,7 +79,7 @@ class EMACallback(TrainerCallback):
 
 
 class LogCallback(TrainerCallback):
-    """Writes metrics.jsonl and shows one bar, as pretraining does, instead of Trainer's printing."""
+    """Writes metrics.jsonl and shows one progress bar, as in pretraining, instead of Trainer's output."""
 
     def __init__(self, accelerator: Any, total_batch_size: int):
         self.accelerator, self.total_batch_size = accelerator, total_batch_size
@@ -100,7 +100,7 @@ class LogCallback(TrainerCallback):
         self.log.bar.update()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.mark = time.perf_counter()  # saving and evaluating are not part of the training speed
+        self.mark = time.perf_counter()  # training speed excludes saving and evaluating
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         numbers, step = kwargs["logs"], state.global_step
@@ -126,6 +126,6 @@ class LogCallback(TrainerCallback):
         self.mark = time.perf_counter()
 
     def close(self) -> None:
-        """Close the bar, however the run ended."""
+        """Close the progress bar, even after an error."""
         if self.log is not None:
             self.log.close()

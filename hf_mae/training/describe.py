@@ -1,4 +1,4 @@
-"""What a recipe came to on this machine and this data: `derived` in run_config.yaml, and three lines for people."""
+"""What follows from a recipe on this machine and data: `derived` in run_config.yaml, and three printed lines."""
 
 from pathlib import Path
 from typing import Any
@@ -26,19 +26,19 @@ def derive_facts(
     strategy: str | None = None,
     classes: list[str] | None = None,
 ) -> dict[str, Any]:
-    """What was derived from a recipe. Every process calls it.
+    """The facts derived from a recipe. Every process must call it.
 
     Args:
-        recipe: of the run.
-        device: of this process.
-        processes: that train together.
+        recipe: the run's recipe.
+        device: device of this process.
+        processes: number of processes that train together.
         precision: "no", "bf16" or "fp16".
-        steps: of the run, and of its warm-up.
-        images: of an epoch, and of an evaluation.
-        evaluated_on: what the latter are.
-        model: to be trained.
+        steps: number of steps in the run, and in its warm-up.
+        images: number of images in an epoch, and in an evaluation.
+        evaluated_on: description of the evaluation images.
+        model: the model to train.
         strategy: how the processes train together; fine-tuning has only one.
-        classes: names of the labels, in fine-tuning, which may freeze parameters.
+        classes: names of the classes, in fine-tuning; trained parameters are then counted separately.
     """
     micro_batch, grad_accum_steps = recipe.micro_batch(processes)
     facts = {
@@ -72,22 +72,22 @@ def announce(
     scored: str,
     stored: Path | None,
 ) -> None:
-    """Print three lines, and write run_config.yaml unless it is a dry run. The main process calls it.
+    """Print three lines, and write run_config.yaml unless it is a dry run. Only the main process calls it.
 
     Args:
-        recipe: of the run.
-        facts: what was derived from it.
-        spec: what becomes of an image.
-        device: of this process.
-        content: what an image has: patches or classes.
-        scored: what evaluations are on.
+        recipe: the run's recipe.
+        facts: the result of `derive_facts`.
+        spec: size, channels and dtype of the images.
+        device: device of this process.
+        content: number of patches or classes, as text.
+        scored: description of the evaluations, as text.
         stored: the checkpoint that the run continues from, if any.
     """
     height, width = spec.size
     trained = f", {facts['trained_parameters'] / 1e6:.1f} M trained" if "trained_parameters" in facts else ""
     masks = f", each with {spec.masks} masks" if spec.masks > 1 else ""
     strategy = f"{facts['strategy']}, " if "strategy" in facts else ""
-    start = f"going on from {stored}" if stored else f"from {recipe.model or 'scratch'}"
+    start = f"continuing from {stored}" if stored else f"from {recipe.model or 'scratch'}"
     print(
         f"{recipe.recipe or recipe.command}: {facts['training_images']:,} images of {recipe.dataset}, "
         f"{spec.num_channels} x {height} x {width} {spec.dtype}, {content}, "

@@ -23,23 +23,23 @@ from ..keys.run_keys import PretrainRecipe, RunRecipe
 
 
 def prepare_process(recipe: RunRecipe) -> str:
-    """Set up this process, also for deterministic steps if the recipe asks for them.
+    """Set up this process, with deterministic steps if the recipe asks for them.
 
     Returns:
-        What `mixed_precision` means on this machine: "no", "bf16" or "fp16".
+        The precision that `mixed_precision` selects on this machine: "no", "bf16" or "fp16".
 
     Raises:
-        UserError: for a tracker that is not installed.
+        UserError: if the tracker is not installed.
     """
     trackers = [tracker.value for tracker in get_available_trackers()]
     if recipe.log_with not in (None, "all", *trackers):
-        raise UserError(f"log_with {recipe.log_with} is not installed; there are {', '.join(trackers) or 'none'}")
+        raise UserError(f"log_with {recipe.log_with} is not installed; available: {', '.join(trackers) or 'none'}")
     if recipe.deterministic:
-        # cuBLAS and NCCL read these when they start, which is later.
+        # cuBLAS and NCCL start later, and read these then.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.setdefault("NCCL_ALGO", "Ring")
         torch.use_deterministic_algorithms(True)
-        # The backward pass of this attention adds in any order.
+        # The backward pass of this attention sums in random order.
         torch.backends.cuda.enable_mem_efficient_sdp(False)
     if recipe.mixed_precision == "auto":
         return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
@@ -47,7 +47,7 @@ def prepare_process(recipe: RunRecipe) -> str:
 
 
 def environment_flag(name: str) -> bool:
-    """Whether a variable by which Accelerate is set up is on."""
+    """Whether an environment variable of Accelerate is on."""
     return os.environ.get(name, "false").lower() in ("1", "true")
 
 
@@ -58,11 +58,11 @@ def check_precision(precision: str, on_cpu: bool) -> None:
 
 
 def check_processes(together: int) -> None:
-    """Raise a UserError unless the processes that were started train together: otherwise each would train alone."""
+    """Raise a UserError if the processes that were started would train separately instead of together."""
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if together != started:
         raise UserError(
-            f"{started} processes were started, {together} work together; use torchrun, on CPUs with "
+            f"{started} processes were started, but only {together} would train together; use torchrun, on CPUs with "
             "ACCELERATE_USE_CPU=true"
         )
 
@@ -71,7 +71,7 @@ def make_accelerator(recipe: PretrainRecipe) -> Accelerator:
     """One Accelerator for model and optimizer.
 
     Raises:
-        UserError: if processes or a strategy were requested and not obtained; Accelerate itself would train without.
+        UserError: if processes or a strategy were requested but are missing; Accelerate would train without them.
     """
     precision = prepare_process(recipe)
     join_after_restart()
@@ -79,32 +79,32 @@ def make_accelerator(recipe: PretrainRecipe) -> Accelerator:
         mixed_precision=precision,
         log_with=recipe.log_with,
         project_dir=recipe.output_dir,
-        # The only buffers are tables that never change: nothing to broadcast at each forward.
+        # The only buffers are tables that never change, so no forward needs to broadcast them.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     check_precision(precision, accelerator.device.type == "cpu")
     if environment_flag("ACCELERATE_USE_FSDP") and accelerator.distributed_type != DistributedType.FSDP:
         raise UserError(
-            f"FSDP was asked for and {accelerator.distributed_type.value} obtained; FSDP needs a GPU for each process"
+            f"Accelerate chose {accelerator.distributed_type.value} instead of FSDP, which needs a GPU for each process"
         )
     check_processes(accelerator.num_processes)
     return accelerator
 
 
 def strategy_name(accelerator: Accelerator) -> str:
-    """How the processes of a run train together, for people."""
+    """A readable name for how the processes of a run train together."""
     names = {DistributedType.NO: "one process", DistributedType.MULTI_CPU: "DDP", DistributedType.MULTI_GPU: "DDP"}
     return names.get(accelerator.distributed_type, accelerator.distributed_type.value)
 
 
 def describe_hardware(device: torch.device) -> str:
-    """What all processes compute on: GPUs by number and name, or the CPU's name. Every process calls it."""
+    """The hardware of all processes: count and names of GPUs, or the CPU's name. Every process must call it."""
     if device.type == "cpu":
-        # The processor's own name from Linux, or its architecture elsewhere.
+        # The processor's name on Linux, its architecture elsewhere.
         file = Path("/proc/cpuinfo")
         match = re.search(r"^model name\s*: (.+)$", file.read_text() if file.exists() else "", re.MULTILINE)
         name = match[1].strip() if match else platform.machine()
-        return ", ".join(sorted(set(gather_object([name]))))  # processes of one machine share it
+        return ", ".join(sorted(set(gather_object([name]))))  # processes on one machine share its CPU
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return ", ".join(f"{count} x {name}" for name, count in sorted(Counter(gather_object([name])).items()))
 
@@ -112,8 +112,8 @@ def describe_hardware(device: torch.device) -> str:
 def join_after_restart() -> None:
     """After a restart by torchrun, meet the other processes under a fresh key prefix.
 
-    Their store still holds the addresses of the attempt before (torch 2.14). Under the same keys, a process sometimes
-    connects to a dead one, and fails or waits for ever.
+    Their store still holds addresses of the previous attempt (torch 2.14). With the same keys, a process sometimes
+    connects to a dead one, and fails or hangs.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
@@ -129,21 +129,21 @@ def join_after_restart() -> None:
 
 
 def tune_for_device(model: PreTrainedModel, device: torch.device, precision: str) -> None:
-    """Set up the process and a model for fast training. Only on a CPU is there anything to do.
+    """Set up the process and a model for fast training on a CPU; does nothing on other devices.
 
-    The C library keeps what a step frees for the next step. Otherwise each step gets its activations anew, page by
-    page: for ViT-B and 16 images on one thread 200,000 pages, 0.3 s of 11 s; on two threads, 2 to 4 % of the time.
+    The C library then keeps the memory that a step frees. Otherwise each step requests it again, page by page: 200,000
+    pages, or 0.3 s of 11 s, for ViT-B and 16 images on one thread; 2 to 4 % of the time on two threads.
 
     Args:
-        model: to be trained; under bf16, its attention becomes `float32_attention`.
-        device: that it is trained on.
+        model: the model to train; under bf16, its attention becomes `float32_attention`.
+        device: device that it is trained on.
         precision: "bf16" for autocast, otherwise "no".
     """
     if device.type != "cpu":
         return
-    if platform.libc_ver()[0] == "glibc":  # only the GNU library has the switch
+    if platform.libc_ver()[0] == "glibc":  # only the GNU C library has mallopt
         mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
-        # The second alone would do harm: it ends the growth of the first, which starts at 128 KiB.
+        # Setting only the second would do harm: the first would stop growing from its initial 128 KiB.
         if ctypes.CDLL(None).mallopt(mmap_threshold, 2**30):
             ctypes.CDLL(None).mallopt(trim_threshold, 2**31 - 1)
     if precision == "bf16" and model.config._attn_implementation == "sdpa":
@@ -153,9 +153,9 @@ def tune_for_device(model: PreTrainedModel, device: torch.device, precision: str
 def float32_attention(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
-    """transformers' SDPA, in float32 whatever autocast says.
+    """transformers' SDPA in float32, even under autocast.
 
-    On CPUs, forward and backward take PyTorch 1.6 to 2.4 times as long in bfloat16 (torch 2.14, 50 and 197 tokens).
+    On CPUs, PyTorch's forward and backward take 1.6 to 2.4 times as long in bfloat16 (torch 2.14, 50 and 197 tokens).
     """
     with torch.autocast(query.device.type, enabled=False):
         attended, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), *args, **kwargs)

@@ -48,19 +48,19 @@ def finetune(recipe: FinetuneRecipe) -> dict[str, Any] | None:
     """Fine-tune a pretrained model on a labelled data set.
 
     Args:
-        recipe: the run.
+        recipe: all settings of the run.
 
     Returns:
-        The entry of results.json; None on other processes than the main one, and after a dry run.
+        The run's entry in results.json; None after a dry run, and on processes other than the main one.
 
     Raises:
-        UserError: for what a user can mend; one line with the remedy.
+        UserError: for anything the user can fix; one line with the remedy.
     """
     recipe = recipe.finish()
     output_dir = Path(str(recipe.output_dir))
     check_folder(recipe, output_dir)
     folder = RunFolder(output_dir)
-    read_results(folder.results_file)  # before hours of training: the run adds its result to this file
+    read_results(folder.results_file)  # a broken file fails now, not after hours of training
     finished = [entry for entry in folder.results() if entry["protocol"]["name"] == PROTOCOL]
     if recipe.resume == "auto" and finished:
         check_run(recipe, output_dir)
@@ -71,19 +71,19 @@ def finetune(recipe: FinetuneRecipe) -> dict[str, Any] | None:
 
 
 def trainer_parts(recipe: FinetuneRecipe) -> dict[str, Any]:
-    """The arguments of a `transformers.Trainer` that does what a recipe says.
+    """The arguments of a `transformers.Trainer` that runs a recipe.
 
     Args:
-        recipe: e.g. `FinetuneRecipe(model="outputs/quickstart", dataset="path/to/images")`.
+        recipe: all settings of the run, e.g. `FinetuneRecipe(model="outputs/quickstart", dataset="path/to/images")`.
 
     Raises:
-        UserError: as `finetune`.
+        UserError: as for `finetune`.
     """
     return FinetuneRun(recipe.finish()).trainer_parts()
 
 
 class FinetuneRun:
-    """One run: what it is made of, and its training by a Trainer."""
+    """One run: its parts, and its training by a Trainer."""
 
     def __init__(self, recipe: FinetuneRecipe):
         self.recipe, self.output_dir = recipe, Path(str(recipe.output_dir))
@@ -91,11 +91,11 @@ class FinetuneRun:
         self.stored = find_trainer_checkpoint(recipe, self.output_dir)
         self.precision = prepare_process(recipe)
         self.args = training_arguments(recipe, self.stored, self.precision)
-        # One process after the other, so that what a data set library caches is written once.
+        # The main process goes first, so that a data set library writes its cache only once.
         with self.args.main_process_first(desc="opening the data"):
             self.rows, self.eval_rows, self.evaluated_on = open_splits(recipe, streaming=False)
         self.labels = find_labels(self.rows, recipe.problem_type)
-        torch.manual_seed(recipe.seed)  # of a new head
+        torch.manual_seed(recipe.seed)  # for a new head
         self.model = build_classifier(recipe, self.labels)
         tune_for_device(self.model, self.args.device, self.precision)
         self.processor = build_processor(recipe, self.model.config)
@@ -137,7 +137,7 @@ class FinetuneRun:
         }
 
     def describe(self) -> None:
-        """Print what is about to happen, and write run_config.yaml."""
+        """Print what the run will do, and write run_config.yaml."""
         recipe, args, names = self.recipe, self.args, list(self.labels.names)
         facts = derive_facts(
             recipe, args.device, args.world_size, self.precision, self.steps,
@@ -149,10 +149,10 @@ class FinetuneRun:
         scored = f"scored on {len(self.eval_images):,} images: {self.evaluated_on}"
         announce(recipe, facts, self.spec, args.device, labels, scored, self.stored)
         if self.bad:
-            print(f"{len(self.bad)} images can't be decoded and are not scored, the first: {self.bad[0][0]}")
+            print(f"{len(self.bad)} images can't be decoded and are not scored; the first is {self.bad[0][0]}")
 
     def train(self) -> dict[str, Any] | None:
-        """The remaining steps, then the final model; the entry of results.json, on the main process."""
+        """Take the remaining steps and save the final model; the main process returns the entry of results.json."""
         trainer = Trainer(**self.trainer_parts())
         for printing in (ProgressCallback, PrinterCallback):
             trainer.pop_callback(printing)
@@ -166,7 +166,7 @@ class FinetuneRun:
         return result
 
     def _save_final(self, log: LogCallback) -> dict[str, Any]:
-        """Save the model and its scores, and remove Trainer's checkpoints, which hold pickles; the result's entry."""
+        """Save model and scores, delete Trainer's checkpoints, which hold pickles; returns the results.json entry."""
         recipe, output_dir = self.recipe, self.output_dir
 
         def write(folder: Path) -> None:
@@ -198,7 +198,7 @@ class FinetuneRun:
         return result
 
     def _bad_samples(self) -> int:
-        """How many images could not be decoded, each named once in bad_samples.jsonl."""
+        """The number of images that could not be decoded; bad_samples.jsonl names each of them once."""
         named = [(sample["key"], sample["reason"]) for sample in self.folder.bad_samples()]
         named = list(dict.fromkeys([*named, *self.bad]))
         if named:

@@ -1,4 +1,4 @@
-"""What fine-tuning is made of: Trainer's arguments, the classifier, its image processor."""
+"""The parts of fine-tuning: Trainer's arguments, the classifier, its image processor."""
 
 import os
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ from .callbacks import EMA_FILE
 from .devices import check_precision, check_processes, environment_flag
 from .resume import check_same_recipe
 
-# What a classifier has and a pretrained model hasn't.
+# Weights that a classifier has and a pretrained model lacks.
 HEAD = ("classifier.", "fc_norm.", "mae.norm.")
 
 
@@ -36,11 +36,11 @@ def find_trainer_checkpoint(recipe: FinetuneRecipe, output_dir: Path) -> Path | 
     """The checkpoint that the run continues from; None for a new run.
 
     Raises:
-        CheckpointError: if the named one is missing or incomplete.
+        CheckpointError: if the named checkpoint is missing or incomplete.
     """
     if recipe.resume == "none":
         return None
-    # Trainer writes its state last, and we the average after that.
+    # Trainer writes its state last, and EMACallback the average after that.
     needed = ["trainer_state.json"] + ([EMA_FILE] if recipe.ema_decay else [])
     for path in reversed(RunFolder(output_dir).checkpoints()) if recipe.resume == "auto" else [Path(recipe.resume)]:
         if all((path / name).is_file() for name in needed):
@@ -48,7 +48,7 @@ def find_trainer_checkpoint(recipe: FinetuneRecipe, output_dir: Path) -> Path | 
             return path
     if recipe.resume == "auto":
         return None
-    raise CheckpointError(f"{recipe.resume} is no complete checkpoint ({', '.join(needed)} in it); name another one")
+    raise CheckpointError(f"{recipe.resume} is not a complete checkpoint (with {', '.join(needed)}); name another one")
 
 
 def check_run(recipe: FinetuneRecipe, output_dir: Path) -> None:
@@ -58,13 +58,13 @@ def check_run(recipe: FinetuneRecipe, output_dir: Path) -> None:
 
 
 def training_arguments(recipe: FinetuneRecipe, stored: Path | None, precision: str) -> TrainingArguments:
-    """A recipe in Trainer's words; without the numbers that depend on the data.
+    """A recipe as Trainer's arguments, without the numbers that depend on the data.
 
     Raises:
-        UserError: for a machine that the recipe doesn't fit.
+        UserError: if the recipe can't run on this machine.
     """
     if environment_flag("ACCELERATE_USE_FSDP"):
-        raise UserError("fine-tuning runs under DDP, not FSDP; start it by torchrun")
+        raise UserError("fine-tuning runs under DDP, not FSDP; start it with torchrun")
     use_cpu = environment_flag("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     check_precision(precision, use_cpu)
     micro_batch, grad_accum_steps = recipe.micro_batch(int(os.environ.get("WORLD_SIZE", "1")))
@@ -75,10 +75,10 @@ def training_arguments(recipe: FinetuneRecipe, stored: Path | None, precision: s
         per_device_eval_batch_size=micro_batch,
         gradient_accumulation_steps=grad_accum_steps,
         learning_rate=recipe.lr,
-        # Half a cosine after a linear warm-up from 0: optim/schedule.py, for every group relative to its own rate.
+        # Linear warm-up from 0, then half a cosine, as in optim/schedule.py; it scales each group's learning rate.
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": recipe.min_lr / recipe.lr},
-        max_grad_norm=recipe.clip_grad or float("inf"),  # infinity: the norm is logged, and nothing clipped
+        max_grad_norm=recipe.clip_grad or float("inf"),  # infinity logs the norm without clipping
         use_cpu=use_cpu,  # without it, Trainer refuses bf16 on a CPU
         bf16=precision == "bf16",
         fp16=precision == "fp16",
@@ -91,7 +91,7 @@ def training_arguments(recipe: FinetuneRecipe, stored: Path | None, precision: s
         logging_steps=recipe.log_steps,
         logging_nan_inf_filter=False,
         eval_strategy="steps",
-        eval_on_start=True,  # what is wrong with the evaluation shows before hours of training
+        eval_on_start=True,  # a broken evaluation fails now, not after hours of training
         save_strategy="steps",
         save_total_limit=recipe.keep_checkpoints,
         report_to=recipe.log_with or "none",
@@ -99,16 +99,16 @@ def training_arguments(recipe: FinetuneRecipe, stored: Path | None, precision: s
         ddp_broadcast_buffers=False,
     )
     check_processes(args.world_size)
-    # One process, one device, as everywhere else: Trainer would deal larger batches to all GPUs in sight.
+    # One device per process, as everywhere else: Trainer would spread larger batches over all visible GPUs.
     args._n_gpu = min(args.n_gpu, 1)
     return args
 
 
 def build_classifier(recipe: FinetuneRecipe, labels: Labels) -> MAEForImageClassification:
-    """A classifier on a pretrained encoder, or one that was fine-tuned before, with what the recipe freezes frozen.
+    """A classifier on a pretrained encoder, or a fine-tuned one, with the layers frozen that the recipe freezes.
 
     Raises:
-        UserError: if the model can't be loaded, or knows other classes than the data has.
+        UserError: if the model can't be loaded, or has other classes than the data.
     """
     given = ("problem_type", "pooling", "drop_path_rate", "trainable_positions", "attn_implementation")
     options: dict[str, Any] = {
@@ -122,7 +122,7 @@ def build_classifier(recipe: FinetuneRecipe, labels: Labels) -> MAEForImageClass
     if recipe.image_size is not None:
         options["image_size"] = recipe.image_size
     verbosity = transformers_logging.get_verbosity()
-    # Its report of the head's missing weights would alarm users for nothing.
+    # transformers would warn about the head's missing weights, which are expected.
     transformers_logging.set_verbosity_error()
     try:
         with loading(describe_failure(f"--model {recipe.model} can't be loaded", recipe)):
@@ -131,7 +131,7 @@ def build_classifier(recipe: FinetuneRecipe, labels: Labels) -> MAEForImageClass
             classes = list(known.id2label.values())
             if fine_tuned and not recipe.reset_head and classes != list(labels.names):
                 raise UserError(
-                    f"{recipe.model} knows the classes {_some(classes)}, {recipe.dataset} has {_some(labels.names)}; "
+                    f"{recipe.model} has the classes {_some(classes)}, but {recipe.dataset} has {_some(labels.names)}; "
                     "pass --reset_head true for a new head"
                 )
             model, info = MAEForImageClassification.from_pretrained(
@@ -161,14 +161,14 @@ def _some(names: Sequence[str]) -> str:
 
 
 def build_processor(recipe: FinetuneRecipe, config: MAEConfig) -> MAEImageProcessor:
-    """The pretrained model's processor, for the recipe's scoring crop: resize (bicubic), then the centre.
+    """The pretrained model's processor with the recipe's evaluation crop: bicubic resize, then the centre.
 
     Raises:
-        UserError: if the model has none.
+        UserError: if the model has no image processor.
     """
     size = config.image_height_width
     settings = crop_settings(size, recipe.eval_crop_pct or default_crop_pct(size))
-    settings |= {"do_resize": True, "do_center_crop": True, "do_normalize": True, "resample": 3}  # 3: bicubic
+    settings |= {"do_resize": True, "do_center_crop": True, "resample": 3}  # 3: bicubic
     try:
         return MAEImageProcessor.from_pretrained(str(recipe.model), **settings)
     except (OSError, ValueError) as error:
@@ -177,17 +177,17 @@ def build_processor(recipe: FinetuneRecipe, config: MAEConfig) -> MAEImageProces
 
 
 def build_rand_augment(recipe: FinetuneRecipe, spec: ImageSpec, processor: MAEImageProcessor) -> RandAugment | None:
-    """RandAugment as the recipe has it.
+    """The recipe's RandAugment, or None.
 
     Raises:
-        UserError: if timm doesn't know it, or the images are not 8-bit gray or colour.
+        UserError: if timm doesn't know the policy, or the images are not 8-bit gray or colour.
     """
     if recipe.rand_augment == "none":
         return None
     if spec.dtype != "uint8" or spec.num_channels not in (1, 3):
         raise UserError(
-            f"rand_augment is for 8-bit gray or colour images, these have {spec.num_channels} channels of {spec.dtype};"
-            " pass --rand_augment none"
+            f"rand_augment needs 8-bit gray or colour images, not {spec.num_channels} channels of {spec.dtype}; "
+            "pass --rand_augment none"
         )
     try:
         return RandAugment(recipe.rand_augment, spec.size, list(processor.image_mean))
@@ -196,10 +196,10 @@ def build_rand_augment(recipe: FinetuneRecipe, spec: ImageSpec, processor: MAEIm
 
 
 def check_images(rows: Rows, spec: ImageSpec) -> None:
-    """Raise a DataError if the images have other channels than the model."""
+    """Raise a DataError if images and model differ in their number of channels."""
     num_channels, _ = probe_rows(rows)
     if num_channels != spec.num_channels and {num_channels, spec.num_channels} != {1, 3}:
         raise DataError(
-            f"images of {rows.source.name} have {num_channels} channels, the model {spec.num_channels}; go on "
-            f"pretraining it on such images first: hf-mae pretrain --model ... --num_channels {num_channels}"
+            f"images of {rows.source.name} have {num_channels} channels, but the model has {spec.num_channels}; "
+            f"continue its pretraining on such images first: hf-mae pretrain --model ... --num_channels {num_channels}"
         )

@@ -1,7 +1,7 @@
-"""What all processes agree on after each step: to skip a step whose numbers are not finite, and to stop.
+"""After each step, all processes agree whether to skip it, if a number is not finite, and whether to stop.
 
-One small all-reduce sums the flags of all processes. On the device the sum decides at once whether the optimizer takes
-the step; the host of a GPU reads it one step later and never blocks.
+One small all-reduce sums the flags of all processes. The device decides at once from the sum whether the optimizer
+takes the step; the host of a GPU reads it one step later and never blocks.
 """
 
 import signal
@@ -18,16 +18,16 @@ MOST_IN_A_ROW = 10
 
 
 class Verdict(NamedTuple):
-    """What was agreed on about a step."""
+    """What the processes agreed on for a step."""
 
     step: int  # from 1
     skipped: bool  # by all processes
-    stop: bool  # whether any process is to stop
-    samples: list[str]  # keys of the whole batch, of all processes; empty unless the step was skipped
+    stop: bool  # whether any process has to stop
+    samples: list[str]  # keys of the whole batch, on all processes; empty unless the step was skipped
 
 
 class StepGuard:
-    """Agrees with the other processes; counts the skipped steps of the run, and those in a row up to the newest."""
+    """Agrees with the other processes, and counts the run's skipped steps and the current number in a row."""
 
     def __init__(self, accelerator: Accelerator, skipped_steps: int = 0, skipped_in_a_row: int = 0):
         self.accelerator = accelerator
@@ -37,13 +37,13 @@ class StepGuard:
         self._flags: deque[tuple[int, list[str], torch.Tensor, torch.cuda.Event | None]] = deque()
 
     def judge(self, step: int, finite: torch.Tensor, stop: bool, keys: list[str]) -> torch.Tensor:
-        """Tell the others about a step, before the optimizer takes it.
+        """Share a step's flags with the other processes, before the optimizer takes the step.
 
         Args:
-            step: its number, from 1.
+            step: number of the step, from 1.
             finite: () bool, on the device: whether loss and gradient of this process are finite.
-            stop: whether this process is to stop.
-            keys: of the samples of this process.
+            stop: whether this process has to stop.
+            keys: keys of this process's samples.
 
         Returns:
             () float32 on the device: 0 to take the step, 1 to skip it, the same on all processes.
@@ -54,7 +54,7 @@ class StepGuard:
         return (flags[0] > 0).float()
 
     def verdicts(self, up_to_now: bool) -> list[Verdict]:
-        """What was agreed on since the last call. Every process calls it.
+        """The verdicts since the last call. Every process must call it.
 
         `up_to_now` includes the newest step, and makes the host wait for a GPU.
         """
@@ -67,12 +67,12 @@ class StepGuard:
             result.append(Verdict(step, not_finite, stop, gather_object(keys) if not_finite else []))
             self.skipped_steps += not_finite
             self.skipped_in_a_row = self.skipped_in_a_row + 1 if not_finite else 0
-            # All read this at the same step, the newest, and stop after it.
+            # All processes read the stop at the same step, so all read up to the newest step and stop after it.
             up_to_now = up_to_now or stop
         return result
 
     def counters(self) -> dict[str, int]:
-        """The keywords of a guard that continues from here."""
+        """Keyword arguments for a guard that continues from here."""
         return {"skipped_steps": self.skipped_steps, "skipped_in_a_row": self.skipped_in_a_row}
 
     def check(self) -> None:
@@ -80,13 +80,13 @@ class StepGuard:
         if self.skipped_in_a_row >= MOST_IN_A_ROW:
             raise UserError(
                 f"{self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite and were left out; "
-                "the last checkpoint is the last good one: look at the samples that metrics.jsonl names, or start "
-                "again with a lower --blr, with --clip_grad 1, or with --mixed_precision bf16 or no"
+                "the last checkpoint is good: check the samples that metrics.jsonl names, or start again "
+                "with a lower --blr, with --clip_grad 1, or with --mixed_precision bf16 or no"
             )
 
 
 class StopSignals:
-    """As a context, turns SIGTERM and SIGUSR1 into a request to stop after the step under way."""
+    """A context that turns SIGTERM and SIGUSR1 into a request to stop after the current step."""
 
     received = False
 
@@ -103,7 +103,7 @@ class StopSignals:
 
 
 def _copied_to_host(flags: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-    """The flags on the host, and what to wait for before reading them."""
+    """The flags on the host, and the event to wait for before reading them."""
     if flags.device.type != "cuda":
         return flags, None
     host = torch.empty_like(flags, device="cpu", pin_memory=True)

@@ -29,12 +29,12 @@ class HeldOut:
     """The evaluation rows of a run."""
 
     rows: Rows
-    spec: ImageSpec  # of their evaluation crops
+    spec: ImageSpec  # their evaluation crops
     normalize: Callable[[torch.Tensor], torch.Tensor]  # pixels in the source's dtype -> pixel_values
-    batch_size: int  # images at once, on each process
+    batch_size: int  # images per batch, on each process
     num_workers: int
     accelerator: Accelerator
-    mask_seed: int  # a row's mask depends on this and on its place
+    mask_seed: int  # a row's mask depends on this and on its index
 
     def batches(self, rank: int, ranks: int) -> EvaluationSet:
         """A rank's share of the images, with their masks' noise."""
@@ -42,17 +42,17 @@ class HeldOut:
 
     @torch.no_grad()
     def loss(self, model: nn.Module) -> tuple[float, list[tuple[str, str]]]:
-        """Mean loss, and (key, reason) of the images that can't be decoded; every process takes part.
+        """Mean loss, and (key, reason) of the images that can't be decoded; every process must call it.
 
         Raises:
-            DataError: if none can be decoded.
+            DataError: if no image can be decoded.
         """
         accelerator, device, spec = self.accelerator, self.accelerator.device, self.spec
-        # Every rank runs as many forwards as the others, since sharded weights are gathered in each.
+        # All ranks run the same number of forwards, because each one gathers sharded weights.
         longest = -(-len(self.rows) // accelerator.num_processes)
         bad: list[tuple[str, str]] = []
         total = torch.zeros(2, device=device, dtype=torch.float64)
-        # A rank runs on these when it has no images left, or can't decode them.
+        # Input for a rank that has no images left, or can't decode them.
         images = torch.zeros(1, spec.num_channels, *spec.size, device=device)
         noise = torch.zeros(1, spec.num_patches, device=device)
         model.eval()
@@ -74,7 +74,7 @@ class HeldOut:
         return loss_sum / seen, gather_object(bad)
 
     def picture(self, model: MAEForPreTraining, processor: MAEImageProcessor) -> Image.Image:
-        """Original, masked and reconstructed images, the same ones each time; every process takes part."""
+        """Original, masked and reconstructed images, the same ones each time; every process must call it."""
         device = self.accelerator.device
         images, noise = self._shown
         model.eval()

@@ -39,15 +39,15 @@ def pretrain(recipe: PretrainRecipe) -> dict[str, Any]:
     """Pretrain a masked autoencoder.
 
     Args:
-        recipe: the run.
+        recipe: all settings of the run.
 
     Returns:
-        What the run ended with: `model` (folder), `picture` (path), `first_eval_loss`, `last_eval_loss`, `steps`,
-        `images_per_second`, `quality` (the last figures of the encoder), `bad_samples`, `skipped_steps`. What a run
-        doesn't have is None.
+        The results: `model` (folder), `picture` (path), `first_eval_loss`, `last_eval_loss`, `steps`,
+        `images_per_second`, `quality` (the last figures of the encoder), `bad_samples`, `skipped_steps`. Results that
+        the run doesn't have are None.
 
     Raises:
-        UserError: for what a user can mend; one line with the remedy.
+        UserError: for anything the user can fix; one line with the remedy.
     """
     run = PretrainRun(recipe.finish())
     run.describe()
@@ -57,14 +57,14 @@ def pretrain(recipe: PretrainRecipe) -> dict[str, Any]:
 
 
 class PretrainRun:
-    """One run: what it is made of, and its loop."""
+    """One run: its parts and its loop."""
 
     def __init__(self, recipe: PretrainRecipe):
         self.recipe, self.output_dir = recipe, Path(str(recipe.output_dir))
         self.folder = RunFolder(self.output_dir)
         self.accelerator = make_accelerator(recipe)
         self.stored, state = find_stored(recipe, self.output_dir)
-        # One process after the other, so that what a data set library caches is written once.
+        # The main process goes first, so that a data set library writes its cache only once.
         with self.accelerator.main_process_first():
             self.data = open_data(recipe)
         ranks = self.accelerator.num_processes
@@ -72,7 +72,7 @@ class PretrainRun:
         self.micro_batch, self.grad_accum_steps = recipe.micro_batch(ranks)
         self.state = start_state(recipe, self.data, total_steps, ranks, state)
         if self.state.step > total_steps:
-            raise CheckpointError(f"{self.stored} is at step {self.state.step}, the run ends at {total_steps}")
+            raise CheckpointError(f"{self.stored} is at step {self.state.step}, but the run ends at {total_steps}")
         self._build_model()
         self._build_batches()
         self._build_evaluation()
@@ -86,14 +86,14 @@ class PretrainRun:
         self.publisher: BackgroundPush | None = None
 
     def _build_model(self) -> None:
-        """Model, image processor and optimizer; new, or as the checkpoint has them."""
+        """Model, image processor and optimizer; new, or from the checkpoint."""
         recipe, accelerator, stored = self.recipe, self.accelerator, self.stored
         set_seed(recipe.seed)
         model = build_model(recipe, stored, self.data.num_channels)
         tune_for_device(model, accelerator.device, accelerator.mixed_precision)
         self.config = model.config
         self.processor = build_processor(recipe, stored, self.data, self.config)
-        self.normalize = make_normalizer(self.processor, self.data.dtype, accelerator.device)
+        self.normalize = make_normalizer(self.processor, accelerator.device)
         optimizer = adamw(model, (recipe.adam_beta1, recipe.adam_beta2), recipe.weight_decay)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.unwrapped: MAEForPreTraining = accelerator.unwrap_model(self.model)
@@ -118,13 +118,13 @@ class PretrainRun:
 
     def _build_evaluation(self) -> None:
         data, workers = self.data, min(self.recipe.num_workers, 1)
-        # Each process takes no more images at once than in training.
+        # Each process evaluates at most as many images at once as it trains on.
         shared = self.spec, self.normalize, self.micro_batch, workers, self.accelerator
         self.held_out = HeldOut(data.eval_rows, *shared, self.config.eval_mask_seed)
         self.quality = OnlineEvaluator(data.rows, data.eval_rows, *shared, self.recipe.quality_samples)
 
     def describe(self) -> None:
-        """Print what is about to happen, and write run_config.yaml."""
+        """Print what the run will do, and write run_config.yaml."""
         recipe, accelerator, data = self.recipe, self.accelerator, self.data
         facts = derive_facts(
             recipe, accelerator.device, accelerator.num_processes, accelerator.mixed_precision,
@@ -140,7 +140,7 @@ class PretrainRun:
     # ------------------------------------------------------------------------------------------ the loop
 
     def train(self) -> dict[str, Any]:
-        """The remaining steps, then the final model and its picture."""
+        """Take the remaining steps, then save the final model and its picture."""
         recipe, accelerator, state = self.recipe, self.accelerator, self.state
         if recipe.log_with:
             plain = {name: value for name, value in recipe.to_dict().items() if isinstance(value, int | float | str)}
@@ -198,7 +198,7 @@ class PretrainRun:
             if logs:
                 self._log(lr, grad_norm)
             stop = self._agree(up_to_now=logs or evaluates or saves)
-            with self.watch.stopped():  # evaluating and saving are not part of the training speed
+            with self.watch.stopped():  # training speed excludes evaluating and saving
                 if evaluates:
                     self._evaluate()
                 if measures:
@@ -206,17 +206,17 @@ class PretrainRun:
                 if saves or stop:
                     self._save(must=stop or last)
             if stop:
-                self.log.say(f"stopped on request after step {state.step}; go on with --resume auto")
+                self.log.say(f"stopped on request after step {state.step}; continue with --resume auto")
                 break
 
     def _step(self) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """The next optimizer step: this process's mean loss and the gradient's norm, both on the device, and the lr."""
+        """Take the next optimizer step; this process's mean loss and gradient norm, both on the device, and the lr."""
         recipe, accelerator, step = self.recipe, self.accelerator, self.state.step  # from 0
         lr = lr_at(step, recipe.lr, self.warmup_steps, self.state.total_steps, recipe.min_lr)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if self.config.drop_path_rate:
-            # These random numbers too are a function of seed, step and rank, so that a resumed run draws the same.
+            # These random numbers depend only on seed, step and rank too, so that a resumed run draws the same.
             torch.manual_seed(hash((recipe.seed, step + 1, accelerator.process_index)))
         options: dict[str, Any] = {"interpolate_pos_encoding": True} if recipe.image_sizes else {}
         if self.mask_ratios:
@@ -237,18 +237,18 @@ class PretrainRun:
                 accelerator.backward(part)
             loss += part.detach()
         grad_norm = self._clip()
-        # With fp16, gradients that overflow are the scaler's everyday business.
+        # With fp16, the scaler expects gradients to overflow, and handles it.
         finite = loss.isfinite() if accelerator.scaler is not None else loss.isfinite() & grad_norm.isfinite()
         skip = self.guard.judge(step + 1, finite, self.stop_signals.received, keys)
         if accelerator.scaler is None:
-            # The fused optimizer reads on the device whether to skip, from where a GradScaler would have written it.
+            # The fused optimizer skips a step by this flag on the device, which a GradScaler would otherwise set.
             self.optimizer.optimizer.found_inf = skip
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss, grad_norm, lr
 
     def _clip(self) -> torch.Tensor:
-        """Clip the gradient if the recipe says so; its norm before, () on the device."""
+        """Clip the gradient if the recipe says so; the norm before clipping, () on the device."""
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         if self.recipe.clip_grad is not None:
             norm = self.accelerator.clip_grad_norm_(parameters, self.recipe.clip_grad)
@@ -258,12 +258,12 @@ class PretrainRun:
         return norm.full_tensor() if isinstance(norm, DTensor) else cast(torch.Tensor, norm)
 
     def _agree(self, up_to_now: bool) -> bool:
-        """Report the steps that were skipped; whether to stop.
+        """Report the skipped steps, and return whether to stop.
 
         Raises:
             UserError: if too many in a row were skipped.
         """
-        stop = self.stop_signals.received and self.accelerator.num_processes == 1  # nobody to agree with
+        stop = self.stop_signals.received and self.accelerator.num_processes == 1  # no others to agree with
         for verdict in self.guard.verdicts(up_to_now):
             stop = stop or verdict.stop
             if verdict.skipped:
@@ -276,7 +276,7 @@ class PretrainRun:
     # ------------------------------------------------------------------------------------------ between steps
 
     def _log(self, lr: float, grad_norm: torch.Tensor) -> None:
-        """A line of metrics.jsonl, with the mean loss of the steps since the last one that were not skipped."""
+        """Write a line of metrics.jsonl, with the mean loss of the unskipped steps since the last line."""
         state, losses = self.state, cast(torch.Tensor, self.accelerator.reduce(torch.stack(self.unlogged), "mean"))
         loss = losses[losses.isfinite()].mean().item()
         seconds, waited = self.watch.read()
@@ -289,17 +289,17 @@ class PretrainRun:
         self._check_bad()
 
     def _evaluate(self) -> None:
-        """The loss of the evaluation images, and a picture of a few."""
+        """Log the loss of the evaluation images, and a picture of a few."""
         step = self.state.step
         loss, bad = self.held_out.loss(self.model)
         self.log.event(step, eval_loss=loss)
         if bad and step in (0, self.state.total_steps):
             some = ", ".join(f"{key} ({reason})" for key, reason in bad[:3])
-            self.log.say(f"{len(bad)} evaluation images are left out, they can't be decoded: {some}")
+            self.log.say(f"{len(bad)} evaluation images can't be decoded and are left out: {some}")
         self.log.picture(step, self.held_out.picture(self.unwrapped, self.processor))
 
     def _measure_quality(self) -> None:
-        """kNN, linear accuracy and RankMe of the encoder."""
+        """Log kNN accuracy, linear accuracy and RankMe of the encoder."""
         figures = self.quality.measure(self.model)
         if self.quality.notice:
             self.log.say(self.quality.notice)
@@ -310,10 +310,10 @@ class PretrainRun:
         """Write `checkpoint-STEP`, and push it in the background if it isn't the last one.
 
         Args:
-            must: end the run if there is no room on the disk; otherwise it continues without this checkpoint.
+            must: end the run if the disk is full; otherwise it continues without this checkpoint.
 
         Raises:
-            CheckpointError: if there is no room, or what was written is not what is read back.
+            CheckpointError: if the disk is full (with `must`), or if a file read back differs from what was written.
         """
         state = self.state
         for stream, position in self.batches.positions().items():
@@ -331,7 +331,7 @@ class PretrainRun:
             self.publisher.start(self.output_dir / f"checkpoint-{state.step}")
 
     def _count_bad(self) -> bool:
-        """Count the samples that no process could decode since the last call; whether there were any."""
+        """Count the samples that failed to decode since the last call; True if there were any."""
         bad, known = self.batches.take_bad(), len(self.state.bad["named"])
         self.state.add_bad(bad)
         if len(self.state.bad["named"]) > known and self.accelerator.is_main_process:
@@ -339,12 +339,12 @@ class PretrainRun:
         return bool(bad)
 
     def _check_bad(self) -> None:
-        """Report the samples that could not be decoded; stop if there are too many."""
+        """Report the samples that could not be decoded; raise a DataError if there are too many."""
         new, counts, file = self._count_bad(), self.state.bad["counts"], self.folder.bad_file
         bad = sum(counts.values())
         if new:
             self.log.say(f"{bad} images skipped so far: {counts}; see {file}")
-        # Not judged by the first few: one bad file among the first ten says nothing.
+        # Counted against at least 1,000 images, because one bad file among the first ten means little.
         failed = bad / max(bad + self.state.images_seen, min(1000, len(self.data.rows)))
         most = self.recipe.max_bad_fraction
         if failed > most:

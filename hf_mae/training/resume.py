@@ -19,7 +19,7 @@ def check_folder(recipe: RunRecipe, output_dir: Path) -> None:
         str(output_dir).encode()  # safetensors can't write to any other
         there = next(path for path in (output_dir.absolute(), *output_dir.absolute().parents) if path.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise OSError(f"{there} can't be written to" if there.is_dir() else f"{there} is no folder")
+            raise OSError(f"{there} can't be written to" if there.is_dir() else f"{there} is not a folder")
     except (OSError, UnicodeError) as error:
         raise CheckpointError(f"{output_dir} can't be used ({one_line(error)}); choose another --output_dir") from error
     folder = RunFolder(output_dir)
@@ -29,7 +29,7 @@ def check_folder(recipe: RunRecipe, output_dir: Path) -> None:
     fresh = recipe.resume == "none" and not recipe.dry_run
     if fresh and (folder.checkpoints() or any(event["step"] > 0 for event in folder.events())):
         raise CheckpointError(
-            f"{output_dir} holds another run; go on with it by --resume auto, or choose another --output_dir"
+            f"{output_dir} holds another run; continue it with --resume auto, or choose another --output_dir"
         )
 
 
@@ -37,16 +37,16 @@ def check_same_recipe(old: dict[str, Any], recipe: RunRecipe, where: Path, free:
     """Raise a CheckpointError that names the first key, except the `free` ones, that a resume would change.
 
     Args:
-        old: keys of the run, from a file.
-        recipe: the recipe that it is resumed with.
-        where: checkpoint or folder of the old keys.
-        free: keys that may differ.
+        old: stored keys of the run.
+        recipe: recipe to resume it with.
+        where: checkpoint or folder that holds the old keys.
+        free: names of keys that may differ.
     """
     new = json.loads(json.dumps(recipe.to_dict()))
     for key in sorted((old.keys() | new.keys()) - free):
         if old.get(key) != new.get(key):
             raise CheckpointError(
-                f"{where} is of a run with {key} {old.get(key)}, not {new.get(key)}; go on with the same recipe, or "
+                f"{where} belongs to a run with {key} {old.get(key)}, not {new.get(key)}; use the same recipe, or "
                 "start another run from its weights with --model and another --output_dir"
             )
 
@@ -62,7 +62,7 @@ def find_stored(recipe: PretrainRecipe, output_dir: Path) -> tuple[Path | None, 
     if checkpoint is None:
         return None, None
     state = RunState.read(checkpoint)
-    # The fingerprint of the data tells later whether another place holds the same data.
+    # The data may have moved: its fingerprint is compared later.
     free = names_where(recipe, free=True) | names_where(recipe, place=True)
     check_same_recipe(state.recipe, recipe, checkpoint, free)
     return checkpoint, state

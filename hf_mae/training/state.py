@@ -1,4 +1,4 @@
-"""Where a run stands: what its checkpoints say besides tensors, in trainer.json and data.json."""
+"""The state of a run: what its checkpoints hold besides tensors, in trainer.json and data.json."""
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -15,32 +15,32 @@ MOST_NAMED = 100
 
 @dataclass
 class RunState:
-    """Where a run stands. The loop moves `step`, `images_seen` and `positions`; a save brings the rest up to date."""
+    """The state of a run. The loop advances `step` and `images_seen`; a save updates the rest."""
 
     recipe: dict[str, Any]
     total_steps: int  # optimizer steps of the whole run
     plan: StreamPlan
     positions: list[int]  # rows that each stream has read
-    fingerprint: dict[str, Any]  # of the data
+    fingerprint: dict[str, Any]  # fingerprint of the data
     step: int = 0  # optimizer steps taken
-    images_seen: int = 0  # those of skipped steps among them; each once, with any number of masks
-    guard: dict[str, int] = field(default_factory=lambda: {"skipped_steps": 0, "skipped_in_a_row": 0})  # of StepGuard
-    # Samples that could not be decoded: how many for each reason, and `key` and `reason` of the first hundred.
+    images_seen: int = 0  # includes skipped steps; counts each image once, however many masks it has
+    guard: dict[str, int] = field(default_factory=lambda: {"skipped_steps": 0, "skipped_in_a_row": 0})  # StepGuard's
+    # Samples that could not be decoded: counts by reason, and `key` and `reason` of the first hundred.
     bad: dict[str, Any] = field(default_factory=lambda: {"counts": {}, "named": []})
     scaler: dict[str, Any] | None = None  # state of the GradScaler of fp16
-    version: str = __version__  # of the package that writes it
+    version: str = __version__  # version of the package that writes it
 
     @classmethod
     def read(cls, folder: Path) -> "RunState":
-        """The state that a checkpoint holds.
+        """Read the state from a checkpoint's folder.
 
         Raises:
-            CheckpointError: if the folder is a model's rather than a checkpoint, or its files are not JSON.
+            CheckpointError: if the folder is not a checkpoint, or its files are not JSON.
         """
         try:
             stored = {**read_json(folder / TRAINER), **read_json(folder / DATA)}
         except FileNotFoundError as error:
-            raise CheckpointError(f"{error.filename} is missing; name a folder checkpoint-STEP of a run") from error
+            raise CheckpointError(f"{error.filename} is missing; name a checkpoint-STEP folder of a run") from error
         except ValueError as error:
             raise CheckpointError(f"the state in {folder} is not JSON ({error}); name another checkpoint") from error
         stored["plan"] = StreamPlan(**stored["plan"])
@@ -61,12 +61,12 @@ class RunState:
         write_json(data, folder / DATA)
 
     def advance(self, images: int) -> None:
-        """One more optimizer step, on this many images."""
+        """Count one more optimizer step, on `images` images."""
         self.step += 1
         self.images_seen += images
 
     def add_bad(self, samples: list[tuple[str, str]]) -> None:
-        """Take in (key, reason) of samples that could not be decoded."""
+        """Add (key, reason) of samples that could not be decoded."""
         counts = self.bad["counts"]
         for _, reason in samples:
             counts[reason] = counts.get(reason, 0) + 1

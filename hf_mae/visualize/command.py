@@ -1,7 +1,6 @@
 """`hf-mae reconstruct`: pictures of a model's reconstructions of any images, by its own evaluation crop."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from PIL import Image
 from ..data.decode import BadImage, decode_image
 from ..data.order import Rows
 from ..data.sources import open_source
-from ..data.transform import evaluation_spec, evaluation_view, make_normalizer, resize_before_crop, stored_crop_pct
+from ..data.transform import evaluation_spec, evaluation_view, make_normalizer, move_crop, normalization
 from ..errors import DataError, UserError
 from ..keys import height_width
 from ..keys.publishing_keys import ReconstructRecipe
@@ -38,12 +37,11 @@ class Reconstructor:
         model, self.processor = load_with_processor(MAEForPreTraining, path, **overrides)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model: MAEForPreTraining = model.to(self.device)  # pyright: ignore[reportArgumentType]
-        self.spec = evaluation_spec(model.config, self.processor)
         if image_size is not None:
-            # What is cut off is the same share as at the processor's own size.
-            resize = resize_before_crop(self.spec.size, stored_crop_pct(self.processor))
-            self.spec = replace(self.spec, eval_resize=resize)
-        self.normalize = make_normalizer(self.processor, self.spec.dtype, self.device)
+            move_crop(self.processor, model.config.image_height_width)
+        self.spec = evaluation_spec(model.config, self.processor)
+        self.normalize = make_normalizer(self.processor, self.device)
+        self.mean, self.std = normalization(self.processor)  # to show pixel_values
 
     def pixel_values(self, images: Sequence[bytes | np.ndarray | Image.Image]) -> torch.Tensor:
         """(B, C, H, W) of files' bytes, arrays (H, W, C) or Pillow images.
@@ -55,7 +53,7 @@ class Reconstructor:
         for image in images:
             if not isinstance(image, Image.Image):
                 image = decode_image(image, self.spec.num_channels, self.spec.dtype)
-            views.append(evaluation_view(image, self.spec.eval_resize, self.spec.size))
+            views.append(evaluation_view(image, self.spec.eval_resize, self.spec.size, self.spec.resample))
         return self.normalize(torch.from_numpy(np.stack(views)).to(self.device))
 
 
@@ -85,7 +83,7 @@ def reconstruct_files(recipe: ReconstructRecipe) -> dict[str, Any]:
             reconstruct(reconstructor.model, pixel_values, ratio, recipe.seed, statistics=recipe.statistics)
             for ratio in recipe.mask_ratios
         ]
-        mean, std = reconstructor.processor.image_mean, reconstructor.processor.image_std
+        mean, std = reconstructor.mean, reconstructor.std
         picture = reconstruction_grid(results, mean, std, recipe.bands, details=True, cell=recipe.cell)
     except ValueError as error:
         raise UserError(str(error)) from error

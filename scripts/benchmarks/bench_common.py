@@ -1,4 +1,4 @@
-"""What all benchmarks share: interleaved measurements, processes of their own, tables, and the header of the JSON."""
+"""What all benchmarks share: interleaved measurements, separate processes, tables and the header of the JSON."""
 
 import importlib.metadata
 import json
@@ -20,7 +20,7 @@ PACKAGES = (
 
 
 def interleaved(cells: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[Any]]:
-    """Measure each cell once, then each once more, ...: what slows the machine down for a while slows all of them."""
+    """Measure all cells in turn, `repeats` times, so that a temporary slowdown of the machine affects all of them."""
     figures: dict[str, list[Any]] = {name: [] for name in cells}
     for _ in range(repeats):
         for name, measure in cells.items():
@@ -34,14 +34,14 @@ def spread(values: list[float]) -> dict[str, Any]:
 
 
 def table(figures: dict[str, list[float]], unit: str, against: str | None = None) -> None:
-    """Print medians and ranges, and, against one of the cells, the ratio of the medians."""
+    """Print medians and ranges, and the ratio of each median to that of the cell `against`."""
     for name, values in figures.items():
         ratio = f"   x {statistics.median(values) / statistics.median(figures[against]):.2f}" if against else ""
         print(f"{name:56} {statistics.median(values):9.3f} {unit}   ({min(values):.3f} to {max(values):.3f}){ratio}")
 
 
 def in_process(script: str, *words: Any, **variables: str) -> dict[str, Any]:
-    """Run a script of this folder in a process of its own; the last line that it prints is JSON."""
+    """Run a script of this folder in a new process; returns the JSON on the last line of its output."""
     command = [sys.executable, "-W", "ignore", str(SCRIPTS / script), *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **variables}, check=False)
     if done.returncode:
@@ -50,7 +50,7 @@ def in_process(script: str, *words: Any, **variables: str) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """As /proc has it, where there is one."""
+    """The CPU's name from /proc, or from Python where there is no /proc."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -59,7 +59,7 @@ def cpu_name() -> str:
 
 
 def header() -> dict[str, Any]:
-    """Machine and versions, for whoever reads the figures later."""
+    """The machine and the versions, which the figures depend on."""
     versions = {}
     for package in PACKAGES:
         try:

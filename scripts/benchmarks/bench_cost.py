@@ -1,4 +1,4 @@
-"""What a training step costs, counted on the meta device, where no weight and no image exists: no time, any size."""
+"""The cost of a training step, counted on the meta device without weights and images: fast at any size."""
 
 import argparse
 from typing import Any
@@ -12,7 +12,7 @@ IMAGE, PATCH = 224, {"huge": 14}
 KINDS: dict[str, dict[str, Any]] = {
     "standard": {},
     "cross decoder, 25 %": {"decoder_attention": "cross", "prediction_ratio": 0.25},
-    # What removing patches saves: as many tokens as if mask tokens went through the encoder (Table 1c), or one less.
+    # Shows what removing patches saves: almost as many tokens as with mask tokens in the encoder (Table 1c).
     "mask tokens in the encoder": {"mask_ratio": 0.004},
 }
 
@@ -26,7 +26,7 @@ def cost(options: argparse.Namespace) -> list[dict[str, Any]]:
             with torch.device("meta"):
                 model = MAEForPreTraining(MAEConfig(**keys)).train()
                 images, noise = torch.empty(1, 3, IMAGE, IMAGE), torch.empty(1, model.config.num_patches)
-            model.set_attn_implementation("eager")  # whose products are counted one by one
+            model.set_attn_implementation("eager")  # its products are counted one by one
             with FlopCounterMode(display=False) as counter:
                 model(images, noise=noise).loss.backward()
             flops = counter.get_total_flops()

@@ -1,4 +1,4 @@
-"""Images a second of the data path alone, and the time to the first batch of a run that goes on."""
+"""Images a second of the data path alone, and the time to the first batch of a resumed run."""
 
 import argparse
 import tempfile
@@ -38,7 +38,7 @@ def run_mae_dataset(folder: str) -> Any:
 
 
 def collate(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """As in run_mae."""
+    """Collate as in run_mae."""
     return {"pixel_values": torch.stack([example["pixel_values"] for example in examples])}
 
 
@@ -55,7 +55,7 @@ def our_batches(rows: Rows, workers: int, fast: bool) -> Iterator[Any]:
     stream = TrainingStream(rows, plan, VIEW, 0, [0] * plan.num_streams, 0, 10**6)
     decoder, batches = decode.simplejpeg, None
     while True:
-        # Workers are started before the first batch, and keep the decoder of then.
+        # Workers start before the first batch, and keep the decoder that is set then.
         decode.simplejpeg = decoder if fast else None
         if batches is None:
             batches = iter(make_loader(stream, workers))
@@ -65,7 +65,7 @@ def our_batches(rows: Rows, workers: int, fast: bool) -> Iterator[Any]:
 
 
 def rate_of(batches: Iterator[Any], count: int, workers: int) -> float:
-    """Images a second; without workers, a second of this process's CPU time, which others on the machine don't take."""
+    """Images a second; without workers, per second of this process's CPU time, which other programs don't affect."""
     next(batches)
     clock = time.perf_counter if workers else time.process_time
     started = clock()
@@ -75,7 +75,7 @@ def rate_of(batches: Iterator[Any], count: int, workers: int) -> float:
 
 
 def loader(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Ours and run_mae's on a folder of JPEGs, ours on what `hf-mae prepare` makes of it."""
+    """Our loader and run_mae's on a folder of JPEGs, and ours on the shards that `hf-mae prepare` makes from it."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         recipe = PrepareRecipe(dataset=options.dataset, output_dir=str(folder), num_workers=options.workers)
@@ -103,8 +103,8 @@ def loader(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def first_batch_after(step: int, rows: Rows, plan: StreamPlan, workers: int) -> float:
-    """Seconds from the start of the loader to its first batch, for a run that goes on after `step` steps."""
-    # Where the streams stand then: each has had its turn, with a chunk of rows, in every `groups`-th step.
+    """Seconds from the start of the loader to its first batch, for a run that resumes after `step` steps."""
+    # The streams' positions at that step: each reads a chunk of rows in every `groups`-th step.
     chunk = plan.total_batch_size // plan.chunks
     turns = [step // plan.groups + (stream // plan.chunks < step % plan.groups) for stream in range(plan.num_streams)]
     stream = TrainingStream(rows, plan, VIEW, 0, (np.array(turns) * chunk).tolist(), step, step + 100)

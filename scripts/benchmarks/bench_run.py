@@ -1,6 +1,6 @@
-"""Whole runs: `hf-mae pretrain` on a folder of images against a Trainer as transformers' run_mae sets it up; start-up.
+"""Whole runs: `hf-mae pretrain` on a folder of images against a Trainer as in transformers' run_mae; start-up times.
 
-The Trainer's model gets position tables, which transformers' own lacks when it is built from a configuration.
+The Trainer's model gets position tables, which transformers leaves at zero when it builds from a configuration.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def run_mae(cell: dict[str, Any]) -> dict[str, Any]:
 
 
 def ours(cell: dict[str, Any]) -> dict[str, Any]:
-    """`hf-mae pretrain` in this process; its metrics.jsonl says how long each step took."""
+    """Run `hf-mae pretrain` in this process; its metrics.jsonl gives the time of each step."""
     from hf_mae.cli import main
 
     keys = {
@@ -81,13 +81,13 @@ def ours(cell: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rate(seconds: list[float], cell: dict[str, Any]) -> dict[str, Any]:
-    """Images a second after the first step, which has the start of the workers in it."""
+    """Images a second after the first step, which includes the start of the workers."""
     assert len(seconds) == cell["steps"], f"{len(seconds)} of {cell['steps']} steps were seen"
     return {"images_per_second": (len(seconds) - 1) * cell["batch"] / sum(seconds[1:])}
 
 
 def end_to_end(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Images a second of whole runs, each in a process of its own."""
+    """Images a second of whole runs, each in a new process."""
     from hf_mae import PrepareRecipe, prepare
 
     results = []
@@ -137,7 +137,7 @@ def first_step() -> dict[str, Any]:
 
 
 def startup(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Wall time of new processes that import, and that take a first step."""
+    """Wall time of new processes: of imports, and of a run's first step."""
 
     def seconds(run: Callable[[], Any]) -> float:
         started = time.perf_counter()

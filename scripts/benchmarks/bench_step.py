@@ -1,13 +1,13 @@
 """One training step of the same model in several implementations: forward, backward, clipping, AdamW.
 
-Every cell is a process of its own, so that its peak memory is its own. Ours and transformers' start from the same
-weights, ours, with position tables that transformers' model lacks when it is built from a configuration, and see the
-same images and mask noise; lightly's starts from its own weights and draws its own masks. On a CPU ours is set up as
-`hf-mae pretrain` does it (`tune_for_device`); another cell says what that alone would do for transformers' model.
+Each cell runs in a new process, so its peak memory is measured separately. Our model and transformers' see the same
+images and mask noise. Both start from our weights, with the position tables that transformers leaves at zero. lightly's
+model starts from its own weights and draws its own masks. On a CPU our model is set up as in `hf-mae pretrain`
+(`tune_for_device`); another cell shows what this setting alone does for transformers' model.
 """
 
 # pyright: reportMissingImports=false
-# lightly is in an extra of its own, which checks of this file don't need.
+# lightly is in a separate extra, which type checks of this file don't need.
 
 import argparse
 import json
@@ -31,7 +31,7 @@ IMAGE, MASK_RATIO = 224, 0.75
 CROSS = {"decoder_attention": "cross", "prediction_ratio": 0.25}
 # Dense peak in bf16, from the vendors' data sheets.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
-# On one thread, CPU time is measured: others on the machine don't take it.
+# On one thread, CPU time is measured, which other programs don't affect.
 ON_ONE_THREAD = not torch.cuda.is_available() and torch.get_num_threads() == 1
 UNIT = "images/s of CPU time" if ON_ONE_THREAD else "images/s"
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (pixel_values, noise) -> loss
@@ -56,7 +56,7 @@ def peers(size: str) -> tuple[nn.Module, Loss]:
 
 
 class LightlyMAE(nn.Module):
-    """As in lightly's example."""
+    """The model of lightly's example."""
 
     def __init__(self, size: str):
         super().__init__()
@@ -115,7 +115,7 @@ MODELS: dict[str, Callable[[str], tuple[nn.Module, Loss]]] = {
 def available() -> list[str]:
     """The models that can be measured with what is installed."""
     missing = {
-        TUNED: "it concerns CPUs" if torch.cuda.is_available() else None,
+        TUNED: "for CPUs only" if torch.cuda.is_available() else None,
         "lightly (timm)": None if find_spec("lightly") and find_spec("timm") else "not installed",
     }
     for name, reason in missing.items():
@@ -173,14 +173,14 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
 
 
 def memory(device: torch.device) -> float:
-    """Most memory so far, MB: of the GPU's allocator, or all of the process."""
+    """Peak memory so far, MB: of the GPU's allocator, or of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
 def step(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """All cells, interleaved; a table for each size, precision and way of execution."""
+    """Measure all cells, interleaved; print a table for each size, precision and way of execution."""
     results = []
     models = available()
     for size, precision, way in [(s, p, w) for s in options.sizes for p in options.precisions for w in options.ways]:

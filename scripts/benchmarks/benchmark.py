@@ -11,7 +11,7 @@
     startup                       import, first step
     resume --dataset DATA         time to the first batch of a resumed run, early and late
 
-Pin it to cores that nothing else uses, e.g. `taskset -c 1`, with OMP_NUM_THREADS as many as they are.
+Pin it to cores that nothing else uses, e.g. `taskset -c 1`, with OMP_NUM_THREADS set to their number.
 """
 
 import argparse
@@ -38,18 +38,18 @@ def main() -> None:
     parser.add_argument("--dataset", help="a folder of JPEGs; for resume, any data set")
     parser.add_argument("--split", default="train")
     parser.add_argument("--streaming", action="store_true", help="resume: also read in place, block by block")
-    parser.add_argument("--workers", type=int, default=0, help="of the loaders")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--batches", type=int, default=3, help="loader: of 64 images, a measurement")
-    parser.add_argument("--sizes", nargs="+", default=["tiny", "base", "large"], help="step, memory: models")
+    parser.add_argument("--workers", type=int, default=0, help="number of loader processes")
+    parser.add_argument("--repeats", type=int, default=5, help="measurements of each cell")
+    parser.add_argument("--batches", type=int, default=3, help="loader: batches of 64 images per measurement")
+    parser.add_argument("--sizes", nargs="+", default=["tiny", "base", "large"], help="step, memory: model sizes")
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--ways", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
-    parser.add_argument("--batch", type=int, default=8, help="images a step")
+    parser.add_argument("--batch", type=int, default=8, help="images per step")
     parser.add_argument("--memory_batches", type=int, nargs="+", default=[8, 16, 32, 64])
-    parser.add_argument("--steps", type=int, default=3, help="step: steps timed in a process")
-    parser.add_argument("--warmup", type=int, default=1, help="step: steps before them")
-    parser.add_argument("--run_size", default="small", help="end_to_end: model")
-    parser.add_argument("--run_steps", type=int, default=6, help="end_to_end: steps of a run")
+    parser.add_argument("--steps", type=int, default=3, help="step: timed steps in each process")
+    parser.add_argument("--warmup", type=int, default=1, help="step: untimed steps before them")
+    parser.add_argument("--run_size", default="small", help="end_to_end: size of the model")
+    parser.add_argument("--run_steps", type=int, default=6, help="end_to_end: steps in each run")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmark.json"))
     options = parser.parse_args()
     chosen = list(BENCHMARKS) if options.what == "all" else [options.what]

@@ -1,4 +1,4 @@
-"""What `record.py` keeps of tensors, files and folders: hashes, and values without what changes by itself."""
+"""What `record.py` records of tensors, files and folders: hashes, and values except those that always change."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import yaml
 
-# Keys of JSON and YAML files and of log lines whose values are of the machine, the day or the installation.
+# Keys of JSON and YAML files and log lines whose values depend on the machine, the day or the installation.
 CHANGING = {
     "data_wait", "hardware", "hf_mae", "images_per_second", "time", "torch", "transformers", "transformers_version",
     "version", "versions",
@@ -54,7 +54,7 @@ def without_changing(value: Any) -> Any:
 
 
 def flatten(value: Any, path: str = "") -> dict[str, Any]:
-    """Nested dictionaries, and lists of them, as one with keys like paths; an empty one stays a value."""
+    """Flatten nested dictionaries, and lists of them, to one with keys like paths; an empty one stays a value."""
     if isinstance(value, list) and value and all(isinstance(held, dict) for held in value):
         value = dict(enumerate(value))
     if not isinstance(value, dict) or not value:
@@ -65,9 +65,9 @@ def flatten(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def file_facts(path: Path) -> Any:
-    """What is recorded of a file: its values if it is a table of keys, else a hash."""
+    """What is recorded of a file: its values if it has keys, otherwise a hash."""
     if path.name == "COMPLETE":
-        return sorted(json.loads(path.read_text()))  # its sums depend on the versions in config.json
+        return sorted(json.loads(path.read_text()))  # its checksums depend on the versions in config.json
     if path.suffix == ".json":
         return without_changing(json.loads(path.read_text()))
     if path.suffix == ".yaml":
@@ -83,14 +83,14 @@ def file_facts(path: Path) -> Any:
 
 
 def safetensors_hash(content: bytes) -> str:
-    """sha256 of a safetensors file with its header sorted: several words of metadata come in any order."""
+    """sha256 of a safetensors file with its header sorted: its metadata entries are in random order."""
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.dumps(json.loads(content[8:end]), sort_keys=True)
     return sha256(header.encode() + content[end:])
 
 
 def log_facts(path: Path) -> dict[str, Any]:
-    """The events of a log by their step; a line without step goes by its number."""
+    """The events of a log by step; a line without a step is filed by its line number."""
     facts: dict[str, Any] = {}
     for number, line in enumerate(path.read_text().splitlines()):
         event = without_changing(json.loads(line))
@@ -99,6 +99,6 @@ def log_facts(path: Path) -> dict[str, Any]:
 
 
 def folder_facts(folder: Path) -> dict[str, Any]:
-    """File -> facts, of all files of a folder and those below it."""
+    """File -> facts, for all files in a folder and its subfolders."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): file_facts(path) for path in files}

@@ -1,4 +1,4 @@
-"""The same few hundred small images in every kind of place that the package reads."""
+"""The same few hundred small images in every kind of source that the package reads."""
 
 import io
 import tarfile
@@ -13,7 +13,7 @@ NUM_IMAGES = 400
 
 
 def png(number: int) -> bytes:
-    """A small picture of random colours, the same for the same number."""
+    """A small picture of random colours, always the same for a number."""
     pixels = np.random.default_rng(number).integers(0, 256, (20, 24, 3), dtype=np.uint8)
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG")

@@ -6,7 +6,7 @@
 
 The record is one flat JSON object. Its keys read like paths (`pretrain/whole/metrics.jsonl/000030/eval_loss`), its
 values are numbers, words or sha256 sums. Everything runs at seed 0, on one thread and on the CPU, in a temporary folder
-of relative paths. Hashes of floats depend on the CPU and on the version of torch, so compare records of one machine.
+by relative paths. Hashes of floats depend on the CPU and on the version of torch, so compare records of one machine.
 Left out because they change by themselves: times and speeds, versions, the name of the hardware, and the commit that a
 push ends with. Safetensors files are hashed with a sorted header, since the order of their metadata is random.
 
@@ -52,7 +52,7 @@ DIGITS_RUN = [
     "pretrain", "--recipe", "quickstart", "--total_steps", 60, "--save_steps", 30, "--log_steps", 10,
     "--eval_steps", 30, "--quality_steps", 30,
 ]  # fmt: skip
-# As much as fits into six steps: colour images, a cross decoder, schedules, two masks an image, accumulation.
+# As many features as fit into six steps: colour images, a cross decoder, schedules, two masks an image, accumulation.
 CROSS_RUN = [
     "pretrain", "--recipe", "quickstart", "--dataset", "images", "--output_dir", "runs/cross", "--total_steps", 6,
     "--total_batch_size", 32, "--per_device_batch_size", 16, "--masks_per_image", 2, "--warmup_steps", 2,
@@ -84,8 +84,8 @@ def training_batches(
     """What a pretraining run reads of a data set.
 
     Args:
-        dataset: as a user names it.
-        streaming: as for `hf-mae pretrain`.
+        dataset: name of the data, as on the command line.
+        streaming: as in `hf-mae pretrain`.
         ranks: training processes that share each batch.
         workers: loader processes for each of them.
         epochs: passes over the data.
@@ -98,7 +98,7 @@ def training_batches(
 
     source = open_source(dataset, streaming=streaming)
     rows, held_out = (Rows(source, part, 0.05) for part in ("train", "held_out"))
-    # Always the plan for two ranks with two workers: the order must not depend on who reads.
+    # Always the plan for two ranks with two workers, because the order must not depend on the readers.
     plan = StreamPlan.choose(32, 2, 2, len(rows), source.random_access)
     channels = 1 if dataset == "digits" else 3
     spec = ImageSpec(size=(8, 8), num_channels=channels, dtype="uint8", num_patches=16)
@@ -133,7 +133,7 @@ def tiny_inputs() -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
 
 
 class Recording:
-    """One run of this script, in the current folder: a temporary one.
+    """One run of this script in the current folder, which must be a temporary one.
 
     Args:
         resume_from: a kept checkpoint of older code, or None.
@@ -145,7 +145,7 @@ class Recording:
 
     @property
     def sections(self) -> dict[str, Callable[[], dict[str, Any]]]:
-        """Name -> what measures it."""
+        """Name of a section -> function that measures it."""
         return {
             "models": self.models, "processors": self.processors, "saved": self.saved, "orders": self.orders,
             "pretrain": self.pretrain, "convert": self.convert, "pushed": self.pushed, "downstream": self.downstream,
@@ -157,7 +157,7 @@ class Recording:
         """Initial weights, outputs and gradients of every class."""
         _, pixel_values, noise = tiny_inputs()
         masked = {"noise": noise, "output_hidden_states": True}
-        eager = {"attn_implementation": "eager"}  # the only one that gives attentions
+        eager = {"attn_implementation": "eager"}  # the only one that returns attentions
         cross = {"decoder_attention": "cross", "decoder_fusion": True, "prediction_ratio": 0.5}
         wide = {"pixel_values": torch.cat([pixel_values, pixel_values], dim=3), "interpolate_pos_encoding": True}
         labels = torch.tensor([1, 3])
@@ -175,7 +175,7 @@ class Recording:
         }
 
     def processors(self) -> dict[str, Any]:
-        """Pixels that both backends make of a colour and of a grey image."""
+        """The pixels of a colour and a grey image from each backend."""
         import hf_mae
 
         generator = np.random.default_rng(0)
@@ -231,7 +231,7 @@ class Recording:
         return Path("runs/digits")
 
     def pretrain(self) -> dict[str, Any]:
-        """That run, the same one resumed at step 30, and a short run with everything else turned on."""
+        """The run on digits, the same run resumed at step 30, and a short run with everything else turned on."""
         facts = {"whole": folder_facts(self.digits)}
         resumed = Path("runs/resumed")
         shutil.copytree(self.digits, resumed)
@@ -260,7 +260,7 @@ class Recording:
         return folder_facts(Path("converted"))
 
     def pushed(self) -> dict[str, Any]:
-        """The repository that a push leaves on the Hub."""
+        """The repository that a push creates on the Hub."""
         _ = self.digits
         with hub_server(Path("hub").absolute()) as hub:
             hf_mae(*PUSH, environment=hub.env)
@@ -329,7 +329,7 @@ def order_facts(dataset: str, streaming: bool | None) -> dict[str, Any]:
 
 
 def hf_mae(*words: Any, environment: dict[str, str] | None = None) -> str:
-    """Run `hf-mae WORDS` in a process of its own, which has to go well; what it printed."""
+    """Run `hf-mae WORDS` in a new process, and exit if it fails; returns what it printed."""
     command = [sys.executable, "-m", "hf_mae.cli", *map(str, words)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -338,7 +338,7 @@ def hf_mae(*words: Any, environment: dict[str, str] | None = None) -> str:
 
 
 def weights_after_resuming(folder: Path) -> dict[str, str]:
-    """Resume the run on digits from the newest checkpoint in a folder; the hashes of what it ends with."""
+    """Resume the run on digits from the newest checkpoint in a folder; returns hashes of its last weights."""
     hf_mae(*DIGITS_RUN, "--output_dir", folder, "--resume", "auto")
     names = ("checkpoint-60/model.safetensors", "checkpoint-60/optimizer.safetensors", "model.safetensors")
     return {name: file_facts(folder / name) for name in names}
@@ -373,7 +373,7 @@ def same_machine_facts() -> dict[str, Any]:
 
 
 def unequal_weights(record: dict[str, Any]) -> list[str]:
-    """Weights of resumed runs that are not those of the run that was never interrupted."""
+    """Weights of resumed runs that differ from those of the uninterrupted run."""
     parts = [re.fullmatch(r"pretrain/(resumed|older checkpoint)/(.+)", key) for key in record]
     return [part[0] for part in parts if part and record[part[0]] != record[f"pretrain/whole/{part[2]}"]]
 
@@ -383,7 +383,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], sections: list[str]) -
     lines = []
     for key in sorted(old.keys() | new.keys()):
         section, _, rest = key.partition("/")
-        # That part is compared with the whole run of its own record.
+        # This part is compared with the whole run in the same record.
         if section not in (*sections, "machine") or rest.startswith("older checkpoint/"):
             continue
         before, after = (json.dumps(record[key]) if key in record else "absent" for record in (old, new))
@@ -400,7 +400,7 @@ def prepare_environment(folder: Path) -> None:
         "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(ROOT),
     }  # fmt: skip
     sys.path[:0] = [str(ROOT), str(TEST_HELPERS)]
-    # Only now, because these libraries read the environment when they are imported.
+    # Imported here, because these libraries read the environment at import.
     import datasets
     from transformers.utils import logging
 
@@ -409,7 +409,7 @@ def prepare_environment(folder: Path) -> None:
 
 
 def make_record(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure the sections that were asked for, in a temporary folder."""
+    """Measure the requested sections in a temporary folder."""
     started = time.monotonic()
     recording = Recording(options.resume_from and options.resume_from.absolute(), dict(options.rename))
     kept = options.checkpoint_out and options.checkpoint_out.absolute()
@@ -447,7 +447,7 @@ def main() -> int:
     record = make_record(options)
     options.output.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
     print(f"{len(record)} facts in {options.output}")
-    found = [f"{key} is not what an uninterrupted run gives" for key in unequal_weights(record)]
+    found = [f"{key} differs from the uninterrupted run" for key in unequal_weights(record)]
     if options.compare:
         found += differences(json.loads(options.compare.read_text()), record, options.only)
         print("\n".join(found) or f"the same as {options.compare}")

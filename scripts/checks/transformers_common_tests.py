@@ -3,13 +3,13 @@
     python scripts/checks/transformers_common_tests.py            # everything, about five minutes on two cores
     python scripts/checks/transformers_common_tests.py -k init    # tests whose name contains "init"
 
-The tests lie in the source distribution of transformers, not in its wheel: the one of the installed version is
-downloaded by pip into a temporary folder, together with nothing else. What the distribution leaves out (the tests of
-each model, and a few helpers) is written beside it from this file. Needs pytest and parameterized (`[dev]`).
+The tests are in transformers' source distribution, not in its wheel. pip downloads that of the installed version into a
+temporary folder, without dependencies. This file adds what the distribution lacks: the tests of each model, and a few
+helpers. Needs pytest and parameterized (`[dev]`).
 
-Prints what passed, failed and was skipped for both; the exit code is 1 if a test of ours failed, or if ours skip more
-than Dinov2's. Both go through one harness, which is all that differs from how transformers tests its own models; each
-override in it carries its reason.
+Prints how many tests of both passed, failed and were skipped. The exit code is 1 if a test of ours failed, or if ours
+skip more than Dinov2's. Both use one harness, the only difference from how transformers tests its own models. Each
+override in it states its reason.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from ..test_configuration_common import ConfigTester
 from ..test_image_processing_common import ImageProcessingTester
 from ..test_modeling_common import ModelTesterMixin, floats_tensor
 
-# The tests tell a base model and a classifier from others by these tables, which built-in models are written into.
+# The tests recognise base models and classifiers by these tables, which list transformers' own models.
 MODEL_MAPPING_NAMES["mae"] = "MAEModel"
 MODEL_FOR_PRETRAINING_MAPPING_NAMES["mae"] = "MAEForPreTraining"
 MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES["mae"] = "MAEForImageClassification"
@@ -65,7 +65,7 @@ class VisionModelTester:
         self.parent = parent
         for name, number in self.numbers.items():
             setattr(self, name, number)
-        # Where a test passes bool_masked_pos, half of the patches are masked.
+        # In tests that pass bool_masked_pos, half of the patches are masked.
         self.mask_length = (self.image_size // self.patch_size) ** 2
         self.num_masks = self.mask_length // 2
         self.seq_length = self.mask_length + 1
@@ -81,7 +81,7 @@ class VisionModelTester:
 class VisionModelTest(ModelTesterMixin):
     # Images have no vocabulary whose embeddings could be resized.
     test_resize_embeddings = False
-    # Runs a test that transformers skips where no copyright line says that a model is young.
+    # Runs a test that transformers skips unless a copyright line dates the model.
     test_can_init_all_missing_weights_before_2023 = True
 
     def setUp(self):
@@ -147,7 +147,7 @@ class MAEModelTest(VisionModelTest, unittest.TestCase):
     )
 
     # Two runs of a test must remove the same patches, so pretraining gets its noise. A test that finds both noise and
-    # bool_masked_pos in a signature passes both, which exclude each other.
+    # bool_masked_pos in a signature passes both, but they can't be combined.
     def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
         inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels=return_labels)
         if model_class is hf_mae.MAEForPreTraining and "noise" not in inputs:
@@ -157,7 +157,7 @@ class MAEModelTest(VisionModelTest, unittest.TestCase):
             inputs.pop("bool_masked_pos", None)
         return inputs
 
-    # These tests expect one number of tokens of all classes; pretraining's encoder has a quarter of the others'.
+    # These tests expect the same number of tokens from all classes; pretraining's encoder sees only a quarter.
     def _with_each_length(self, test):
         N, K = self.model_tester.mask_length, self.model_tester.get_config().num_kept_patches(0.75)
         others = tuple(cls for cls in self.all_model_classes if cls is not hf_mae.MAEForPreTraining)
@@ -171,8 +171,8 @@ class MAEModelTest(VisionModelTest, unittest.TestCase):
     def test_hidden_states_output(self):
         self._with_each_length(super().test_hidden_states_output)
 
-    # Our files hold our names, and these tests skip models without a conversion of weights. A user may register one:
-    # here split queries, keys and values become the fused ones.
+    # Our weights need no conversion, and these tests skip models without one. A user may register one: here split
+    # queries, keys and values become fused ones.
     def _with_a_conversion(self, test):
         conversions = []
         for kind in ("weight", "bias"):
@@ -208,7 +208,7 @@ class MAEImageProcessingTester(VisionImageProcessingTester):
 class MAEImageProcessingTest(ImageProcessingTestMixin, unittest.TestCase):
     image_processor_tester_class = MAEImageProcessingTester
 
-    # Our processor is told its number of channels and takes no other, where transformers' takes what comes.
+    # Our processor accepts only the number of channels it was made for; transformers' accepts any.
     def test_call_numpy_4_channels(self):
         self.image_processor_tester.num_channels = 4
         super().test_call_numpy_4_channels()
@@ -231,7 +231,7 @@ from ..harness import VisionImageProcessingTester, VisionModelTest, VisionModelT
 
 class Dinov2ModelTester(VisionModelTester):
     config_class = Dinov2Config
-    # One of the tests wants to see the conversion of the gated MLP's weights at work.
+    # One of the tests needs the conversion of the gated MLP's weights.
     more_numbers = {"use_swiglu_ffn": True}
 
 
@@ -250,7 +250,7 @@ class Dinov2BackboneTest(BackboneTesterMixin, unittest.TestCase):
         self.model_tester = Dinov2ModelTester(self)
 
 
-# The mixin finds the processors by the folder of the file that this class is in.
+# The mixin finds the processors by the folder of this file.
 class Dinov2ImageProcessingTester(VisionImageProcessingTester):
     pass
 
@@ -259,7 +259,7 @@ class Dinov2ImageProcessingTest(ImageProcessingTestMixin, unittest.TestCase):
     image_processor_tester_class = Dinov2ImageProcessingTester
 """
 
-# What the common tests import and the distribution lacks; the last stands for pictures on the Hub.
+# Files that the common tests import and the distribution lacks; the last replaces pictures on the Hub.
 STUBS = {
     "tests/__init__.py": "",
     "tests/exporters/__init__.py": "",
@@ -308,7 +308,7 @@ def write_testers(root: Path) -> None:
         files[str(Path(path).parent / "__init__.py")] = ""
     for path, text in files.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
-        if not (root / path).exists():  # a distribution that brings its own keeps it
+        if not (root / path).exists():  # the distribution's own files are kept
             (root / path).write_text(text.lstrip("\n"))
 
 
@@ -334,7 +334,7 @@ def run_suite(root: Path, path: str, expression: str) -> dict[str, tuple[str, st
             if child.tag in ("failure", "error", "skipped"):
                 outcome = "skipped" if child.tag == "skipped" else "failed"
                 reason = child.get("message") or ""
-        # A test with sub-tests is reported several times: one failure among them counts.
+        # A test with sub-tests is reported several times, and fails if one of them fails.
         if results.get(name, ("", ""))[0] != "failed":
             results[name] = (outcome, reason)
     return results
@@ -365,7 +365,7 @@ def main() -> int:
     print(f"failed: {', '.join(failed) or 'none'}")
     for name, reason in skipped[0].items():
         if name.replace("MAE", "Dinov2") not in skipped[1]:
-            print(f"skipped here and not there: {name}: {reason}")
+            print(f"skipped for ours only: {name}: {reason}")
     return int(bool(failed) or not ours or len(skipped[0]) > len(skipped[1]))
 
 

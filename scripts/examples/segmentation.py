@@ -1,20 +1,19 @@
 """Semantic segmentation by transformers' UperNet on a pretrained MAE encoder: a worked example, and ADE20K's numbers.
 
     python scripts/examples/segmentation.py                              coloured shapes, from random weights
-    python scripts/examples/segmentation.py --model outputs/mine         the same, pretrained beside random weights
+    python scripts/examples/segmentation.py --model outputs/mine         the same, pretrained against random weights
     python scripts/examples/segmentation.py --recipe ade20k_base --model outputs/base --data ADEChallengeData2016
 
-The first two make their images (disks, squares and triangles of any colour on a noisy ground: the outline alone tells
-the class); a training takes about a minute of one CPU core. The third has not been run at full size. `--data` is a
-folder with images/{training,validation}/NAME.jpg and annotations/{training,validation}/NAME.png of class numbers, 0 =
-not labelled, as ADE20K is distributed.
+The first two draw their images: disks, squares and triangles of any colour on noise, so that only the outline tells the
+class. Training takes about a minute on one CPU core. The third has not been run at full size. `--data` is a folder as
+ADE20K is distributed, with images/{training,validation}/NAME.jpg and annotations/{training,validation}/NAME.png of
+class numbers, 0 = not labelled.
 
-Of what MAE used on ADE20K (arXiv:2111.06377, Sec. 5 and A.4: UperNet by BEiT's code, 100 epochs, batches of 16, the
-learning rate searched) the paper prints no learning rate, layer decay or drop path. `ade20k_base` has those of
-mmsegmentation's configs/mae (48.1 mIoU there; 48.1 in the paper's Table 5, 53.6 for the large one). In `ade20k_large`
-only drop path, blocks and width are from public configurations; its learning rate and layer decay are the base model's,
-for want of better.
-Both references add relative position biases in fine-tuning, dropout of 0.1 in the head, colour distortion, and
+For ADE20K the paper (arXiv:2111.06377, Sec. 5 and A.4: UperNet by BEiT's code, 100 epochs, batches of 16, the learning
+rate searched) doesn't state learning rate, layer decay or drop path. `ade20k_base` takes them from mmsegmentation's
+configs/mae (48.1 mIoU there; 48.1 in the paper's Table 5, 53.6 for the large model). `ade20k_large` takes drop path,
+blocks and width from public configurations, but its learning rate and layer decay from the base model.
+Both references add relative position biases in fine-tuning, dropout of 0.1 in the head and colour distortion, and
 evaluate in sliding windows of 512 x 512; this script has none of these.
 """
 
@@ -42,8 +41,8 @@ class Recipe:
     """The numbers of a run.
 
     Args:
-        blocks: whose outputs the four levels are made of; the last alone is ViTDet's simple pyramid.
-        width: of UperNet's head.
+        blocks: blocks whose outputs feed the four levels; the last one alone gives ViTDet's simple pyramid.
+        width: width of UperNet's head.
         scale: images are resized by a random factor in this range before a crop is taken.
     """
 
@@ -102,7 +101,7 @@ def read_pair(image: Path) -> Pair:
 
 
 def training_pairs(data: Path | None, size: int, seed: int) -> Iterator[tuple[Pair, np.random.Generator]]:
-    """Without end: a pair of the folder, or newly drawn shapes, and random numbers for its crop."""
+    """Endless pairs from the folder, or of newly drawn shapes, each with random numbers for its crop."""
     rng = np.random.default_rng(seed)
     files = sorted(data.glob("images/training/*")) if data else []
     while True:
@@ -118,7 +117,7 @@ def held_out_pairs(data: Path | None, size: int) -> Iterator[Pair]:
 
 
 def random_crop(pair: Pair, rng: np.random.Generator, size: int, scale: tuple[float, float]) -> Pair:
-    """A square of a resized image, or of its mirror image; what lies outside of it is black and ignored."""
+    """A square of a resized image, or of its mirror image; pixels outside of it are black and ignored."""
     image, labels = pair
     factor = rng.uniform(*scale) * size / min(image.size)
     width, height = (max(1, round(side * factor)) for side in image.size)
@@ -165,7 +164,7 @@ def optimizer_groups(model: UperNetForSemanticSegmentation, recipe: Recipe) -> l
 
 
 def rate(step: int, recipe: Recipe) -> float:
-    """Factor of every learning rate: linear warm-up, then down to 0 in a straight line (mmsegmentation's power 1)."""
+    """Factor of every learning rate: linear warm-up, then linear decay to 0 (mmsegmentation's power 1)."""
     return min((step + 1) / recipe.warmup_steps, 1 - step / recipe.steps)
 
 
@@ -192,7 +191,7 @@ def train(model: UperNetForSemanticSegmentation, batches: Iterator[tuple[torch.T
 def mean_iou(confusion: torch.Tensor) -> float:
     """Mean over classes of intersection / union, in per cent, of a table (true classes, predicted classes) of pixels.
 
-    A class that is neither there nor predicted has no union, and is left out.
+    A class that is neither present nor predicted has no union, and is left out.
     """
     intersection = confusion.diagonal().double()
     union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
@@ -203,7 +202,7 @@ def mean_iou(confusion: torch.Tensor) -> float:
 def evaluate(
     model: UperNetForSemanticSegmentation, pairs: Iterator[Pair], prepare: Callable, size: int, patch: int, classes: int
 ) -> tuple[float, list[tuple[Pair, np.ndarray]]]:
-    """mIoU on whole images, their shorter side resized to `size`, at the labels' resolution; six predictions."""
+    """mIoU on whole images, their shorter side resized to `size`, at the labels' resolution, and six predictions."""
     model.eval()
     device = next(model.parameters()).device
     confusion, shown = torch.zeros(classes, classes, dtype=torch.long), []
@@ -221,7 +220,7 @@ def evaluate(
 
 
 def save_picture(rows: list[list[Image.Image]], path: Path, side: int = 128) -> None:
-    """Rows of pictures under each other."""
+    """Save rows of pictures, one below the other."""
     sheet = Image.new("RGB", (len(rows[0]) * (side + 4), len(rows) * (side + 4)), "white")
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
@@ -245,7 +244,7 @@ def main() -> None:
     parser.add_argument("--recipe", choices=list(RECIPES), default="shapes")
     parser.add_argument("--model", help="folder or Hub id of a pretrained model; a tiny encoder when omitted")
     parser.add_argument("--data", type=Path, help="folder in ADE20K's layout; shapes are drawn when omitted")
-    parser.add_argument("--steps", type=int, help="instead of the recipe's")
+    parser.add_argument("--steps", type=int, help="steps, instead of the recipe's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--picture", type=Path, default=Path("outputs/segmentation.png"))
     options = parser.parse_args()
@@ -256,7 +255,7 @@ def main() -> None:
         processor = MAEImageProcessor.from_pretrained(options.model)
         mean, std = processor.image_mean, processor.image_std
         side = max(MAEConfig.from_pretrained(options.model).image_height_width)
-        dense["image_size"] = recipe.image_size or side * math.ceil(32 / side)  # below 32 pixels shapes look alike
+        dense["image_size"] = recipe.image_size or side * math.ceil(32 / side)  # smaller shapes look the same
         config = MAEConfig.from_pretrained(options.model, **dense)
     else:
         config, mean, std = MAEConfig(**{**TINY, **dense}), [0.5] * 3, [0.25] * 3

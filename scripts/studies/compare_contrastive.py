@@ -4,14 +4,14 @@
     python scripts/studies/compare_contrastive.py --dataset DATA --minutes 10
 
 SimCLR (arXiv:2002.05709) and MoCo v3 (arXiv:2104.02057) with lightly's transforms, heads and SimCLR loss; the encoder
-is MAEModel, and all three are measured by the same commands. How many steps fit into the minutes is found by a short
-run before each, so that every schedule runs to its end.
+is MAEModel, and all three are measured by the same commands. A short run before each finds how many steps
+fit into the minutes, so that every schedule runs to its end.
 
 At full size: the same command with --recipe vit_base_in1k --minutes 2000 --batch_sizes 1024 4096, on one GPU.
 """
 
 # pyright: reportMissingImports=false
-# lightly is in an extra of its own, which checks of this file don't need.
+# lightly is in a separate extra, which type checks of this file don't need.
 
 import argparse
 import copy
@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader, Dataset
 from hf_mae import MAEConfig, MAEImageProcessor, MAEModel, Rows, adamw, decode_image, lr_at, open_source
 
 METHODS = ("mae", "simclr", "mocov3")
-BLR = {"simclr": 5e-4, "mocov3": 1.5e-4}  # per 256 images, AdamW; MoCo v3's is its paper's for ViT
+BLR = {"simclr": 5e-4, "mocov3": 1.5e-4}  # per 256 images, AdamW; MoCo v3's is from its paper, for ViT
 WARM_UP = 0.1
 SHORT_RUN = 12  # steps; the second half of them is timed
 
@@ -53,7 +53,7 @@ class TwoViews(Dataset):
         from lightly.transforms.simclr_transform import SimCLRTransform
 
         small = size < 64
-        # As SimCLR has it for CIFAR-10: half the colour jitter and no blur.
+        # As in SimCLR for CIFAR-10: half the colour jitter and no blur.
         self.transform = SimCLRTransform(size, cj_strength=0.5 if small else 1.0, gaussian_blur=0.0 if small else 0.5)
         self.rows = rows
 
@@ -85,14 +85,14 @@ class SimCLR(nn.Module):
 
 
 class MoCoV3(nn.Module):
-    """Encoder and predictor, a momentum encoder of them, and the symmetric loss."""
+    """Encoder and predictor, their momentum encoder, and the symmetric loss."""
 
     def __init__(self, config: MAEConfig):
         super().__init__()
         from lightly.models.modules.heads import MoCoProjectionHead
 
         self.encoder = MAEModel(config)
-        self.encoder.embeddings.patch_embed.requires_grad_(False)  # what keeps ViT stable, Sec. 4.3 there
+        self.encoder.embeddings.patch_embed.requires_grad_(False)  # keeps ViT stable, Sec. 4.3 of its paper
         self.head = MoCoProjectionHead(config.hidden_size, 4096, 256, num_layers=3, batch_norm=True)
         self.predictor = MoCoProjectionHead(256, 4096, 256, num_layers=2, batch_norm=True)
         self.key_encoder, self.key_head = copy.deepcopy(self.encoder), copy.deepcopy(self.head)
@@ -121,7 +121,7 @@ def endless(loader: DataLoader) -> Iterator[Any]:
 
 
 def train_contrastive(method: str, recipe: Path, batch: int, steps: int, dataset: str, output_dir: Path) -> None:
-    """Pretrain by a contrastive method, save the encoder, and say how fast and how large it was."""
+    """Pretrain by a contrastive method, and save the encoder, its speed and its peak memory."""
     settings = json.loads(recipe.read_text())
     config = MAEConfig(**settings["config"])
     torch.manual_seed(0)
@@ -164,7 +164,7 @@ def write_speed(output_dir: Path, images_per_second: float, kilobytes: int) -> N
 
 
 def train(method: str, batch: int, steps: int, options: argparse.Namespace, output_dir: Path) -> dict[str, float]:
-    """Pretrain by any of the methods in a process of its own; images/s and peak memory."""
+    """Pretrain by any of the methods in a new process; returns images/s and peak memory."""
     if method == "mae":
         words = ["-m", "hf_mae.cli", "pretrain", "--recipe", options.recipe, "--dataset", options.dataset,
                  "--output_dir", output_dir, "--total_batch_size", batch, "--per_device_batch_size", batch,
@@ -193,7 +193,7 @@ def train(method: str, batch: int, steps: int, options: argparse.Namespace, outp
 
 
 def pretrained(method: str, batch: int, options: argparse.Namespace) -> tuple[Path, dict[str, float]]:
-    """The cell's model, trained for as many steps as fit into the minutes, unless it is there."""
+    """The cell's model, trained for as many steps as fit into the minutes, unless it exists."""
     folder = options.output_dir / f"{method}-{batch}"
     model = folder / "pretrain"
     if not (model / "speed.json").exists():
@@ -205,7 +205,7 @@ def pretrained(method: str, batch: int, options: argparse.Namespace) -> tuple[Pa
 
 def main() -> None:
     parser = studies.parser(str(__doc__), "outputs/compare_contrastive")
-    parser.add_argument("--minutes", type=float, default=10, help="of pretraining of each cell")
+    parser.set_defaults(minutes=10)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[64, 512])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     options = parser.parse_args()
@@ -219,7 +219,7 @@ def main() -> None:
             try:
                 figures = studies.measure(sitting, model, options)
             except studies.OutOfTime:
-                print(f"{method}, batch {batch}: its minutes are over; the same command goes on with it", flush=True)
+                print(f"{method}, batch {batch}: its time is up; repeat the command to continue", flush=True)
                 continue
             rows.append({"cell": f"{method}, batch {batch}", **figures, **speed})
             print(rows[-1], flush=True)

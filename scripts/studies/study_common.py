@@ -1,8 +1,9 @@
-"""What the studies share: cells of commands, gone on with over several sittings, and a table and a plot of them."""
+"""What the studies share: cells that may take several calls to finish, and their table and plot."""
 
 import argparse
 import json
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+SHORT_RUN = 12  # steps; the second half of them is timed
 # Protocol of results.json -> figure that a table shows, and its heading.
 FIGURES = {
     "fine-tuning": ("top1", "fine-tuned"),
@@ -26,7 +28,7 @@ class Cell:
     Args:
         name: folder of the cell.
         label: first column of the table.
-        keys: of `hf-mae pretrain`, where they differ from the recipe's.
+        keys: flags of `hf-mae pretrain` that differ from the recipe.
     """
 
     name: str
@@ -38,26 +40,27 @@ def parser(description: str, output_dir: str) -> argparse.ArgumentParser:
     """Flags of every study."""
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--dataset", required=True, help="labelled images with a split for evaluation")
-    result.add_argument("--recipe", default="cifar10_vit_tiny", help="of the pretraining")
-    result.add_argument("--finetune_recipe", default="finetune_cifar10_tiny", help="none leaves fine-tuning out")
-    result.add_argument("--total_steps", type=int, default=1200, help="of the pretraining of each cell")
+    result.add_argument("--recipe", default="cifar10_vit_tiny", help="recipe of the pretraining")
+    result.add_argument("--finetune_recipe", default="finetune_cifar10_tiny", help="none skips fine-tuning")
+    result.add_argument("--total_steps", type=int, default=1200, help="pretraining steps of each cell")
+    result.add_argument("--minutes", type=float, default=None, help="equal time for each cell, instead of equal steps")
     result.add_argument("--finetune_epochs", type=float, default=5)
     result.add_argument("--max_samples", type=int, default=None, help="labelled images for fine-tuning and probes")
-    result.add_argument("--max_minutes_per_cell", type=float, default=None, help="in a sitting; the next goes on")
+    result.add_argument("--max_minutes_per_cell", type=float, default=None, help="time limit; the next call continues")
     result.add_argument("--output_dir", type=Path, default=Path(output_dir))
     return result
 
 
 class OutOfTime(Exception):
-    """The minutes of a cell are over."""
+    """The time of a cell is up."""
 
 
 class Sitting:
     """Runs the commands of a cell that are not done yet.
 
     Args:
-        folder: of the cell.
-        minutes: that it has; None for as many as it takes.
+        folder: the cell's folder.
+        minutes: time limit of the cell; None for no limit.
     """
 
     def __init__(self, folder: Path, minutes: float | None):
@@ -66,10 +69,10 @@ class Sitting:
         self.deadline = time.monotonic() + 60 * minutes if minutes else None
 
     def run(self, words: Sequence[Any]) -> None:
-        """`hf-mae WORDS`, or another command of the list's first word's kind; what it says goes to a log.
+        """Run `hf-mae WORDS`; its output goes to a log.
 
         Raises:
-            OutOfTime: if it was stopped; it has saved what a next call with `--resume auto` goes on from.
+            OutOfTime: if it was stopped; the next call with `--resume auto` continues.
         """
         command = [sys.executable, "-m", "hf_mae.cli", *map(str, words)]
         with (self.folder / "log").open("a") as log:
@@ -85,7 +88,7 @@ class Sitting:
 
 
 def figures_of(*files: Path) -> dict[str, float]:
-    """Heading -> figure in percent, from the results.json that there are."""
+    """Heading -> figure in percent, from the results.json files that exist."""
     found = {}
     for file in files:
         for entry in json.loads(file.read_text()) if file.exists() else []:
@@ -96,7 +99,7 @@ def figures_of(*files: Path) -> dict[str, float]:
 
 
 def measure(sitting: Sitting, model: Path, options: argparse.Namespace) -> dict[str, float]:
-    """Linear probe, kNN and fine-tuning of a pretrained model, as far as they are not done."""
+    """Measure a pretrained model by linear probe, kNN and fine-tuning, unless that is already done."""
     tuned = sitting.folder / "finetune"
     few = ["--max_samples", options.max_samples] if options.max_samples else []
     for heading, words in (
@@ -112,37 +115,57 @@ def measure(sitting: Sitting, model: Path, options: argparse.Namespace) -> dict[
 
 
 def pretrained(sitting: Sitting, cell: Cell, options: argparse.Namespace) -> Path:
-    """The cell's model, pretrained as far as it is not yet."""
+    """The cell's model, pretrained unless it exists."""
     model = sitting.folder / "pretrain"
     if not (model / "model.safetensors").exists():
-        words = ["pretrain", "--recipe", options.recipe, "--dataset", options.dataset, "--output_dir", model]
-        sitting.run([*words, "--total_steps", options.total_steps, "--resume", "auto", *cell.keys])
+        words = ["pretrain", "--recipe", options.recipe, "--dataset", options.dataset, *cell.keys, "--output_dir"]
+        steps = options.total_steps if options.minutes is None else steps_that_fit(sitting, words, options.minutes)
+        sitting.run([*words, model, "--total_steps", steps, "--resume", "auto"])
     return model
 
 
+def steps_that_fit(sitting: Sitting, words: Sequence[Any], minutes: float) -> int:
+    """The number of steps that `hf-mae pretrain` takes in these minutes, measured once by a short run."""
+    short, file = sitting.folder / "short", sitting.folder / "steps.json"
+    if not file.exists():
+        quick = ["--log_steps", 1, "--quality_steps", 0, "--eval_steps", SHORT_RUN, "--save_steps", SHORT_RUN]
+        sitting.run([*words, short, "--total_steps", SHORT_RUN, *quick])
+        events = [event for event in read_log(short) if "loss" in event]
+        seconds = [e["images_seen"] / e["step"] / e["images_per_second"] for e in events[SHORT_RUN // 2 :]]
+        file.write_text(json.dumps(max(SHORT_RUN, round(60 * minutes / statistics.median(seconds)))))
+    return json.loads(file.read_text())
+
+
+def read_log(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def run_study(cells: Sequence[Cell], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Pretrain and measure every cell; rows of the table, of the cells that are done."""
+    """Pretrain and measure every cell; returns the table's rows of the finished cells."""
     rows = []
     for cell in cells:
         sitting = Sitting(options.output_dir / cell.name, options.max_minutes_per_cell)
         try:
             model = pretrained(sitting, cell, options)
-            row = {"cell": cell.label, "evaluation loss": last_eval_loss(model), **measure(sitting, model, options)}
+            row = {"cell": cell.label, **of_the_log(model), **measure(sitting, model, options)}
         except OutOfTime:
-            print(f"{cell.label}: its minutes are over; the same command goes on with it", flush=True)
+            print(f"{cell.label}: its time is up; repeat the command to continue", flush=True)
             continue
         print(f"{cell.label}: {row}", flush=True)
         rows.append(row)
     return rows
 
 
-def last_eval_loss(model: Path) -> float:
-    events = [json.loads(line) for line in (model / "metrics.jsonl").read_text().splitlines()]
-    return [event["eval_loss"] for event in events if "eval_loss" in event][-1]
+def of_the_log(model: Path) -> dict[str, Any]:
+    """The final figures in the run's log."""
+    last: dict[str, Any] = {}
+    for event in read_log(model):
+        last |= event
+    return {"images seen": f"{last['images_seen']:,}", "evaluation loss": last["eval_loss"]}
 
 
 def write_table(rows: list[dict[str, Any]], output_dir: Path, notes: str) -> None:
-    """`table.md` of the rows and what to compare them with; also printed."""
+    """Write and print `table.md`: the rows, and notes on what to compare them with."""
     headings = list(dict.fromkeys(heading for row in rows for heading in row))
     lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
     for row in rows:

@@ -11,8 +11,8 @@ At full size, for each depth:
 import study_common as studies
 
 NOTES = """
-Beside it: the paper (Table 1a, ViT-L on ImageNet-1K), fine-tuned / linear: 1 block 84.8 / 65.5, 2 84.9 / 70.0, 4 84.9 /
-71.9, 8 84.9 / 73.5, 12 84.4 / 73.3 %.
+In the paper (Table 1a, ViT-L on ImageNet-1K), fine-tuned / linear: 1 block 84.8 / 65.5, 2 84.9 / 70.0, 4 84.9 / 71.9,
+8 84.9 / 73.5, 12 84.4 / 73.3 %.
 """
 
 

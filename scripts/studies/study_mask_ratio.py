@@ -1,6 +1,6 @@
-"""How much to hide: the same model pretrained with several mask ratios for equal steps, then measured.
+"""How much to hide: the same model pretrained with several mask ratios, for equal time or equal steps, then measured.
 
-    python scripts/studies/study_mask_ratio.py --dataset DATA
+    python scripts/studies/study_mask_ratio.py --dataset DATA --minutes 6
 
 At full size, for each ratio:
     torchrun --nproc_per_node 8 -m hf_mae.cli pretrain --recipe vit_large_in1k --mask_ratio 0.5 --output_dir outputs/r50
@@ -10,7 +10,7 @@ At full size, for each ratio:
 import study_common as studies
 
 NOTES = """
-Beside it: the paper (Figure 5, ViT-L on ImageNet-1K) finds fine-tuning flat from 40 to 80 %, the linear probe best at
+The paper (Figure 5, ViT-L on ImageNet-1K) finds fine-tuning flat from 40 to 80 %, and the linear probe best at
 75 %. A tutorial of unknown source prints 80.1 / 82.4 / 83.6 / 82.5 % for 25 / 50 / 75 / 90 %.
 """
 

@@ -11,8 +11,8 @@ At full size:
 import study_common as studies
 
 NOTES = """
-Beside it: the paper (Table 1d, ViT-L on ImageNet-1K), fine-tuned / linear: raw pixels 84.9 / 73.5, normalised 85.4 /
-73.9 %. The two evaluation losses are of different targets, and can't be compared.
+In the paper (Table 1d, ViT-L on ImageNet-1K), fine-tuned / linear: raw pixels 84.9 / 73.5, normalised 85.4 /
+73.9 %. The two evaluation losses have different targets and can't be compared.
 """
 
 

@@ -575,6 +575,20 @@ def test_code_in_a_file_is_not_run_from_wherever_it_comes(tmp_path, capsys):
         assert not (tmp_path / "dest").exists()
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("config.json", "[1]"), ("config.json", "[" * 5000), ("config.json", '{"model_type": "mae", "architectures": 5}'),
+     ("preprocessor_config.json", "[1]"), ("preprocessor_config.json", "{")],
+)  # fmt: skip
+def test_a_file_that_is_no_table_is_one_line(tmp_path, capsys, file, content):
+    save_ours(tiny(MAEForPreTraining), tmp_path / "ours")
+    (tmp_path / "ours" / file).write_text(content)
+    capsys.readouterr()
+    assert convert(tmp_path / "ours", tmp_path / "dest") == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"hf-mae: error: {tmp_path / 'ours'}")
+    assert not (tmp_path / "dest").exists()
+
+
 @pytest.mark.parametrize("target", ["mae", "vit"])
 def test_a_cross_attention_decoder_stays_and_its_encoder_goes_elsewhere(tmp_path, target):
     model = tiny(MAEForPreTraining, decoder_attention="cross", decoder_fusion=True, prediction_ratio=0.25)

@@ -1,15 +1,15 @@
 """`hf-mae export`: what the files compute is what the model computes, for any batch; mistakes are one line."""
 
 import json
-import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from pages import block
 from PIL import Image
-from runs import REPOSITORY, environment, start
+from runs import environment, start
 from tiny import pixels, tiny
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 from transformers.utils import logging as transformers_logging
@@ -20,7 +20,6 @@ from hf_mae.conversion import export as export_module
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'hf-mae[export]'")
 transformers_logging.disable_progress_bar()
 
-README = (REPOSITORY / "README.md").read_text()
 CLASSIFIER = {"num_labels": 3, "pooling": "cls"}
 RUN_WITHOUT_US = """
 import sys, numpy, torch
@@ -101,13 +100,13 @@ def test_a_classifier_in_onnxruntime_and_an_encoder_in_torch_export(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_readmes_lines_run_an_exported_model(tmp_path, monkeypatch):
-    (code,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "onnxruntime" in block)
+def test_the_pages_lines_run_an_exported_model(tmp_path, monkeypatch):
     save(MAEForPreTraining, tmp_path / "outputs" / "mine")
     monkeypatch.chdir(tmp_path)
     assert start("export", "outputs/mine", "outputs/mine_onnx") == 0
-    names = {"image": Image.effect_noise((50, 40), 50).convert("RGB")}
-    exec(compile(code, "README.md", "exec"), names)
+    Image.effect_noise((50, 40), 50).convert("RGB").save("photo.jpg")
+    names: dict = {}
+    exec(compile(block("onnxruntime", "docs/export.md"), "docs/export.md", "exec"), names)
     images = names["processor"](names["image"], return_tensors="pt").pixel_values
     with torch.no_grad():
         expected = AutoModel.from_pretrained("outputs/mine").eval()(images).pooler_output

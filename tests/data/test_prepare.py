@@ -2,7 +2,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import shlex
 import signal
 import time
@@ -12,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bad_images import encoded, noise, npy, tiff
+from pages import block
 from PIL import Image
-from runs import REPOSITORY, run, spawn, start
+from runs import run, spawn, start
 
 pytest.importorskip("datasets")
 import datasets
@@ -261,9 +261,7 @@ def test_faults_of_the_user_are_told_in_one_line(folder, tmp_path, capfd):
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_readme_run(folder, tmp_path, monkeypatch):
-    readme = (REPOSITORY / "README.md").read_text()
-    (block,) = (code for code in re.findall(r"```bash\n(.*?)```", readme, re.DOTALL) if "hf-mae prepare" in code)
+def test_the_commands_of_the_page_run(folder, tmp_path, monkeypatch):
     (tmp_path / "path" / "to").mkdir(parents=True)
     folder.rename(tmp_path / "path" / "to" / "images")
     monkeypatch.chdir(tmp_path)
@@ -271,7 +269,7 @@ def test_the_commands_of_the_readme_run(folder, tmp_path, monkeypatch):
         "prepare": ["--max_bad_fraction", 1],
         "pretrain": ["--total_batch_size", 8, "--per_device_batch_size", 8, "--dry_run", "true"],
     }
-    for line in block.splitlines():
+    for line in block("hf-mae prepare", "docs/data.md", "bash").splitlines():
         _, command, *words = shlex.split(line)
         assert start(command, *words, *extra.pop(command)) == 0
     assert not extra

@@ -121,6 +121,10 @@ def test_a_url_of_images_is_read_in_blocks_of_64_files(tmp_path):
         (name, files[name], NAMES.index(name.split("/")[1])) for name in sorted(files)
     ]
     assert len(open_source(f"{url}/train/cat/*.png")) == 24
+    mapped = open_source(url, streaming=False)
+    assert [(row.image, row.label) for row in read_all(mapped)] == [
+        (files[name], NAMES.index(name.split("/")[1])) for name in sorted(files)
+    ]
 
 
 def test_a_folder_with_a_zip_of_images_is_mapped(tmp_path):

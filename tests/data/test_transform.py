@@ -54,7 +54,7 @@ def test_images_of_extreme_shapes_have_both_views_and_take_little_memory(monkeyp
     )
     sizes = []
     resize = transform._resize
-    monkeypatch.setattr(transform, "_resize", lambda image, size, box: sizes.append(size) or resize(image, size, box))
+    monkeypatch.setattr(transform, "_resize", lambda image, size, *how: sizes.append(size) or resize(image, size, *how))
     channels, white = {"RGB": (3, 255), "L": (1, 255), "13 bands": (13, 1)}[kind]
     for view in (
         evaluation_view(image, 16, (14, 14)),
@@ -78,3 +78,10 @@ def test_what_is_resized_to_before_the_crop():
 def test_a_processor_tells_which_pixels_it_was_made_for(factor, dtype):
     rescale = {"do_rescale": False} if factor is None else {"rescale_factor": factor}
     assert pixel_dtype(MAEImageProcessor(**rescale)) == dtype
+
+
+@pytest.mark.parametrize(
+    ("factor", "dtype"), [(0.00392, "uint8"), (1 / 127.5, "uint8"), (1.0, "float32"), (1e-4, "float32")]
+)
+def test_other_factors_belong_to_8_bits_or_leave_the_values_alone(factor, dtype):
+    assert pixel_dtype(MAEImageProcessor(rescale_factor=factor)) == dtype

@@ -229,7 +229,7 @@ MISTAKES = {
     "a share of a table": (["--fraction", 0.5], "fraction draws from a table of features"),
     "sizes that don't fit": (["--per_device_batch_size", 48], "sizes that fit: 1, 2, 4, 8, 16, 32, 64"),
     "nothing to normalise": (["--per_device_batch_size", 1], "per_device_batch_size 1 leaves BatchNorm nothing"),
-    "no epochs": (["--epochs", 0], "epochs 0.0 is too small"),
+    "no epochs": (["--epochs", 0], "epochs 0.0 is out of range"),
     "an unknown recipe": (["--recipe", "quickstart"], "unknown recipe 'quickstart'"),
 }
 

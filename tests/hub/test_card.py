@@ -138,7 +138,7 @@ def test_the_command_writes_the_card_and_its_picture_and_nothing_else(full, tmp_
 def test_a_folder_that_is_no_model_has_no_card(tmp_path, capsys):
     assert start("card", tmp_path, tmp_path / "x.md") == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"hf-mae: error: {tmp_path} is no whole model folder (")
+    assert line.startswith(f"hf-mae: error: {tmp_path} is not a complete model folder (")
     assert start("card", tmp_path, "x.md", "--outptu", "y.md") == 2
     assert "unknown argument '--outptu'; did you mean '--output'?" in capsys.readouterr().err
 

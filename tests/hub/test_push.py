@@ -257,14 +257,14 @@ def test_a_name_that_something_else_has_is_refused(server, finished, capfd):
     other = server.root / "models" / "user" / "x"
     other.mkdir(parents=True)
     (other / "config.json").write_text('{"model_type": "bert"}')
-    assert "is taken by something else (config.json)" in refused(capfd, finished, "--repo_id", "user/x")
+    assert "already holds something else (config.json)" in refused(capfd, finished, "--repo_id", "user/x")
     assert repository(server) == {"config.json"}
 
 
 def test_private_is_not_given_up_for_a_repository_that_is_public_already(server, trusting, finished, capfd):
     assert start("push", finished, "--repo_id", "user/x") == 0
     capfd.readouterr()
-    assert "already and public" in refused(capfd, finished, "--repo_id", "user/x", "--private", "true")
+    assert "already exists and is public" in refused(capfd, finished, "--repo_id", "user/x", "--private", "true")
 
 
 def test_a_repository_deleted_meanwhile_is_one_line(server, finished, capfd, monkeypatch):
@@ -375,7 +375,7 @@ def test_what_does_not_come_back_as_it_was_is_not_called_published(server, finis
         check, "measure", lambda *a, **k: {name: value + 0.1 for name, value in measure(*a, **k).items()}
     )
     line = refused(capfd, finished, "--repo_id", "user/x")
-    assert "does not come back as it was" in line
+    assert "its download differs" in line
     assert "a difference of 0.1" in line
     assert "revision=" not in (server.root / "models" / "user" / "x" / "README.md").read_text()
 
@@ -388,7 +388,7 @@ def test_code_that_comes_back_changed_is_not_run(server, trusting, finished, tmp
         monkeypatch.setenv(name, value)
     code = server.root / "models" / "user" / "x" / "configuration_mae.py"
     code.write_text(f"open({str(tmp_path / 'canary')!r}, 'w').close()\n" + code.read_text())
-    with pytest.raises(hub.UserError, match=r"configuration_mae.py is not the file that was pushed"):
+    with pytest.raises(hub.UserError, match=r"configuration_mae.py differs from the file that was pushed"):
         hub._pull_back("user/x", "main", tmp_path, REPOSITORY / "hf_mae", tmp_path / "cache")
     assert not (tmp_path / "canary").exists()
 
@@ -485,7 +485,7 @@ def test_checkpoints_are_pushed_in_the_background_and_a_failure_is_a_line(server
     background.start(finished / "checkpoint-2")
     assert not said
     background.start(finished / "checkpoint-2")
-    assert said == ["checkpoint-2 is not pushed: the one before is still on its way to user/x"]
+    assert said == ["checkpoint-2 is not pushed: the previous push to user/x is still running"]
     background.wait()
     assert said[1].startswith(f"published {server.url}/user/x at ")
     assert server.private == {"user/x"}

@@ -67,7 +67,7 @@ def test_checkpoints_are_pushed_while_the_run_goes_on_and_the_model_at_the_end(o
     assert "Traceback" not in log
     assert derived(output_dir)["processes"] == 2
     assert sorted(losses(output_dir)) == list(range(1, 61))
-    skipped, published = log.count("is not pushed: the one before is still on its way"), log.count("published ")
+    skipped, published = log.count("is not pushed: the previous push to"), log.count("published ")
     # Two checkpoints before the last step, and the model. A second process that pushed would push them all again.
     assert skipped + published == 3
     assert published >= 2
@@ -87,7 +87,7 @@ def test_a_run_stopped_while_it_pushes_saves_and_ends_and_the_push_arrives(outpu
     log = (output_dir.parent / "log").read_text()
     assert "Traceback" not in log
     last = max(losses(output_dir))
-    assert f"stopped on request after step {last}; go on with --resume auto" in log
+    assert f"stopped on request after step {last}; continue with --resume auto" in log
     assert checkpoints(output_dir)[-1] == last
     wait_until(lambda: not pushes(output_dir))
     repository = server.root / "models" / "user" / "run"

@@ -223,7 +223,7 @@ def test_with_the_class_token_the_last_norm_trains_with_the_head():
 
 @pytest.mark.parametrize("blocks", ["5", "-1", "1.5", "none", "0.50", ""])
 def test_an_unknown_number_of_blocks_names_those_that_there_are(blocks):
-    with pytest.raises(ValueError, match=rf"trainable_blocks {blocks} is none of 0, 0.5, 1 to 4, or all"):
+    with pytest.raises(ValueError, match=rf"trainable_blocks {blocks} is not possible; choose 0, 0.5, 1 to 4, or all"):
         train_last_blocks(tiny(MAEForImageClassification, num_labels=3), blocks)
 
 

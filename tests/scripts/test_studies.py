@@ -1,6 +1,7 @@
 """The study scripts: cells that are done stay done, and the table says what was measured."""
 
 import argparse
+import json
 import sys
 
 import pytest
@@ -33,10 +34,49 @@ def test_a_study_goes_on_where_it_stopped(scripts, tmp_path):
         if not ratios:
             weights = (tmp_path / "ratio-0.5" / "pretrain" / "model.safetensors").stat().st_mtime_ns
     table = (tmp_path / "table.md").read_text().splitlines()
-    assert table[0] == "| cell | evaluation loss | kNN, k = 20 | linear probe (fast) | fine-tuned |"
+    assert table[0] == "| cell | images seen | evaluation loss | kNN, k = 20 | linear probe (fast) | fine-tuned |"
     assert [line.split("|")[1].strip() for line in table[2:4]] == ["50%", "75%"]
-    assert all(0 < float(number) <= 100 for line in table[2:4] for number in line.split("|")[2:6])
+    assert all(line.split("|")[2].strip() == "512" for line in table[2:4])  # 4 steps of 128
+    assert all(0 < float(number) <= 100 for line in table[2:4] for number in line.split("|")[3:7])
     assert (tmp_path / "ratio-0.5" / "pretrain" / "model.safetensors").stat().st_mtime_ns == weights
+
+
+@pytest.mark.slow
+def test_equal_time_gives_a_lower_ratio_fewer_steps(scripts, tmp_path):
+    run_script(
+        sys.executable, "scripts/studies/study_mask_ratio.py", "--dataset", "digits", "--recipe", "quickstart",
+        "--finetune_recipe", "none", "--max_samples", "100", "--minutes", "0.1", "--output_dir", tmp_path,
+        "--ratios", "0.0", "0.95",
+    )  # fmt: skip
+    steps = [json.loads((tmp_path / f"ratio-{ratio}" / "steps.json").read_text()) for ratio in ("0.0", "0.95")]
+    assert 12 <= steps[0] < steps[1]
+    seen = [line.split("|")[2].strip() for line in (tmp_path / "table.md").read_text().splitlines()[2:4]]
+    assert seen == [f"{128 * count:,}" for count in steps]
+
+
+def test_the_comparison_with_transformers_counts_every_seed(scripts, tmp_path):
+    import compare_vit_mae
+
+    runs = {
+        name: [[{"step": 0, "knn": 10.0, "linear": 20.0}, {"step": 5, "knn": 30.0 + seed, "linear": 40.0 + seed}]
+               for seed in range(3)]
+        for name in compare_vit_mae.MODELS
+    }  # fmt: skip
+    compare_vit_mae.write_table(runs, tmp_path)
+    assert "| hf_mae | 31.0 (30.0 to 32.0) | 41.0 (40.0 to 42.0) |" in (tmp_path / "table.md").read_text()
+    compare_vit_mae.plot(runs, tmp_path)
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_the_comparison_fills_the_tables_of_transformers_model(scripts):
+    import compare_vit_mae
+
+    built, filled, ours = (make() for make in compare_vit_mae.MODELS.values())
+    assert not built.vit.embeddings.position_embeddings.any()
+    assert torch.equal(filled.vit.embeddings.position_embeddings[0], ours.mae.embeddings.position_embeddings.table)
+    assert torch.equal(filled.decoder.decoder_pos_embed[0], ours.decoder.decoder_pos_embed.table)
+    counts = [sum(weight.numel() for weight in model.parameters() if weight.requires_grad) for model in (filled, ours)]
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("method", ["SimCLR", "MoCoV3"])

@@ -66,7 +66,7 @@ def test_a_finished_run_says_so_again_and_is_not_run_again(pretrained, tmp_path,
     assert capsys.readouterr().out.splitlines() == first
     assert (out / "model.safetensors").stat().st_mtime_ns == before
     assert start("finetune", *arguments(out, model=pretrained)) == 2
-    assert "holds another run; go on with it by --resume auto" in capsys.readouterr().err
+    assert "holds another run; continue it with --resume auto" in capsys.readouterr().err
 
 
 def test_a_finished_run_says_so_without_a_count_of_bad_samples(pretrained, tmp_path, capsys):
@@ -248,7 +248,7 @@ def test_broken_images_are_named_and_do_not_end_the_run(colourful, tmp_path, cap
     (scored / "bee" / "1.png").write_bytes(b"")
     out = tune(tmp_path / "out", model=colourful, dataset=data, eval_dataset=scored, total_batch_size=4, total_steps=21)
     printed = capsys.readouterr().out
-    assert "1 images can't be decoded and are not scored, the first: bee/1.png" in printed
+    assert "1 images can't be decoded and are not scored; the first is bee/1.png" in printed
     assert f"2 images could not be decoded: {out}/bad_samples.jsonl" in printed
     bad = [json.loads(line) for line in (out / "bad_samples.jsonl").read_text().splitlines()]
     assert bad == [
@@ -267,8 +267,8 @@ def test_broken_images_are_named_and_do_not_end_the_run(colourful, tmp_path, cap
     [
         ({"model": None}, "--model is missing: folder or Hub id of a pretrained or fine-tuned model"),
         ({"model": "there/is/none"}, "--model there/is/none can't be loaded"),
-        ({"trainable_blocks": 3}, "trainable_blocks 3 is none of 0, 0.5, 1 to 2, or all; choose one of these"),
-        ({"trainable_blocks": "most"}, "trainable_blocks most is none of"),
+        ({"trainable_blocks": 3}, "trainable_blocks 3 is not possible; choose 0, 0.5, 1 to 2, or all"),
+        ({"trainable_blocks": "most"}, "trainable_blocks most is not possible"),
         ({"recipe": "quickstart"}, "unknown recipe 'quickstart'; did you mean 'finetune_quickstart'?"),
         ({"mixup": 0.8, "problem_type": "regression"}, "mixup is for one class an image, not for regression; pass --"),
         ({"problem_type": "multi_label_classification"}, "pass --problem_type single_label_classification"),
@@ -279,7 +279,7 @@ def test_broken_images_are_named_and_do_not_end_the_run(colourful, tmp_path, cap
         ({"eval_split": "test"}, "digits has no split 'test'; choose one of: train"),
         ({"layer_decy": 0.5}, "unknown argument '--layer_decy'; did you mean '--layer_decay'?"),
         ({"rand_augment": "strong"}, "rand_augment strong is nothing that timm knows"),
-        ({"resume": "there/is/none"}, "there/is/none is no complete checkpoint (trainer_state.json in it); name anoth"),
+        ({"resume": "there/is/none"}, "there/is/none is not a complete checkpoint (with trainer_state.json); name an"),
         ({"mixed_precision": "fp16"}, "mixed_precision fp16 needs a GPU; use bf16 or no"),
         ({"log_with": "paper"}, "log_with paper is not installed"),
     ],
@@ -323,7 +323,7 @@ def test_data_that_does_not_fit_gets_one_line_with_the_remedy(colourful, pretrai
     other = class_folders(tmp_path / "other", ["cow", "bee", "emu"])
     error = mistake(capsys, "finetune", *arguments(tmp_path / "out", model=out, dataset=other))
     assert (
-        f"{out} knows the classes ant, bee, {other} has bee, cow, emu; pass --reset_head true for a new head" in error
+        f"{out} has the classes ant, bee, but {other} has bee, cow, emu; pass --reset_head true for a new head" in error
     )
     error = mistake(capsys, "evaluate", "classification", "--model", out, "--dataset", other, "--eval_split", "train")
     assert "has the label cow, which is none of the model's 2 classes (ant, bee)" in error
@@ -336,7 +336,7 @@ def test_data_that_does_not_fit_gets_one_line_with_the_remedy(colourful, pretrai
     error = mistake(
         capsys, "finetune", *arguments(tmp_path / "out", model=colourful, dataset=bands, eval_dataset=bands)
     )
-    assert "have 5 channels, the model 3; go on pretraining it on such images first" in error
+    assert "have 5 channels, but the model has 3; continue its pretraining on such images" in error
     assert not (tmp_path / "out").exists()
 
 

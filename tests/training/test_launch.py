@@ -249,7 +249,7 @@ def test_fsdp_asked_of_accelerate_on_cpus_is_refused_in_one_line_of_each_process
     result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode != 0
     said = [line for line in result.stderr.splitlines() if "hf-mae: error:" in line]
-    wanted = "hf-mae: error: FSDP was asked for and MULTI_CPU obtained; FSDP needs a GPU for each process"
+    wanted = "hf-mae: error: Accelerate chose MULTI_CPU instead of FSDP, which needs a GPU for each process"
     assert said == [wanted, wanted]
     assert "hf_mae/training" not in result.stderr  # no traceback of ours
     assert not (tmp_path / "run").exists()
@@ -260,12 +260,12 @@ def test_a_strategy_or_processes_that_were_not_obtained_are_an_error(tmp_path, m
         asked.setenv("ACCELERATE_USE_FSDP", "true")
         assert start(*arguments(tmp_path / "run")) == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("hf-mae: error: FSDP was asked for and NO obtained")
+    assert line.startswith("hf-mae: error: Accelerate chose NO instead of FSDP")
     # As in a process that torchrun started on a machine without GPUs.
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert start(*arguments(tmp_path / "run")) == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("hf-mae: error: 2 processes were started, 1 work together; use torchrun")
+    assert line.startswith("hf-mae: error: 2 processes were started, but only 1 would train together; use torchrun")
     assert "ACCELERATE_USE_CPU=true" in line
     assert not (tmp_path / "run").exists()
 

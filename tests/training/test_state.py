@@ -35,7 +35,7 @@ def test_the_files_hold_these_keys(tmp_path):
 
 
 def test_a_folder_without_state_is_refused_with_the_remedy(tmp_path):
-    with pytest.raises(CheckpointError, match=r"trainer.json is missing; name a folder checkpoint-STEP of a run"):
+    with pytest.raises(CheckpointError, match=r"trainer.json is missing; name a checkpoint-STEP folder of a run"):
         RunState.read(tmp_path)
     a_state().write(tmp_path)
     (tmp_path / "data.json").write_text("no")

@@ -1,30 +1,22 @@
-"""The README's Python about fine-tuning, run as it stands there, by a user with a folder of images."""
+"""The documentation's Python about fine-tuning, run as it stands there, by a user with a folder of images."""
 
 import ast
 import json
-import re
-from pathlib import Path
 
 import pytest
 import torch
+from pages import block
 from PIL import Image
 from runs import run, spawn
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, AutoModelForPreTraining, pipeline
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-SECTION = README[README.index("## Fine-tune on your labels") : README.index("## Export")]
-
-
-def block(word: str) -> str:
-    """The only Python block of the section with this word in it."""
-    (found,) = (code for code in re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL) if word in code)
-    return found
+FINETUNING = "docs/finetuning.md"
 
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """A folder with images of two classes, light and dark, and a pretrained model, named as in the README."""
+    """A folder with images of two classes, light and dark, and a pretrained model, named as in the documentation."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
@@ -40,14 +32,14 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
-def execute(word: str) -> dict:
+def execute(word: str, page: str = FINETUNING) -> dict:
     names: dict = {}
-    exec(compile(block(word), f"README.md, the block with {word}", "exec"), names)
+    exec(compile(block(word, page), f"{page}, the block with {word}", "exec"), names)
     return names
 
 
 def test_the_stock_trainer_trains_scores_saves_and_the_pipeline_runs(home):
-    statements = ast.parse(block("layer_decay_groups")).body
+    statements = ast.parse(block("layer_decay_groups", FINETUNING)).body
     assert len([one for one in statements if not isinstance(one, ast.Import | ast.ImportFrom)]) == 10
     names = execute("layer_decay_groups")
     trainer = names["trainer"]
@@ -111,7 +103,7 @@ def test_lora_trains_on_the_documented_layers_alone(home):
 
 
 def test_a_dense_model_gets_the_pretrained_encoder_and_a_pyramid(home):
-    model = execute("UperNetForSemanticSegmentation")["model"].eval()
+    model = execute("UperNetForSemanticSegmentation", "docs/dense_prediction.md")["model"].eval()
     own, stored = model.backbone.state_dict(), load_file("outputs/quickstart/model.safetensors")
     layers = [name for name in own if name.startswith("layers.")]
     assert len(layers) == 24
@@ -122,9 +114,9 @@ def test_a_dense_model_gets_the_pretrained_encoder_and_a_pyramid(home):
 
 
 @pytest.mark.slow
-def test_a_script_of_the_readme_runs_in_a_process_of_its_own(home):
+def test_a_script_of_the_page_runs_in_a_process_of_its_own(home):
     script = home / "script.py"
-    script.write_text(block("layer_decay_groups"))
+    script.write_text(block("layer_decay_groups", FINETUNING))
     log = home / "log.txt"
     status = spawn([script], log, HF_HOME=str(home / "hf"), HF_HUB_OFFLINE="1", ACCELERATE_USE_CPU="true").wait(300)
     assert status == 0, log.read_text()

@@ -1,34 +1,42 @@
-"""The README's code, run as it stands there; that about fine-tuning is in test_readme_finetune.py."""
+"""The code of README and documentation, run as it stands there; that of docs/finetuning.md is in test_docs_finetune.py.
+
+The pages are built too, and what they say of names, links and length is checked.
+"""
 
 import re
 import shlex
 import shutil
+import sys
 import tomllib
 from pathlib import Path
+from urllib.parse import urlparse
 
 import numpy as np
 import pytest
+from pages import PAGES, blocks
 from PIL import Image
-from runs import REPOSITORY, run, start
+from runs import REPOSITORY, run, run_script, start
 
+import hf_mae
 from hf_mae import MAEForImageClassification
 
-README = (REPOSITORY / "README.md").read_text()
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-BASH = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 # Words of the Python that other tests run, which have what it needs.
 ELSEWHERE = {
-    "layer_decay_groups": "test_readme_finetune.py",
-    "FinetuneRecipe": "test_readme_finetune.py",
-    "load_dataset": "test_readme_finetune.py",
-    "peft": "test_readme_finetune.py",
+    "layer_decay_groups": "test_docs_finetune.py",
+    "FinetuneRecipe": "test_docs_finetune.py",
+    "load_dataset": "test_docs_finetune.py",
+    "peft": "test_docs_finetune.py",
     "onnxruntime": "conversion/test_export.py",
     "trust_remote_code": "hub/test_push.py",
 }
-HERE = [code for code in PYTHON if not any(word in code for word in ELSEWHERE)]
+PYTHON = blocks("python")
+HERE = [(page, code) for page, code in PYTHON if not any(word in code for word in ELSEWHERE)]
 # All lines of the command blocks, and what is added to them so that they take seconds.
 LINES = [
-    line.split(" #")[0].strip() for block in BASH for line in block.replace("\\\n", " ").splitlines() if line.strip()
+    line.split(" #")[0].strip()
+    for _, block in blocks("bash")
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.strip()
 ]
 FEW_STEPS = "--total_steps 2 --total_batch_size 4 --num_workers 0 --quality_steps 0 --max_eval_samples 4"
 SMALL = f"""--hidden_size 24 --num_hidden_layers 1 --num_attention_heads 2 --intermediate_size 48
@@ -40,8 +48,9 @@ ADDED = {
     "hf-mae finetune": "--max_samples 16 --total_steps 1 --total_batch_size 4 --num_workers 0",
     "hf-mae evaluate linear-probe --recipe": "--epochs 1 --warmup_epochs 0 --total_batch_size 4 --num_workers 0",
     "hf-mae evaluate classification": "--num_workers 0",
+    "hf-mae evaluate knn --model outputs/quickstart --dataset digits": "--num_workers 0",
     "hf-mae evaluate": "--max_samples 16 --num_workers 0",
-    **dict.fromkeys(("hf-mae embed", "hf-mae reconstruct", "hf-mae report", "hf-mae card"), ""),
+    **dict.fromkeys(("hf-mae embed", "hf-mae stats", "hf-mae reconstruct", "hf-mae report", "hf-mae card"), ""),
 }
 # Launchers of what the line ends with: they are in test_launch.py, here it runs in one process.
 LAUNCHERS = re.compile(r"^(torchrun .*|accelerate launch .*) -m hf_mae.cli|^sbatch scripts/slurm.sh(?= --)")
@@ -52,6 +61,7 @@ RUN_ELSEWHERE = {
     "hf-mae push": ("hub/test_push.py", "push"),
     "python scripts/examples/segmentation.py": ("scripts/test_segmentation_script.py", "segmentation.py"),
     "python scripts/studies/study_mask_ratio.py": ("scripts/test_studies.py", "study_mask_ratio.py"),
+    "python scripts/studies/compare_vit_mae.py": ("scripts/test_studies.py", "compare_vit_mae"),
     "python scripts/studies/compare_contrastive.py": ("scripts/test_studies.py", "compare_contrastive"),
     "bash scripts/quickstart.sh": ("scripts/test_scripts.py", "quickstart.sh"),
     "python scripts/chaos_drill.py": ("scripts/test_scripts.py", "chaos_drill.py"),
@@ -68,7 +78,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def home(trained, tmp_path, monkeypatch):
-    """A folder with models and images where the README has them."""
+    """A folder with models and images where the pages have them."""
     monkeypatch.chdir(tmp_path)
     for name in ("quickstart", "mine", "base"):
         shutil.copytree(trained, tmp_path / "outputs" / name)
@@ -88,12 +98,12 @@ def photo() -> Image.Image:
 
 
 def test_all_of_it_is_run_by_a_test():
-    assert len(HERE) >= 4
+    assert len(HERE) >= 5
     assert len(COMMANDS) >= 15
     for word, file in ELSEWHERE.items():
-        assert any(word in code for code in PYTHON), f"{word} is no longer in the README; see {file}"
+        assert any(word in code for _, code in PYTHON), f"{word} is on no page any longer; see {file}"
     for start_of_line, (file, word) in RUN_ELSEWHERE.items():
-        assert any(line.startswith(start_of_line) for line in LINES), f"{start_of_line} is no longer in the README"
+        assert any(line.startswith(start_of_line) for line in LINES), f"{start_of_line} is on no page any longer"
         assert word in (Path(__file__).parent / file).read_text()
     extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for line in LINES:
@@ -103,15 +113,17 @@ def test_all_of_it_is_run_by_a_test():
             assert line.startswith((*ADDED, *RUN_ELSEWHERE, *NOT_OURS)), f"no test runs {line}"
 
 
-@pytest.mark.parametrize("code", HERE, ids=lambda code: code.splitlines()[-1][:40])
-def test_the_python_runs(home, code):
-    names: dict = {"image": photo()}
-    exec(compile(code, "README.md", "exec"), names)
+@pytest.mark.parametrize(("page", "code"), HERE, ids=lambda text: text.splitlines()[-1][:40])
+def test_the_python_runs(home, page, code):
+    names: dict = {}
+    exec(compile(code, page, "exec"), names)
     if "reconstruction_grid" in code:
         with Image.open("picture.png") as picture:
             assert picture.width > 4 * 128
     elif "features" in code:
         assert names["features"].shape == (1, names["model"].config.hidden_size)
+    elif "combine" in code:
+        assert names["metrics"].compute(predictions=[[0.1, 0.9]], references=[1]) == {"top1": 100.0, "top5": 100.0}
     elif "UperNet" in code:
         assert names["model"].backbone.channels == [names["backbone"].config.hidden_size] * 4
     else:
@@ -129,11 +141,45 @@ def test_the_commands_run(home, line, capsys):
     if words[0] in ("pretrain", "finetune") and "--dataset" in words:
         words += ["--eval_dataset", words[words.index("--dataset") + 1]]  # too few to hold any out
     if words[0] == "pretrain":
-        shutil.rmtree("outputs/mine")
-        shutil.rmtree("outputs/base")
+        shutil.rmtree("outputs")
     if "outputs/finetune_quickstart" in line:
         names = {i: str(i) for i in range(10)}
         model = MAEForImageClassification.from_pretrained("outputs/quickstart", id2label=names)
         model.save_pretrained("outputs/finetune_quickstart")
         shutil.copy("outputs/quickstart/preprocessor_config.json", "outputs/finetune_quickstart")
     assert start(*words) == 0, capsys.readouterr().err
+
+
+def test_the_readme_has_at_most_1500_words():
+    assert len(PAGES["README.md"].split()) <= 1500
+
+
+def test_every_link_leads_to_a_file_and_a_heading():
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            parts = urlparse(target)
+            if parts.scheme:
+                continue
+            file = (REPOSITORY / page).parent / parts.path if parts.path else REPOSITORY / page
+            assert file.exists(), f"{page} links to {target}"
+            if parts.fragment:
+                assert parts.fragment in anchors(file.read_text()), f"{page} links to {target}"
+
+
+def anchors(text: str) -> set[str]:
+    """GitHub's anchors of a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_the_api_page_has_every_public_name():
+    documented = re.findall(r"^\.\. (?:auto\w+|py:data):: hf_mae\.(\w+)", PAGES["docs/api.md"], re.MULTILINE)
+    assert sorted(documented) == sorted(hf_mae.__all__)
+
+
+def test_the_pages_are_built_without_a_warning(tmp_path):
+    pytest.importorskip("sphinx", reason="sphinx is not installed: pip install 'hf-mae[docs]'")
+    run_script(sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "docs", tmp_path)
+    api = (tmp_path / "api.html").read_text()
+    assert all(f'id="hf_mae.{name}"' in api for name in hf_mae.__all__)
+    assert len(list(tmp_path.glob("*.html"))) >= len(PAGES)
