@@ -389,7 +389,8 @@ def test_a_card_a_push_and_a_report_survive_everything_at_once(tmp_path, capsys)
     assert "a.jpg" in page
 
 
-def test_names_that_are_not_utf8_and_entries_that_are_none_survive_a_card_and_a_report(whole, tmp_path, capsys):
+def test_names_that_are_not_utf8_and_entries_that_are_none_survive_a_card_and_a_report(whole, tmp_path, capsys, caplog):
+    caplog.set_level(logging.CRITICAL)  # pytest-xdist can't send warnings with such names to its main process
     folder = RunFolder(tmp_path / os.fsdecode(b"r\xff"))
     shutil.copytree(whole, folder.path)
     settings = {"recipe": {"dataset": "\ud800", "model": "a" * 5000, "seed": 5}, "derived": {"hardware": "\udc00"}}
