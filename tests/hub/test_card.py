@@ -240,7 +240,7 @@ def test_models_that_were_trained_from_each_other_have_no_licence(full, bare, ca
 
 def test_a_configuration_that_is_no_model_of_ours_is_one_line(full, tmp_path, capsys):
     (full / "config.json").write_text("{}")
-    assert "is no whole model folder" in mistake(capsys, "card", full, tmp_path / "card.md")
+    assert "is not a complete model folder" in mistake(capsys, "card", full, tmp_path / "card.md")
 
 
 def test_weights_keep_the_licence_of_what_they_come_from(full, bare, tmp_path):

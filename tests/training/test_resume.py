@@ -35,7 +35,8 @@ def test_files_that_are_in_nobodys_way_stay(tmp_path):
 @pytest.mark.parametrize(
     ("folder", "why"),
     [
-        ("/dev/null/x", "/dev/null is not a folder"), ("file", "file is not a folder"), (os.fsdecode(b"r\xff"), "surrogates"),
+        ("/dev/null/x", "/dev/null is not a folder"), ("file", "file is not a folder"),
+        (os.fsdecode(b"r\xff"), "surrogates"),
         ("a" * 300, "File name too long"),
     ],
     ids=["below a device", "file", "not UTF-8", "long"],
