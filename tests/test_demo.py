@@ -143,7 +143,7 @@ def test_unusual_images_are_shown(demo, files, name):
     assert np.asarray(photo).std() > 10
 
 
-@pytest.mark.parametrize(("name", "message"), [("text.jpg", "no image"), ("huge.png", "10000 x 10000 pixels")])
+@pytest.mark.parametrize(("name", "message"), [("text.jpg", "not an image"), ("huge.png", "10000 x 10000 pixels")])
 def test_what_is_no_image_or_too_large_is_said(demo, files, name, message):
     with pytest.raises(BadImage, match=message):
         demo.open(files / name, 0.5)
@@ -293,7 +293,7 @@ def test_a_click_shows_the_attention_of_a_patch_and_the_way_back_is_said(page, f
 
 @pytest.mark.browser
 def test_a_bad_upload_gets_a_friendly_message_and_the_next_one_works(page, files):
-    for name, message in (("text.jpg", "it is no image of a known kind"), ("huge.png", "10000 x 10000 pixels")):
+    for name, message in (("text.jpg", "it is not an image of a known kind"), ("huge.png", "10000 x 10000 pixels")):
         page.set_input_files(PHOTO, files / name)
         page.get_by_text(message).wait_for()
         page.get_by_role("button", name="Clear").first.click()
