@@ -169,7 +169,7 @@ def plot(runs: dict[str, list[list[dict[str, float]]]], output_dir: Path) -> Non
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 4), layout="constrained")
     for axis, (key, title) in zip(axes, FIGURES.items(), strict=True):
         for name, seeds in runs.items():
             steps = [event["step"] for event in seeds[0]]
@@ -178,7 +178,7 @@ def plot(runs: dict[str, list[list[dict[str, float]]]], output_dir: Path) -> Non
             axis.fill_between(steps, values.min(axis=0), values.max(axis=0), alpha=0.2, color=line.get_color())
         axis.set(title=title, xlabel="steps", ylabel="top-1 accuracy, %")
         axis.grid(alpha=0.3)
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(runs))
     figure.savefig(output_dir / "figure.png", dpi=150)
     pyplot.close(figure)
     print(f"plot     {output_dir / 'figure.png'}")
