@@ -1,5 +1,6 @@
-"""`hf-mae demo`: a page to try a pretrained model on one's own photo, and the same page as a Space."""
+"""`hf-mae demo`: a page to try a pretrained model on your own photo, and the same page as a Space."""
 
+import importlib.metadata
 import shutil
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from typing import Any
 import gradio as gr
 import torch
 from gradio.themes import Default
+from packaging.requirements import Requirement
 from PIL import Image, ImageOps
 
 from .data.decode import BadImage
@@ -25,10 +27,10 @@ from .visualize.reconstruction import masked_scores, reconstruct, seeded_noise
 
 SIDE, THUMBNAIL, NEIGHBOURS = 384, 96, 8
 PICTURES = {
-    "original": "The photo, as it is cropped",
-    "masked": "What it sees (click a patch)",
-    "predicted": "What it makes of the rest",
-    "pasted": "Both",
+    "original": "The cropped photo",
+    "masked": "What the model sees (click a patch)",
+    "predicted": "What it predicts for the rest",
+    "pasted": "Visible and predicted patches",
     "attention": "Attention of the patch you clicked",
 }
 HIDE, ATTEND = "hides or shows it", "shows what it attends to"
@@ -36,28 +38,28 @@ HIDE, ATTEND = "hides or shows it", "shows what it attends to"
 
 @dataclass(frozen=True)
 class Session:
-    """What a visitor looks at."""
+    """One visitor's photo and mask."""
 
     pixel_values: torch.Tensor  # (1, C, H, W) the photo
     hidden: torch.Tensor  # (N,) True where a patch is hidden
-    seed: int = 0  # of the next mask
+    seed: int = 0  # of the mask
 
 
 class Demo:
-    """What the page does, without the page.
+    """The functions of the page, without the page itself.
 
     Args:
-        model: folder or Hub id.
+        model: folder or Hub id of the model.
         gallery: images for the nearest neighbours; no neighbours are shown when omitted.
 
     Raises:
-        DataError: if there is no such model or no such gallery.
+        DataError: if the model can't be loaded, or no image of the gallery can be decoded.
     """
 
     def __init__(self, model: str, gallery: Rows | None = None):
         self.name, self.reconstructor = model, Reconstructor(model)
         self.model = self.reconstructor.model
-        self.model.set_attn_implementation("eager")  # the one that returns its weights
+        self.model.set_attn_implementation("eager")  # the only one that returns attention weights
         self.grid_size = self.model.config.grid_size
         self.features, self.thumbnails = self._read_gallery(gallery) if gallery else (None, [])
 
@@ -83,12 +85,12 @@ class Demo:
         return self._pictures(session.pixel_values, session.pixel_values, SIDE)[0]
 
     def open(self, file: str | Path, ratio: float) -> Session:
-        """A photo from a file, with some of it hidden; raises BadImage if it can't be decoded."""
+        """Open a photo and hide this fraction of its patches; raises BadImage if it can't be decoded."""
         pixel_values = self.reconstructor.pixel_values([Path(file).read_bytes()])
         return self.hide(Session(pixel_values, torch.zeros(0, dtype=torch.bool)), ratio)
 
     def hide(self, session: Session, ratio: float) -> Session:
-        """Hide this fraction of the patches, by the session's seed; at least one stays, and one goes."""
+        """Hide this fraction of the patches, with the session's seed; at least one is hidden, and one stays visible."""
         count = self.grid_size[0] * self.grid_size[1]
         keep = min(max(1, int(count * (1 - ratio))), count - 1)
         order = seeded_noise(session.seed, 1, count)[0].argsort()
@@ -97,12 +99,12 @@ class Demo:
         return replace(session, hidden=hidden)
 
     def patch_at(self, x: float, y: float, width: int, height: int) -> int:
-        """The patch at a place of a picture of this size."""
+        """The number of the patch at the pixel (x, y) of a picture of this size."""
         h, w = self.grid_size
         return min(int(y * h / height), h - 1) * w + min(int(x * w / width), w - 1)
 
     def toggle(self, session: Session, patch: int) -> Session:
-        """Hide a patch that is visible, show one that is hidden; at least one of each stays."""
+        """Hide a visible patch, or show a hidden one; at least one of each stays."""
         hidden = session.hidden.clone()
         hidden[patch] = ~hidden[patch]
         return replace(session, hidden=hidden) if hidden.any() and not hidden.all() else session
@@ -125,7 +127,7 @@ class Demo:
 
     @torch.no_grad()
     def attention(self, session: Session, patch: int) -> Image.Image:
-        """Where a patch of the whole photo looks in the last layer, the mean of its heads, as heat; framed itself."""
+        """Heat map of a patch's attention in the last layer (mean over heads, nothing masked); the patch is framed."""
         attentions = self.model.mae(session.pixel_values, output_attentions=True).attentions
         weights = attentions[-1][0].mean(dim=0)[1 + patch, 1:].view(1, 1, *self.grid_size)
         photo = self.photo(session)
@@ -141,7 +143,7 @@ class Demo:
 
     @torch.no_grad()
     def neighbours(self, session: Session) -> list[tuple[Image.Image, str]]:
-        """The images of the gallery whose features are most like the whole photo's, with their cosine."""
+        """The gallery images with the most similar features to the whole photo's, with their cosine similarity."""
         assert self.features is not None
         query = self.model.mae(session.pixel_values).pooler_output.cpu()
         similarity, rows = nearest(query, self.features, min(NEIGHBOURS, len(self.features)))
@@ -153,7 +155,7 @@ class Demo:
 
 
 def build(demo: Demo) -> gr.Blocks:
-    """The page."""
+    """Build the page."""
 
     def show(session: Session | None, statistics: Statistics) -> list[Any]:
         if session is None:
@@ -167,7 +169,7 @@ def build(demo: Demo) -> gr.Blocks:
         try:
             session = demo.open(file, ratio)
         except BadImage as error:
-            raise gr.Error(f"This file can't be shown: {error}. Take another one.", duration=None) from error
+            raise gr.Error(f"This file can't be shown: {error}. Choose another one.", duration=None) from error
         return [*show(session, statistics), None, demo.neighbours(session) if demo.features is not None else []]
 
     def remasked(session: Session | None, ratio: float, statistics: Statistics) -> list[Any]:
@@ -211,7 +213,7 @@ def build(demo: Demo) -> gr.Blocks:
         )  # fmt: skip
         pictures, attention = [session, *shown[:4], caption], shown[4]
         file.change(opened, [file, ratio, statistics], [*pictures, attention, neighbours], show_progress="minimal")
-        # While the slider is dragged, its newest place is drawn next.
+        # While the slider is dragged, always draw its latest position next.
         chosen = [session, ratio, statistics]
         ratio.change(remasked, chosen, pictures, show_progress="hidden", trigger_mode="always_last")
         again.click(redrawn, chosen, pictures, show_progress="minimal")
@@ -221,16 +223,16 @@ def build(demo: Demo) -> gr.Blocks:
 
 
 def launch(page: gr.Blocks, **options: Any) -> Any:
-    """Serve the page, without fonts and analytics from elsewhere."""
+    """Serve the page, without fonts and analytics from other sites."""
     theme = Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     return page.launch(theme=theme, max_file_size="64mb", footer_links=[], **options)
 
 
 def run_demo(recipe: DemoRecipe) -> str | None:
-    """Start the page and stay, or write a Space; its folder.
+    """Serve the page until it is stopped, or write a Space and return its folder.
 
     Raises:
-        UserError: if there is no such model, or the port or the folder can't be had.
+        UserError: if the model can't be loaded, or the port or the folder can't be used.
     """
     if recipe.output_dir:
         return export_space(recipe)
@@ -241,13 +243,13 @@ def run_demo(recipe: DemoRecipe) -> str | None:
     try:
         launch(page, server_name=recipe.host, server_port=recipe.port or None)
     except OSError as error:
-        raise UserError(f"port {recipe.port} of {recipe.host} can't be had; give another --port, or 0") from error
+        raise UserError(f"port {recipe.port} of {recipe.host} can't be used; give another --port, or 0") from error
     return None
 
 
 # ------------------------------------------------------------------------------------------ the Space
 
-APP = '''"""A page to try a masked autoencoder on one's own photo."""
+APP = '''"""A page to try a masked autoencoder on your own photo."""
 
 from hf_mae.demo import Demo, build, launch
 
@@ -261,16 +263,19 @@ app_file: app.py
 license: apache-2.0
 ---
 
-Hide a part of a photo and see what the masked autoencoder `{name}` makes of it. Written by `hf-mae demo --output_dir`.
+Hide part of a photo and see how the masked autoencoder `{name}` fills it in. Written by `hf-mae demo --output_dir`.
 """
-REQUIREMENTS = (
-    "torch", "torchvision", "transformers>=5.17", "safetensors", "accelerate>=1.12", "datasets>=5.2", "evaluate>=0.4.6",
-    "fsspec[http]", "pyarrow>=21", "pyyaml>=6", "scikit-learn>=1.5", "tqdm",
-)  # fmt: skip
+
+
+def space_requirements() -> list[str]:
+    """What the package needs with its extra [train], for pip."""
+    needed = [Requirement(line) for line in importlib.metadata.requires("hf-mae") or []]
+    needed = [one for one in needed if one.marker is None or one.marker.evaluate({"extra": "train"})]
+    return [str(one).split(";")[0].strip() for one in needed]
 
 
 def export_space(recipe: DemoRecipe) -> str:
-    """Write the files of a Space: the page, this package, and the model if it is a folder."""
+    """Write the files of a Space (the page, this package, and the model if it is a folder); returns its folder."""
     target, model = Path(str(recipe.output_dir)), Path(recipe.model)
     check_free(target, "name another folder by --output_dir")
     Reconstructor(recipe.model)  # raises if it can't be loaded
@@ -283,5 +288,5 @@ def export_space(recipe: DemoRecipe) -> str:
                 shutil.copy(model / file, folder / "model")
         write_text(folder / "app.py", APP.format(model="model" if model.is_dir() else recipe.model))
         write_text(folder / "README.md", README.format(gradio=gr.__version__, name=name))
-        write_text(folder / "requirements.txt", "\n".join(REQUIREMENTS) + "\n")
+        write_text(folder / "requirements.txt", "\n".join(space_requirements()) + "\n")
     return str(target)

@@ -22,7 +22,17 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_mae import SIZES, MAEConfig
 from .hub_code_mae import SavedWithCode
-from .layers_mae import MAEAttention, MAECrossDecoder, MAEDecoder, MAEEmbeddings, MAELayer, encoder_layers, initialize
+from .layers_mae import (
+    MAEAttention,
+    MAECrossDecoder,
+    MAEDecoder,
+    MAEEmbeddings,
+    MAELayer,
+    MAEPatchEmbed,
+    MAEPositions,
+    encoder_layers,
+    initialize,
+)
 from .masking_mae import ChosenPatches, choose_patches, eval_noise, gather_tokens, normalize_patches, one_mask, patchify
 
 
@@ -151,8 +161,8 @@ class MAEPreTrainedModel(SavedWithCode, PreTrainedModel):  # pyright: ignore[rep
         new._check()
         self.config.image_size, self.config.num_channels = new.image_size, new.num_channels
         for module in self.modules():
-            if follow := getattr(module, "follow", None):  # position tables, patch projection, decoder
-                follow(new)
+            if isinstance(module, MAEPositions | MAEPatchEmbed | MAEDecoder):
+                module.follow(new)
 
     def _refuse_unknown(self, kwargs: MAEKwargs) -> None:
         """Raise a TypeError for a misspelt argument, which would vanish among transformers' keyword arguments."""

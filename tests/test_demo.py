@@ -143,7 +143,7 @@ def test_unusual_images_are_shown(demo, files, name):
     assert np.asarray(photo).std() > 10
 
 
-@pytest.mark.parametrize(("name", "message"), [("text.jpg", "no image"), ("huge.png", "10000 x 10000 pixels")])
+@pytest.mark.parametrize(("name", "message"), [("text.jpg", "not an image"), ("huge.png", "10000 x 10000 pixels")])
 def test_what_is_no_image_or_too_large_is_said(demo, files, name, message):
     with pytest.raises(BadImage, match=message):
         demo.open(files / name, 0.5)
@@ -162,6 +162,8 @@ def test_the_exported_space_starts_by_itself(saved, files, tmp_path, capsys):
         path.read_text() for path in (tmp_path / "space").rglob("*") if path.suffix in (".py", ".md", ".txt")
     )
     assert str(tmp_path) not in text
+    needed = (tmp_path / "space" / "requirements.txt").read_text()
+    assert {"lazy-loader", "accelerate", "jinja2"} <= set(re.findall(r"^[\w-]+", needed, re.MULTILINE))
     head = (tmp_path / "space" / "README.md").read_text()
     assert f"sdk: gradio\nsdk_version: {gradio.__version__}\napp_file: app.py" in head
     shutil.move(tmp_path / "space", tmp_path / "elsewhere")
@@ -293,7 +295,7 @@ def test_a_click_shows_the_attention_of_a_patch_and_the_way_back_is_said(page, f
 
 @pytest.mark.browser
 def test_a_bad_upload_gets_a_friendly_message_and_the_next_one_works(page, files):
-    for name, message in (("text.jpg", "it is no image of a known kind"), ("huge.png", "10000 x 10000 pixels")):
+    for name, message in (("text.jpg", "it is not an image of a known kind"), ("huge.png", "10000 x 10000 pixels")):
         page.set_input_files(PHOTO, files / name)
         page.get_by_text(message).wait_for()
         page.get_by_role("button", name="Clear").first.click()

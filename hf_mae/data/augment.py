@@ -1,7 +1,7 @@
-"""Crop and flip: the training view of an image, drawn from its own random numbers.
+"""Crop and flip: the training view of an image, drawn with the image's own random generator.
 
 The paper pretrains with random resized crops and flips and nothing else (Appendix A.1; no colour changes, Table 1e).
-What fine-tuning adds is in mix.py, the evaluation view in transform.py.
+Fine-tuning's other changes are in mix.py, the evaluation view is in transform.py.
 """
 
 import math
@@ -17,7 +17,7 @@ from .transform import BICUBIC, RATIO, height_width
 
 
 def sample_rng(seed: int, epoch: int, shard: int, row: int) -> np.random.Generator:
-    """The random numbers of one sample in one epoch: the same on every machine, rank, worker and resume."""
+    """The random generator of a sample in an epoch: the same on every machine, rank and worker, and after a resume."""
     return np.random.default_rng([seed, epoch, shard, row])
 
 
@@ -33,14 +33,14 @@ def random_resized_crop_box(
     """Draw a crop as torchvision's RandomResizedCrop does, for an output of any shape.
 
     Args:
-        rng: source of the numbers.
-        height, width: of the image, pixels.
-        size: (height, width) of the output; `ratio` is relative to its aspect, so that a non-square output is
-            not squeezed. For a square one this is torchvision's rule.
+        rng: random generator to draw from.
+        height, width: size of the image in pixels.
+        size: (height, width) of the output in pixels. `ratio` is relative to its aspect ratio, so that a non-square
+            output is not squeezed. For a square output this is torchvision's rule.
         scale: smallest and largest fraction of the image's area, in (0, 1] (0.2 and 1 in the paper).
         ratio: smallest and largest width/height, relative to the output's.
-        one_draw: cut sides that are longer than the image's to it, where torchvision draws again. So did the paper's
-            TensorFlow code, which the official linear probe follows.
+        one_draw: clip a box that is larger than the image, where torchvision draws again. The paper's TensorFlow code
+            did this, and the official linear probe follows it.
 
     Returns:
         (left, upper, right, lower) in pixels, as Pillow counts.
@@ -56,7 +56,7 @@ def random_resized_crop_box(
         if 0 < w <= width and 0 < h <= height:
             top, left = int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1))
             return left, top, left + w, top + h
-    # No luck, with very long images: the largest central crop of an allowed shape.
+    # Every draw failed, which happens with very long images: take the largest central crop of an allowed shape.
     shape = min(max(width / height, math.exp(smallest)), math.exp(largest))
     w, h = min(width, max(1, round(height * shape))), min(height, max(1, round(width / shape)))
     left, top = (width - w) // 2, (height - h) // 2
@@ -73,13 +73,13 @@ def training_view(
 ) -> np.ndarray:
     """Random resized crop (bicubic, antialiased) and horizontal flip.
 
-    As in torchvision, pixels outside the crop don't influence it. Pixels of 8 bits are resized by torch, whose vector
-    instructions need a quarter of Pillow's time. They differ by 1 at most, except where a filter overshoots 0 or 255.
+    As in torchvision, pixels outside the crop don't influence it. torch resizes 8-bit pixels in a quarter of Pillow's
+    time. The results differ by 1 at most, except where a filter overshoots 0 or 255.
 
     Args:
         image: as `decode_image` returns it.
-        rng: the sample's own numbers; four to forty of them are used up.
-        size, scale, flip, one_draw: as `size`, `crop_scale`, `flip` and `one_draw` of `ImageSpec`.
+        rng: the sample's random generator; 4 to 40 numbers are drawn.
+        size, scale, flip, one_draw: `size`, `crop_scale`, `flip` and `one_draw` of `ImageSpec`.
 
     Returns:
         (C, H, W) in the image's dtype.
@@ -87,7 +87,7 @@ def training_view(
     height, width = height_width(image)
     view = _crop_and_resize(image, size, random_resized_crop_box(rng, height, width, size, scale, one_draw=one_draw))
     if flip and rng.random() < 0.5:
-        # PyTorch 2.11 can't flip uint16 on a CPU, but the same bytes as int16.
+        # PyTorch 2.11 can't flip uint16 on a CPU, so flip the same bytes as int16.
         view = view.view(torch.int16).flip(-1).view(torch.uint16) if view.dtype == torch.uint16 else view.flip(-1)
     return view.numpy()
 
@@ -95,7 +95,7 @@ def training_view(
 def _crop_and_resize(
     image: Image.Image | np.ndarray, size: tuple[int, int], box: tuple[int, int, int, int]
 ) -> torch.Tensor:
-    """The box of an image, cut out and then resized to (height, width), as a contiguous (C, H, W)."""
+    """Cut the box out of an image, then resize it to (height, width); returns a contiguous (C, H, W)."""
     left, upper, right, lower = box
     crop = image[upper:lower, left:right] if isinstance(image, np.ndarray) else np.array(image.crop(box))
     if crop.dtype != np.uint8:

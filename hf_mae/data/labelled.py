@@ -1,4 +1,4 @@
-"""Labelled images one by one, as a Trainer wants them: decoded, cropped, changed and normalised."""
+"""Labelled images for a Trainer, one by one: decoded, cropped, augmented and normalised."""
 
 from pathlib import Path
 from typing import Any
@@ -18,27 +18,26 @@ from .order import Rows
 from .shards import Row
 from .transform import ImageSpec, evaluation_view, make_normalizer
 
-# A data set with only a few bad images doesn't give this many of them in a row.
+# A data set with few bad images won't give this many of them in a row.
 TRIES = 10
 
 
 class LabelledImages(Dataset):
-    """Images and targets. Crop, flip and everything else are functions of (seed, epoch, shard, row).
+    """Images and targets. All random changes are functions of (seed, epoch, shard, row).
 
-    In training, an image that can't be decoded is replaced by another of the same data set, so that every batch is
-    whole, and named in `bad_file` during the first epoch. For evaluation, take out such rows first (`without_bad`).
+    In training, an image that can't be decoded is replaced by another one, so that every batch is full. In the first
+    epoch, `bad_file` lists it. For evaluation, remove such rows first (`without_bad`).
 
     Args:
-        rows: where they come from.
-        targets: (n, ...) of these rows.
-        spec: size, channels and crops.
-        processor: its mean and standard deviation normalise.
-        seed: of the training view; None for the evaluation view.
-        rand_augment: for the training view.
-        random_erasing: probability, for the training view.
+        rows: the images.
+        targets: (n, ...) targets of these rows.
+        spec: size, channels, dtype and crops of the images.
+        processor: gives the mean and standard deviation for normalisation.
+        seed: seed of the training view; None for the evaluation view.
+        rand_augment: applied to the training view.
+        random_erasing: probability of erasing in the training view, in [0, 1].
         bad_file: gets one JSON line for each bad image.
-        multiple: each epoch leaves out other random rows, as few as make the rest a multiple of this, so that every
-            batch is whole.
+        multiple: each epoch leaves out a few random rows to make the rest a multiple of this, so all batches are full.
     """
 
     def __init__(
@@ -64,16 +63,17 @@ class LabelledImages(Dataset):
         return self.length
 
     def set_epoch(self, epoch: int) -> None:
-        """Move to other crops and flips, and leave out other rows."""
+        """Start an epoch, with other crops and flips, and other rows left out."""
         self.epoch, self.order = epoch, np.arange(len(self.rows))
         if self.length < len(self.rows):
             self.order = np.random.default_rng([self.seed or 0, epoch]).permutation(self.order)[: self.length]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """`pixel_values` (C, H, W) float32, `labels`, and in training `rng`, the rest of the image's random numbers.
+        """`pixel_values` (C, H, W) float32, `labels`, and in training `rng`, the sample's random generator.
 
         Raises:
-            DataError: if the image, and ten random others, can't be decoded.
+            BadImage: in evaluation, if the image can't be decoded.
+            DataError: in training, if neither the image nor nine random others can be decoded.
         """
         index = int(self.order[index])
         row = self.rows.read_one(index)
@@ -92,7 +92,7 @@ class LabelledImages(Dataset):
         return {"pixel_values": pixel_values, "labels": self.targets[index], "rng": rng}
 
     def _decode_or_replace(self, row: Row, index: int, rng: np.random.Generator) -> tuple[Any, int]:
-        """The image, or a random other one, and the index of the one taken."""
+        """The decoded image, or a random other one, and its index."""
         message = ""
         for _ in range(TRIES):
             try:
@@ -108,7 +108,7 @@ class LabelledImages(Dataset):
 
 
 class Collator:
-    """Puts samples of `LabelledImages` together, and mixes those of the training view.
+    """Collates samples of `LabelledImages` into batches, and mixes those of the training view.
 
     Args:
         mixing: mixup, cutmix and label smoothing; None for none.
@@ -127,7 +127,7 @@ class Collator:
 
 
 class _Reasons(Dataset):
-    """Why each row can't be decoded: (key, reason), or None where it can."""
+    """Why each row can't be decoded: (key, reason), or None if it can."""
 
     def __init__(self, rows: Rows, spec: ImageSpec):
         self.rows, self.spec = rows, spec
@@ -145,10 +145,10 @@ class _Reasons(Dataset):
 
 
 def without_bad(rows: Rows, spec: ImageSpec, num_workers: int = 0) -> list[BadSample]:
-    """Take the rows that can't be decoded out of `rows`, by decoding each once; so a score is over a known number.
+    """Decode every row once and remove those that can't be decoded, so that the number of scored images is known.
 
     Returns:
-        (key, reason) of the rows taken out.
+        (key, reason) of the removed rows.
 
     Raises:
         DataError: if none is left.

@@ -1,7 +1,7 @@
 """Rows -> batches in the source's dtype: the training stream, evaluation sets, and worker processes.
 
 Workers decode and crop. Scaling and normalisation happen on the device, so a batch of common images is uint8. Every
-random number of a sample is a function of (seed, epoch, shard, row), see `sample_rng`.
+random number of a sample is a function of (seed, epoch, shard, row), by `sample_rng`.
 """
 
 import contextlib
@@ -24,15 +24,15 @@ from .transform import ImageSpec, evaluation_view
 
 @dataclass
 class Batch:
-    """Images and what belongs to them.
+    """A batch of images, with mask noise and labels.
 
     Args:
         images: (b, C, H, W) in the source's dtype.
-        noise: (b * masks, N) float32 mask noise from U[0, 1), the masks of an image side by side.
-        keys: (b,) places of the samples, for people.
-        labels: (b,) as the source has them.
-        positions: of the streams that gave rows to this batch: stream number -> rows read.
-        bad: (key, reason) of the samples that were skipped on the way.
+        noise: (b * masks, N) float32 mask noise from U[0, 1), with the masks of one image next to each other.
+        keys: (b,) readable places of the samples in the source.
+        labels: (b,) as the source stores them; None for an image without a label.
+        positions: stream number -> rows read so far, for the streams in this batch.
+        bad: (key, reason) of each skipped sample.
     """
 
     images: torch.Tensor
@@ -47,11 +47,11 @@ class Batch:
         return self
 
 
-Sample = tuple[np.ndarray, np.ndarray, Row]  # pixels, mask noise and where they are from
+Sample = tuple[np.ndarray, np.ndarray, Row]  # pixels, mask noise and the row they come from
 
 
 def _collate(spec: ImageSpec, samples: list[Sample], positions: dict[int, int], bad: list[tuple[str, str]]) -> Batch:
-    # There may be no sample, which np.stack refuses.
+    # Not np.stack, which refuses an empty list: a batch may have no sample.
     images = np.array([pixels for pixels, _, _ in samples], spec.dtype).reshape(-1, spec.num_channels, *spec.size)
     noise = np.array([mask_noise for _, mask_noise, _ in samples], np.float32).reshape(-1, spec.num_patches)
     keys, labels = [row.key for _, _, row in samples], [row.label for _, _, row in samples]
@@ -59,20 +59,20 @@ def _collate(spec: ImageSpec, samples: list[Sample], positions: dict[int, int], 
 
 
 class TrainingStream(IterableDataset):
-    """A rank's share of the batches of the steps [first_step, last_step), for a DataLoader without batching.
+    """One rank's batches of the steps [first_step, last_step), for a DataLoader that doesn't batch.
 
     Args:
-        rows: what to train on.
-        plan: how batches are put together.
-        spec: what becomes of each image.
-        seed: of order, crop, flip and mask noise.
-        positions: (L,) rows that each stream has read before `first_step`.
-        first_step: the step of the first batch, from 0.
-        last_step: the step before which it ends.
-        rank: of this process, from 0.
-        ranks: processes.
-        items_per_step: items that a rank's part of a step is cut into.
-        later_specs: (step, spec) that takes the place of the one before from this step on, steps rising.
+        rows: the training rows.
+        plan: how batches are assembled.
+        spec: size, dtype, crop and number of masks of the images.
+        seed: seed of order, crop, flip and mask noise.
+        positions: (L,) number of rows that each stream has read before `first_step`.
+        first_step: step of the first batch, from 0.
+        last_step: the step after the last batch's.
+        rank: rank of this process, from 0.
+        ranks: number of processes.
+        items_per_step: number of items that a rank's share of a step is split into.
+        later_specs: (step, spec) pairs in order of their steps; each spec applies from its step on.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class TrainingStream(IterableDataset):
             except BadImage as error:
                 bad.append((row.key, error.reason))
                 failed += 1
-                # With one good image, at the start of an epoch and at the end of the next, fewer would fail.
+                # One good image per epoch means at most 2 * length - 2 failures in a row.
                 if failed > 2 * stream.length:
                     raise DataError(
                         f"{failed} images in a row could not be read, the last one {row.key} ({error}); check the data"
@@ -140,15 +140,15 @@ class TrainingStream(IterableDataset):
 
 
 class EvaluationSet(IterableDataset):
-    """A rank's share of the rows, once, in their own order: the evaluation crop, and one fixed mask noise per row.
+    """One rank's share of the rows, once and in order: the evaluation crop, and one fixed mask noise per row.
 
-    There is one batch for every `batch_size` rows, the last of fewer. An image that can't be decoded is left out of its
-    batch and named in `Batch.bad`, so that a batch may be smaller than the others, and have no image at all.
+    There is one batch for every `batch_size` rows; the last may have fewer. An image that can't be decoded is listed in
+    `Batch.bad` and left out, so a batch may be smaller than the others, or even empty.
     """
 
     def __init__(self, rows: Rows, spec: ImageSpec, batch_size: int, mask_seed: int = 0, rank: int = 0, ranks: int = 1):
         self.rows, self.spec, self.batch_size, self.mask_seed = rows, spec, batch_size, mask_seed
-        # Whole runs of neighbours to each rank: a block from the network is then fetched by one of them.
+        # Each rank gets neighbouring rows, so that only one rank fetches a block from the network.
         self.index = np.array_split(rows.index, ranks)[rank]
 
     def __iter__(self) -> Iterator[Batch]:
@@ -170,17 +170,24 @@ class EvaluationSet(IterableDataset):
 
 
 def ignore_termination(worker_id: int) -> None:
-    """Start-up of a loader worker: the training process gets the signals, saves, and then ends its workers."""
+    """Start-up of a loader worker: only the training process reacts to the signals; it saves, then ends its workers."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    # A worker decodes on one core; more threads only get in the way of the others.
+    # A worker decodes on one core; more threads would only slow down the other workers.
     torch.set_num_threads(1)
 
 
 def make_loader(
     dataset: IterableDataset, num_workers: int, pin_memory: bool = False, start: Callable = ignore_termination
 ) -> DataLoader:
-    """Batches of a stream or an evaluation set, in order, from `num_workers` processes (0: in this one)."""
+    """A DataLoader of a `TrainingStream` or `EvaluationSet`, in order.
+
+    Args:
+        dataset: yields `Batch`es.
+        num_workers: number of loader processes; 0 loads in this one.
+        pin_memory: whether to pin batches, for faster copies to a GPU.
+        start: start-up function of each worker; gets its number.
+    """
     return DataLoader(
         dataset,
         batch_size=None,
@@ -193,7 +200,7 @@ def make_loader(
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Cut errors of a loader's worker down to one line: their message is the worker's whole traceback."""
+    """Cut errors from loader workers down to one line: their message is the worker's whole traceback."""
     try:
         yield
     except (DataError, MissingPackage) as error:
@@ -202,14 +209,14 @@ def one_line_errors() -> Iterator[None]:
 
 
 def each_batch(loader: DataLoader) -> Generator[Batch]:
-    """The batches of a loader. Its workers always end with it, and their errors have one line."""
+    """Yield the batches of a loader (from `make_loader`). Its workers always end, and their errors have one line."""
     batches = iter(loader)
     try:
         with one_line_errors():
             yield from batches
     finally:
-        # Left to the garbage collector, workers live on in an error's traceback, and the process waits for ever at its
-        # end, because they ignore the SIGTERM that it sends them. `_shutdown_workers` sends a late one the same signal.
+        # An error's traceback would keep the workers alive, and the process would hang at exit, because they ignore its
+        # SIGTERM. `_shutdown_workers` also sends only SIGTERM to a slow worker.
         if loader.num_workers:
             batches._shutdown_workers()  # type: ignore[attr-defined]
             for worker in batches._workers:  # type: ignore[attr-defined]

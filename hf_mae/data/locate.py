@@ -1,4 +1,4 @@
-"""The name of a data set -> its files, their kind and the splits, found once. No row is read."""
+"""The name of a data set -> its files, their kind and its splits. No row is read."""
 
 import glob
 import json
@@ -25,28 +25,28 @@ IMAGE_EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".avif", ".npy"),
 )
-# Kinds have the names of `datasets`' builders.
+# Kinds are named after the builders of `datasets`.
 _KINDS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow", ".zip": "zip"}
 _KINDS |= dict.fromkeys(IMAGE_EXTENSIONS, "imagefolder")
 _ARCHIVES = (".parquet", ".tar", ".arrow", ".zip", ".gz", ".tgz")
-# Folders that are splits, and words that mean the same split.
+# Split -> names that its folder may have.
 SPLIT_FOLDERS = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
 
 
 @dataclass
 class Place:
-    """A data set that was found: every split of it can be opened without looking for it again.
+    """A data set that was found. Each of its splits can be opened without another search.
 
     Attributes:
         name: what the user typed.
-        kind: `digits`, `disk` (made by `save_to_disk`), or the name of the builder of `datasets` for such files.
-        splits: split -> files: paths or URLs; of an imagefolder, relative to `root`.
-        root: folder, a path or a URL; for `imagefolder` and `disk`.
-        class_level: split of an imagefolder -> the folder that holds its class folders, "" or "train/".
-        builder: the builder that found the files; None where we found them.
-        revision: commit of the Hub's repository.
-        image_column: column of the images, where the user named one.
-        label_column: column of the labels, where the user named one.
+        kind: `digits`, `disk` (made by `save_to_disk`), or the name of the `datasets` builder for these files.
+        splits: split -> its files, as paths or URLs; for `imagefolder`, relative to `root`.
+        root: path or URL of the folder, for `imagefolder` and `disk`.
+        class_level: for `imagefolder`: split -> the folder that holds its class folders, such as "" or "train/".
+        builder: the `datasets` builder that found the files; None if this module found them.
+        revision: commit of the Hub repository; None elsewhere.
+        image_column: name of the image column, if the user gave one.
+        label_column: name of the label column, if the user gave one.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Place:
 
     @property
     def remote(self) -> bool:
-        """Whether the files are behind URLs."""
+        """Whether the files are read from URLs."""
         first_files = [files[0] for files in self.splits.values() if files]
         return self.revision is not None or any(is_remote(place) for place in (self.root, *first_files))
 
@@ -71,10 +71,10 @@ class Place:
 
 
 def locate(keys: SourceKeys) -> Place:
-    """Find a data set: the built-in one, or what is at a URL, at a local path, or on the Hub, in this order.
+    """Find a data set. Tries in this order: the built-in digits, a URL, a local path, the Hub.
 
     Raises:
-        DataError: if there is nothing of this name, or it holds no images.
+        DataError: if nothing has this name, or it holds no images.
         SourceUnavailable: if the network failed at every try.
     """
     place = _locate(keys.dataset, keys.dataset_config, keys.dataset_revision)
@@ -125,7 +125,7 @@ def _kind(file: str) -> str | None:
 
 
 def _kind_of_folder(names: Iterable[str]) -> str | None:
-    """What a folder with these files holds. One parquet file outweighs images, as those in a README are."""
+    """The kind of a folder with these files. One parquet file outweighs images, which may belong to a README."""
     kinds = Counter(_kind(name) for name in names if posixpath.basename(name) != "metadata.parquet")
     kinds.pop(None, None)
     if "parquet" in kinds:
@@ -143,12 +143,12 @@ def _locate_folder(dataset: str, path: str, config_name: str | None) -> Place:
     kind = _kind_of_folder(names)
     if kind == "imagefolder" or kind is None:
         return _locate_images(dataset, path, names)
-    # An absolute path: a relative one may be the name of one of the builders of `datasets`, such as `text`.
+    # An absolute path, because a relative one may be the name of a builder of `datasets`, such as `text`.
     return _from_builder(dataset, load_builder(dataset, os.path.abspath(path), name=config_name))
 
 
 def _walk(root: str) -> Iterable[str]:
-    """Paths relative to a folder of its files, not the hidden ones, through links but not in circles."""
+    """Relative paths of a folder's files, without hidden ones. Follows links, but not in circles."""
     for folder, subfolders, files in os.walk(root, followlinks=True):
         prefix = "" if folder == root else Path(folder).relative_to(root).as_posix() + "/"
         yield from (prefix + file for file in files if not file.startswith("."))
@@ -156,7 +156,7 @@ def _walk(root: str) -> Iterable[str]:
 
 
 def _leads_back(folder: str, name: str) -> bool:
-    """Whether a subfolder is a link to a folder that it lies in."""
+    """Whether a subfolder is a link to a folder that contains it."""
     path = os.path.join(folder, name)
     target = os.path.realpath(path)
     return os.path.islink(path) and os.path.commonpath([target, os.path.realpath(folder)]) == target
@@ -178,12 +178,12 @@ def _locate_images(dataset: str, root: str, names: list[str]) -> Place:
 
 
 def _locate_files(dataset: str, files: list[str]) -> Place:
-    """Single files are one split, `train`."""
+    """Single files form one split, `train`."""
     kinds = {_kind(file) for file in files}
     kind = next(iter(kinds))
     if len(kinds) > 1 or kind is None or kind == "zip":
         endings = sorted({posixpath.splitext(file)[1] for file in files})
-        raise DataError(f"{dataset} is {' '.join(endings)}; give files of one kind: .parquet, .tar, .arrow or images")
+        raise DataError(f"{dataset} matches {' '.join(endings)} files; give one kind: .parquet, .tar, .arrow or images")
     if kind != "imagefolder":
         return Place(dataset, kind, {"train": files})
     root = common_folder(files) or ("" if files[0].startswith("/") else ".")
@@ -192,13 +192,13 @@ def _locate_files(dataset: str, files: list[str]) -> Place:
 
 
 def common_folder(paths: list[str]) -> str:
-    """The longest folder that all paths or URLs start with, without the last slash."""
+    """The longest folder that all paths or URLs start with, without a slash at its end."""
     # Not commonpath, which would turn :// into :/
     return os.path.commonprefix(paths).rpartition("/")[0]  # noqa: RUF071
 
 
 def short_names(urls: list[str]) -> list[str]:
-    """File names, with as many folders as make them unique."""
+    """File names; if they are not unique, paths relative to the common folder."""
     names = [posixpath.basename(url.split("?", 1)[0]) for url in urls]
     if len(set(names)) == len(urls):
         return names
@@ -235,7 +235,7 @@ def _locate_url_folder(dataset: str, fs: Any, path: str) -> Place:
     kind = _kind_of_folder(names)
     if kind == "imagefolder" or kind is None:
         return _locate_images(dataset, root, names)
-    # The rules by which `datasets` reads splits from names, so that a bucket has the splits of its local copy.
+    # Splits are read from names by the rules of `datasets`, so that a bucket has the same splits as a local copy.
     endings = [ending for ending, its_kind in _KINDS.items() if its_kind == kind]
     patterns = with_retries(lambda: get_data_patterns(root), dataset)
     by_split = with_retries(
@@ -247,21 +247,21 @@ def _locate_url_folder(dataset: str, fs: Any, path: str) -> Place:
 
 def _locate_on_hub(dataset: str, repo: str, config_name: str | None, revision: str | None) -> Place:
     if "/" not in repo:
-        # Names of one word are from the Hub's early days. They lead to a full one, which is what its files go by.
+        # One-word names are from the Hub's early days. They redirect to a full name, which file URLs need.
         try:
             repo = with_retries(lambda: HfApi().dataset_info(repo, revision=revision), dataset).id
         except SourceUnavailable:
             raise
         except DataError as error:
-            known = "no file or folder, not the built-in set (digits), and no data set on the Hub"
+            known = "neither a file or folder, nor the built-in set (digits), nor a data set on the Hub"
             raise DataError(f"{dataset} is {known}; check the name") from error
     return _from_builder(dataset, load_builder(dataset, repo, name=config_name, revision=revision))
 
 
 def load_builder(dataset: str, path: str, **options: Any) -> Any:
-    """`datasets.load_dataset_builder(path)`, with its many exceptions as DataErrors about `dataset`.
+    """Call `datasets.load_dataset_builder(path)`; its many exceptions become DataErrors about `dataset`.
 
-    A path is an absolute local one, an id on the Hub, or the name of a kind of files.
+    `path` is an absolute local path, a Hub id, or the name of a builder.
     """
     try:
         import datasets

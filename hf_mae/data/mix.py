@@ -1,7 +1,7 @@
 """What fine-tuning adds to crops and flips: RandAugment, random erasing, mixup and cutmix (arXiv:2111.06377, Table 9).
 
-timm and torchvision make the changes. Both draw from global random generators, so `seeded` replaces those for a moment
-by the sample's own: the result is a function of (seed, epoch, shard, row) here too.
+timm and torchvision make the changes. Both draw from global random generators. `seeded` seeds those from the sample's
+own generator, so that results are functions of (seed, epoch, shard, row) here too.
 """
 
 import contextlib
@@ -19,12 +19,12 @@ from .transform import BICUBIC
 
 @contextlib.contextmanager
 def seeded(rng: np.random.Generator) -> Iterator[None]:
-    """Let a library that draws from the global generators (of Python, numpy, torch's CPU) draw from `rng` instead."""
+    """Seed the global generators (Python, numpy, torch on the CPU) from `rng`, and restore their state at the end."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     seed = int(rng.integers(2**32))
     random.seed(seed)
     np.random.seed(seed)
-    # Not torch.manual_seed, which seeds the GPUs too: drop path would draw the same numbers again and again.
+    # Not torch.manual_seed, which also seeds the GPUs: drop path would draw the same numbers again and again.
     torch.default_generator.manual_seed(seed)
     try:
         yield
@@ -35,16 +35,16 @@ def seeded(rng: np.random.Generator) -> Iterator[None]:
 
 
 class RandAugment:
-    """RandAugment (arXiv:1909.13719) by timm, whose words for it the recipes use; for 8-bit gray and colour.
+    """RandAugment (arXiv:1909.13719) from timm, for 8-bit gray and colour images.
 
     Args:
-        policy: `rand-m9-mstd0.5-inc1`: two random changes of magnitude 9 of 10, each made in half of the cases, with a
-            standard deviation of 0.5, all of them stronger with the magnitude.
+        policy: timm's name, such as `rand-m9-mstd0.5-inc1`: two random changes, each applied with probability 0.5, of
+            magnitude 9 of 10 with standard deviation 0.5. A higher magnitude makes every change stronger.
         size: (height, width) of the images in pixels.
-        image_mean: (C,) in [0, 1]: what fills the corners that a rotation leaves empty.
+        image_mean: (C,) in [0, 1], the colour of the corners that a rotation leaves empty.
 
     Raises:
-        ValueError: if timm doesn't know the words.
+        ValueError: if timm doesn't know the policy.
     """
 
     def __init__(self, policy: str, size: tuple[int, int], image_mean: Sequence[float]):
@@ -55,13 +55,13 @@ class RandAugment:
         try:
             self.transform = rand_augment_transform(policy, {**options, "img_mean": fill * (3 // len(fill))})
         except (AssertionError, ValueError) as error:
-            raise ValueError(f"rand_augment {policy} is nothing that timm knows; use rand-m9-mstd0.5-inc1") from error
+            raise ValueError(f"rand_augment {policy} is unknown to timm; use e.g. rand-m9-mstd0.5-inc1") from error
         for change in self.transform.ops:
             if change.name.startswith("Posterize"):
                 change.aug_fn = _posterize
 
     def __call__(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """(C, H, W) uint8 -> the same, changed by the numbers of `rng`; C is 1 or 3."""
+        """Change pixels (C, H, W) uint8 with random numbers from `rng`; C is 1 or 3. Shape and dtype stay."""
         gray = pixels.shape[0] == 1
         image = Image.fromarray(pixels[0] if gray else np.ascontiguousarray(pixels.transpose(1, 2, 0))).convert("RGB")
         with seeded(rng):
@@ -70,7 +70,7 @@ class RandAugment:
 
 
 def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
-    """timm asks for 0 bits where a magnitude reaches 10; it made a black image until Pillow refused it."""
+    """At magnitude 10, timm asks for 0 bits, which gave a black image in older Pillow and is an error in newer."""
     return ImageOps.posterize(image, max(bits, 1))
 
 
@@ -78,27 +78,27 @@ class RandomErasing:
     """Random erasing (arXiv:1708.04896), "pixel" mode: a rectangle of 2 to 33 % of the area becomes noise, N(0, 1).
 
     Args:
-        probability: of an image to be changed, in [0, 1].
+        probability: probability that an image is changed, in [0, 1].
     """
 
     def __init__(self, probability: float):
         self.transform = v2.RandomErasing(probability, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value="random")  # type: ignore[arg-type]
 
     def __call__(self, pixel_values: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-        """(C, H, W) normalised pixels -> the same."""
+        """Erase a random part of normalised pixels (C, H, W), or nothing; keeps the shape."""
         with seeded(rng):
             return self.transform(pixel_values)
 
 
 class Mixing:
-    """Mixup (arXiv:1710.09412) or cutmix (arXiv:1905.04899) of a batch, an even chance each, then label smoothing.
+    """Mixup (arXiv:1710.09412) or cutmix (arXiv:1905.04899) of a batch, with equal chances, then label smoothing.
 
-    Image i is mixed with image i - 1. Where neither mixing nor smoothing is on, labels stay class indices.
+    Image i is mixed with image i - 1. Without mixing and smoothing, labels stay class indices.
 
     Args:
-        num_classes: of the labels.
-        mixup: both parameters of the Beta distribution of mixup's weight; 0: none (0.8 in the paper, Table 9).
-        cutmix: the same of cutmix (1.0 in the paper).
+        num_classes: number of classes.
+        mixup: alpha of mixup, whose weight is drawn from Beta(alpha, alpha); 0 turns it off (paper, Table 9: 0.8).
+        cutmix: alpha of cutmix, used in the same way; 0 turns it off (1.0 in the paper).
         label_smoothing: share of each label that is spread over all classes, in [0, 1) (0.1 in the paper).
     """
 
@@ -110,7 +110,7 @@ class Mixing:
     def __call__(
         self, pixel_values: torch.Tensor, labels: torch.Tensor, rng: np.random.Generator | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mix pixel_values (B, C, H, W) and class indices (B,) by `rng`, or else by torch's global generator.
+        """Mix pixel_values (B, C, H, W) and class indices (B,), with torch's global generator if `rng` is omitted.
 
         Returns:
             (B, C, H, W), and (B, num_classes) float32 rows that sum to 1 (or `labels`, if nothing is on).

@@ -2,9 +2,9 @@
 
 An epoch's order is a pure function of (seed, epoch): the source's blocks in random order, and the rows of each block in
 random order. A source with random access is one block, so its order is a full permutation. L logical streams read
-L equal parts of that order, epoch after epoch. The batch of a step is put together from chunks of some of the streams.
-So the only state is one integer a stream, the number of rows it has read, and batches don't depend on which process
-reads which stream.
+L equal parts of that order, epoch after epoch. A step's batch is assembled from chunks of some of the streams. So the
+only state is one integer per stream, the number of rows it has read, and batches don't depend on which process reads
+which stream.
 
     step t takes chunk j, for j = 0..c-1, from stream (t % n) * c + j        L = n * c streams
     rank r of R owns the chunks [r * c/R, (r+1) * c/R)                       R divides c
@@ -22,16 +22,16 @@ import numpy as np
 from ..errors import DataError
 from .shards import Row, Source
 
-HELD_OUT = 0.05  # share of a source that has no evaluation split of its own
+HELD_OUT = 0.05  # share held out for evaluation if a source has no evaluation split
 
-# Salts keep the random numbers of different uses apart; they are part of the order, so don't change them.
+# Salts keep the random numbers of different uses apart. Don't change them: that would change the order of samples.
 _BLOCKS, _ROWS = 1, 2
 
 
 def held_out(shards: np.ndarray, rows: np.ndarray, fraction: float) -> np.ndarray:
-    """Which rows are held out for evaluation: chosen by a hash of their place, the same for every seed.
+    """Choose rows to hold out for evaluation by a hash of their place, which doesn't depend on the seed.
 
-    Takes each row's shard and its number there, (n,) each, and the fraction to hold out, in [0, 1); gives (n,) bool.
+    `shards` and `rows` (n,) are each row's shard and its number there; `fraction` is in [0, 1). Returns (n,) bool.
     """
     key = (shards.astype(np.uint64) << np.uint64(40)) + rows.astype(np.uint64)
     # splitmix64: neighbouring places get unrelated numbers.
@@ -41,20 +41,20 @@ def held_out(shards: np.ndarray, rows: np.ndarray, fraction: float) -> np.ndarra
 
 
 def spread(index: np.ndarray, most: int, source: Source) -> np.ndarray:
-    """Up to `most` of these rows: evenly spaced ones where any row is cheap to read, else the first."""
+    """Up to `most` of these rows: evenly spaced ones if any row is cheap to read, else the first ones."""
     if len(index) <= most or not source.random_access:
         return index[:most]
     return index[np.linspace(0, len(index) - 1, most).round().astype(np.int64)]
 
 
 class Rows:
-    """The rows of a source that one use sees (training, evaluation), and their order in each epoch.
+    """The subset of a source used for training or for evaluation; a DataError if it is empty.
 
     Args:
-        source: where they come from.
-        part: "all", or, of a source without a split of its own for evaluation, "train" or "held_out".
-        held_out_fraction: share that `held_out` takes.
-        max_samples: maximum number of rows, see `spread`; all of them when omitted.
+        source: the source to read.
+        part: "all"; or, if the source has no evaluation split, "train" or "held_out".
+        held_out_fraction: share of the rows that are held out, in [0, 1).
+        max_samples: maximum number of rows, chosen by `spread`; all rows when omitted.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Rows:
             index = spread(index, max_samples, source)
         if len(index) == 0:
             raise DataError(
-                f"no rows are left of the {int(sizes.sum())} in {source.name} for {part}; give more data, or an "
+                f"none of the {int(sizes.sum())} rows in {source.name} are left for {part}; give more data, or an "
                 "--eval_dataset"
             )
         self.index = index
@@ -84,34 +84,34 @@ class Rows:
 
     @property
     def name(self) -> str:
-        """What they are, for people."""
+        """A name for messages."""
         return f"split {self.source.split} of {self.source.name}"
 
     def place(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(shard, row) of rows given by their number in the whole source."""
+        """Numbers in the whole source (n,) -> shards (n,) and row numbers in them (n,)."""
         shards = np.searchsorted(self.shard_starts, index, side="right") - 1
         return shards, index - self.shard_starts[shards]
 
     def read_one(self, number: int) -> Row:
-        """The undecoded row of a number below `len(self)`."""
+        """The undecoded row `number`, from 0 to `len(self) - 1`."""
         return next(self.read(self.index[number : number + 1]))
 
     def read(self, index: np.ndarray) -> Iterator[Row]:
-        """Undecoded rows, in the order asked for; runs within one shard are read at once."""
+        """Undecoded rows, in the order of `index`, numbers in the whole source. Reads runs within a shard at once."""
         shards, rows = self.place(index)
         for run in np.split(np.arange(len(index)), np.flatnonzero(np.diff(shards)) + 1):
             yield from self.source.read(int(shards[run[0]]), rows[run].tolist())
 
 
 class EpochOrder:
-    """The order of rows in an epoch, looked up in pieces. It holds the permutations of two epochs at most."""
+    """The order of rows in an epoch, looked up in pieces. Keeps at most two permutations of rows in memory."""
 
     def __init__(self, rows: Rows, seed: int):
         self.rows, self.seed = rows, seed
         self._blocks, self._permutation = lru_cache(2)(self._draw_blocks), lru_cache(2)(self._draw)
 
     def segment(self, epoch: int, start: int, stop: int) -> np.ndarray:
-        """Rows (numbers in the source) at the positions from `start`, up to `stop` or the end of a block."""
+        """Rows (numbers in the source) at the positions from `start`, up to `stop` or the end of the block."""
         order, ends = self._blocks(epoch)
         at = np.searchsorted(ends, start, side="right")
         first, last = self.rows.blocks[order[at]]
@@ -129,7 +129,7 @@ class EpochOrder:
 
 
 class LogicalStream:
-    """Stream `number` of `count`: its part of each epoch, epoch after epoch without end.
+    """Stream `number` of `count`: reads its part of each epoch, epoch after epoch without end.
 
     `position` counts the rows read since the start of the run. A checkpoint saves nothing else.
     """
@@ -142,10 +142,10 @@ class LogicalStream:
         self._buffer: deque[Row] = deque()
 
     def next(self, count: int) -> tuple[int, Row]:
-        """The epoch and the next undecoded row; the caller will ask for `count` rows at once."""
+        """The epoch and the next undecoded row; `count` is the number of rows that the caller still needs."""
         epoch, offset = divmod(self.position, self.length)
         if not self._buffer:
-            # A block from the network is fetched once; cheap rows are fetched as they are needed.
+            # A block from the network is fetched once; cheap rows are fetched when they are needed.
             ahead = min(count, self.length - offset) if self.order.rows.source.random_access else self.length - offset
             start = self.first + offset
             self._buffer.extend(self.order.rows.read(self.order.segment(epoch, start, start + ahead)))
@@ -155,12 +155,12 @@ class LogicalStream:
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """How a step's batch is put together; fixed for a run, so that it can move to other ranks and workers.
+    """How a step's batch is assembled; fixed for a run, so that it can resume with other ranks and workers.
 
     Args:
-        total_batch_size: images that a step decodes, over all ranks.
-        chunks: c, chunks in a batch, each from another stream.
-        groups: n, steps until a stream has its turn again.
+        total_batch_size: number of images that a step decodes, over all ranks.
+        chunks: c, number of chunks in a batch, each from a different stream.
+        groups: n, number of steps from one turn of a stream to its next.
     """
 
     total_batch_size: int
@@ -175,10 +175,10 @@ class StreamPlan:
     def choose(
         cls, total_batch_size: int, ranks: int, workers: int, num_samples: int, random_access: bool
     ) -> "StreamPlan":
-        """A plan for these ranks and workers that leaves room for others.
+        """Choose a plan for these ranks and workers that also fits other numbers of them; a DataError if none fits.
 
         Chunks of local data cost nothing, so there are many; a chunk from the network keeps a block in memory.
-        Streams of 100 rows or more differ in length by 1 % at most, so that no image is seen more often than others.
+        Streams of 100 rows or more differ in length by 1 % at most, so all images are seen about equally often.
         """
         most = max(ranks, 64 if random_access else 16)
         fitting = [c for c in _divisors(total_batch_size) if c % ranks == 0 and c <= most]
@@ -188,16 +188,16 @@ class StreamPlan:
             groups = max(workers, 1)
         if total_batch_size % ranks or chunks * groups > num_samples:
             raise DataError(
-                f"{num_samples} images can't be dealt to {ranks} processes with {max(workers, 1)} workers for batches "
-                f"of {total_batch_size}; use fewer --num_workers, or processes that divide the batch"
+                f"{num_samples} images can't be split among {ranks} processes with {max(workers, 1)} workers for "
+                f"batches of {total_batch_size}; use fewer --num_workers, or processes that divide the batch"
             )
         return cls(total_batch_size, chunks, groups)
 
     def items_per_step(self, ranks: int, workers: int, grad_accum_steps: int) -> int:
-        """The number of items that a rank's part of a step is cut into: one a micro-batch, if the chunks allow it.
+        """Number of items that a rank's share of a step is split into: one per micro-batch, if the chunks allow it.
 
         Raises:
-            DataError: if ranks or workers don't divide the streams; it names those that do.
+            DataError: if ranks or workers don't divide the streams; it lists the numbers that do.
         """
         if self.chunks % ranks:
             message = f"{ranks} processes don't divide the {self.chunks} chunks of this run's batches"

@@ -1,8 +1,8 @@
 """Rows of tables: Arrow tables mapped from the local disk, and parquet files read in place.
 
-`find_columns` chooses the columns of image and label for both. A parquet file is read one row group at a time, and a
-corrupt row group costs its own rows only; a mapped table is checked once, when it is opened. This module is imported
-where there is a table: datasets and pyarrow are of an extra.
+`find_columns` chooses the image and label columns of either. A parquet file is read one row group at a time, and a
+corrupt row group loses only its own rows. A mapped table is checked once, when it is opened. Import this module only
+when there is a table: datasets and pyarrow belong to an extra.
 """
 
 import itertools
@@ -29,17 +29,16 @@ LABEL_NAMES = ("label", "labels", "fine_label", "cls")
 
 
 def find_columns(features: datasets.Features, place: Place) -> tuple[str, str | None, list[str] | None]:
-    """Choose the columns of image and label, by name where the user gave one, else by type.
+    """Choose the image and label columns: by name if the user gave one, else by type.
 
-    Without a name, the image is the only column of type Image; where there is none, the only one of binary type; where
-    there is none either, the only one of nested numbers. The label is the only ClassLabel column, or one with a usual
-    name; there may be none.
+    Without a name, the image column is the only one of type Image, else the only binary one, else the only one of
+    nested numbers. The label column is the only ClassLabel, or one with a usual name; there may be none.
 
     Returns:
-        Both columns, and the names of the classes.
+        The image column, the label column and the class names; None for each that is missing.
 
     Raises:
-        DataError: for a name that isn't there, and if the choice is not clear.
+        DataError: if a named column doesn't exist or can't hold images, or if several columns fit.
     """
     where, image_column, label_column = place.name, place.image_column, place.label_column
     for flag, name in (("--image_column", image_column), ("--label_column", label_column)):
@@ -49,7 +48,7 @@ def find_columns(features: datasets.Features, place: Place) -> tuple[str, str | 
     ranks = {name: rank for name, feature in features.items() if (rank := _image_rank(feature)) is not None}
     best = [name for name, rank in ranks.items() if rank == min(ranks.values())]
     if image_column is not None and image_column not in ranks:
-        message = f"column {image_column!r} of {where} holds {features[image_column]}, which is no image"
+        message = f"column {image_column!r} of {where} holds {features[image_column]}, which is not an image"
         raise DataError(f"{message}; choose another --image_column of {', '.join(features)}")
     if image_column is None and len(best) != 1:
         candidates = f"several columns of images ({', '.join(best)})" if best else "no column of images"
@@ -82,7 +81,7 @@ def _image_rank(feature: Any) -> int | None:
 
 
 def image_of(value: Any) -> bytes | np.ndarray | BadImage:
-    """The image in a cell of an image column (a `pyarrow.Scalar`), as `Row.image` has it."""
+    """The image in a cell of an image column (a `pyarrow.Scalar`), in the form of `Row.image`."""
     if isinstance(value, pa.ExtensionScalar):
         value = value.value
     if isinstance(value, pa.StructScalar) and value.is_valid:
@@ -92,30 +91,30 @@ def image_of(value: Any) -> bytes | np.ndarray | BadImage:
     content = None if value is None else value.as_py()
     if isinstance(content, bytes):
         return content
-    # A path in the data is not followed: a file from elsewhere must not make us open local files.
-    return BadImage("the row has no image bytes (at most a path, which is not followed)", "NoBytes")
+    # Don't follow a path in the data: a file from elsewhere must not make us open local files.
+    return BadImage("the row has no image bytes (if it has a path, it is not followed)", "NoBytes")
 
 
 def _nested_array(value: Any) -> np.ndarray | BadImage:
-    """Nested Arrow lists of equal lengths as an array, in the numbers' own dtype."""
+    """Convert nested Arrow lists of equal lengths to an array with the numbers' dtype."""
     values = value.values
     shape = [len(values)]
     while isinstance(values, (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)):
         lengths = pc.call_function("list_value_length", [values]).unique()
         if len(lengths) != 1 or not lengths[0].is_valid:
-            return BadImage("the row's lists are not of one length", "RaggedArray")
+            return BadImage("the row's lists have different lengths", "RaggedArray")
         shape.append(lengths[0].as_py())
         values = values.flatten()
     if values.null_count:
-        return BadImage("the row's lists have gaps", "RaggedArray")
+        return BadImage("the row's lists have missing values", "RaggedArray")
     return values.to_numpy(zero_copy_only=False).reshape(shape)
 
 
 class ArrowSource(Source):
     """A `datasets.Dataset` on the local disk, mapped into memory: one shard.
 
-    `follow_paths` reads the files that rows name instead of holding bytes. Only for tables that `datasets` itself made
-    from files that it found.
+    `follow_paths`: rows may hold file paths instead of bytes, and these files are read. Use it only for tables that
+    `datasets` itself built from files that it found.
 
     Raises:
         DataError: if the table is corrupt.
@@ -127,11 +126,11 @@ class ArrowSource(Source):
         columns = [self._image, self._label] if self._label else [self._image]
         self._table, self._follow_paths = dataset.select_columns(columns).with_format("arrow"), follow_paths
         try:
-            # Arrow believes a mapped file, and one flipped bit of an offset ends the process at the row. This reads
-            # the offsets of all rows and their texts, and none of the images.
+            # Arrow trusts a mapped file: one flipped bit in an offset ends the process when it reads the row. This
+            # check reads all offsets and texts, but no images.
             self._table.data.table.validate(full=True)
         except pa.ArrowException as error:
-            raise DataError(f"the table of {place.name} is corrupt ({one_line(error)}); make it again") from error
+            raise DataError(f"the table of {place.name} is corrupt ({one_line(error)}); create it again") from error
 
     def read(self, shard: int, rows: Sequence[int]) -> list[Row]:
         if not rows:
@@ -149,7 +148,7 @@ class ArrowSource(Source):
 
 
 class ParquetSource(BlockSource):
-    """Parquet files read in place, a row group at a time; `place` and `split` are what to read."""
+    """Parquet files of a split, read in place, one row group at a time."""
 
     def __init__(self, place: Place, split: str):
         footers = in_threads(_read_footer, place.splits[split])
@@ -164,8 +163,8 @@ class ParquetSource(BlockSource):
         for column in self._columns:
             for schema, shard_name in zip(schemas, self.shard_names, strict=True):
                 if column not in schema.names:
-                    message = f"{shard_name} has no column {column!r}, which others of {place.name} have"
-                    raise DataError(f"{message}; leave it out")
+                    message = f"{shard_name} has no column {column!r}, which other files of {place.name} have"
+                    raise DataError(f"{message}; leave this file out")
 
     def read(self, shard: int, rows: Sequence[int]) -> list[Row]:
         result = []
@@ -179,54 +178,54 @@ class ParquetSource(BlockSource):
         return result
 
     def _read_block(self, shard: int, number: int) -> tuple[int, Any]:
-        """A row group's first row and its columns; a `BadImage` for all its rows if it is corrupt."""
+        """A row group's first row, and its table or, if it is corrupt, a `BadImage` for all its rows."""
         table = self._read_row_group(shard, number)
         if isinstance(table, BadImage) and is_remote(self._urls[shard]):
-            table = self._read_row_group(shard, number)  # perhaps it was the transfer
+            table = self._read_row_group(shard, number)  # the transfer may have been at fault
         if isinstance(table, BadImage):
-            logger.warning("%s; its rows are skipped, and count as bad", table)
+            logger.warning("%s; its rows are skipped and counted as bad", table)
         return self._edges[shard][number], table
 
     def _read_row_group(self, shard: int, group: int) -> Any:
         with open_bytes(self._urls[shard]) as file:
             try:
-                # pre_buffer joins the column chunks into one request; no threads, for the sake of forked workers.
+                # pre_buffer joins the column chunks into one request; no threads, because workers may be forked.
                 parquet = pq.ParquetFile(
                     file, metadata=self._metadata[shard], pre_buffer=True, page_checksum_verification=True
                 )
                 table = parquet.read_row_group(group, columns=self._columns, use_threads=False)
-                table.validate(full=True)  # text that is not UTF-8, which would be found out at a label
+                table.validate(full=True)  # finds text that is not UTF-8 before a label is read
                 if len(table) != self._metadata[shard].row_group(group).num_rows:
                     raise pa.ArrowInvalid(f"it holds {len(table)} rows")
             except (pa.ArrowException, OSError) as error:
                 if isinstance(error, OSError) and error.errno is not None:
                     raise DataError(f"cannot read {self._urls[shard]}: {one_line(error)}; check the disk") from error
-                # No errno: the bytes came, and they are corrupt.
+                # No errno: the bytes were read, but are corrupt.
                 message = f"row group {group} of {self.shard_names[shard]} is corrupt ({one_line(error)})"
                 return BadImage(message, "CorruptRowGroup")
         return table
 
 
 def _read_footer(url: str) -> tuple[Any, list[int], int]:
-    """A parquet file's metadata; the first row of each row group, and the number of all rows; its size in bytes."""
+    """A parquet file's metadata; the first row of each row group, then the number of all rows; the size in bytes."""
     with open_bytes(url) as file:
         try:
             metadata = pq.ParquetFile(file).metadata
             sizes = (metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
             edges = list(itertools.accumulate(sizes, initial=0))
             if edges[-1] != metadata.num_rows:
-                raise ValueError(f"its row groups don't have {metadata.num_rows} rows together")
+                raise ValueError(f"its row groups have {edges[-1]} rows, not {metadata.num_rows}")
             return metadata, edges, file.seek(0, 2)
         except DataError:
             raise
-        except Exception as error:  # any, for names and types that are corrupt
-            message = f"{url} is not a whole parquet file ({one_line(error)}); fetch it again or leave it out"
+        except Exception as error:  # corrupt names and types can raise anything
+            message = f"{url} is not a complete parquet file ({one_line(error)}); fetch it again or leave it out"
             raise DataError(message) from error
 
 
 def _declared_features(schema: Any, shard_name: str) -> Any:
     try:
         return datasets.Features.from_arrow_schema(schema)
-    except Exception as error:  # any, for JSON that is corrupt
-        message = f"what {shard_name} says of its columns is corrupt ({one_line(error)})"
+    except Exception as error:  # corrupt JSON can raise anything
+        message = f"the column types in {shard_name} are corrupt ({one_line(error)})"
         raise DataError(f"{message}; fetch it again or leave it out") from error

@@ -1,8 +1,8 @@
-"""`hf-mae prepare`: a data set re-encoded once, at the size that training needs, to sharded parquet as the Hub has it.
+"""`hf-mae prepare`: re-encode a data set once, at the size that training needs, as sharded parquet like the Hub's.
 
-Each shard is a pure function of the source, the settings and its range of rows, and its own footer names them. So a
-shard that exists is known to be complete and the right one, and an interrupted run, started again, ends with the same
-bytes as one that was never interrupted.
+Each shard is a pure function of the source, the settings and its range of rows, and its footer records the source and
+the settings. So an existing shard is known to be complete and right, and a run that is interrupted and started again
+writes the same bytes as one that was never interrupted.
 
     DST/README.md                          what `datasets` and the Hub read: features, splits
     DST/data/train-00000-of-00012.parquet  image (bytes, and its key in the source), label
@@ -39,18 +39,18 @@ from .order import Rows
 from .sources import open_split
 from .transform import BICUBIC, height_width
 
-ROW_GROUP = 100  # rows; what is fetched at once where the data is streamed
+ROW_GROUP = 100  # rows; streaming fetches this many at once
 TYPE_ROWS = 100  # the type of a label column is found from these
 
 
 def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
-    """Write a data set to `recipe.output_dir`, or what is missing of it there.
+    """Write the data set that the recipe describes to its `output_dir`. Finished shards already there are kept.
 
     Returns:
-        What is in manifest.json.
+        The content of manifest.json.
 
     Raises:
-        DataError: for what a user can mend, one line with the remedy.
+        DataError: for anything a user can fix; one line with the remedy.
     """
     recipe.check()
     folder = Path(recipe.output_dir)
@@ -75,22 +75,22 @@ def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
         write_json(manifest, folder / "manifest.json")
     except OSError as error:
         message = f"{folder} can't be written: {one_line(error)}"
-        raise DataError(f"{message}; free the disk, or name another folder") from error
+        raise DataError(f"{message}; free disk space, or name another folder") from error
     return manifest
 
 
 def _make_room(folder: Path, names: set[str]) -> None:
-    """Get the folder of the shards ready for those of one preparation; others in it would be read with them."""
+    """Create the folder of the shards, and check that it holds no other files: they would be read too."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
         if path.name.startswith(".tmp-"):
             path.unlink(missing_ok=True)
         elif path.name not in names:
-            raise DataError(f"{folder} holds {path.name} of something else; name another folder, or remove this one")
+            raise DataError(f"{folder} holds {path.name} from another run; name another folder, or remove this one")
 
 
 def _find_features(splits: list[Rows]) -> Any:
-    """The `datasets.Features` that all splits get: image, and label where one has any."""
+    """The `datasets.Features` of all splits: image, and label if any split has labels."""
     label_feature: dict[str, Any] = {}
     for rows in splits:
         if rows.source.label_names is not None:
@@ -104,7 +104,7 @@ def _find_features(splits: list[Rows]) -> Any:
                 continue
             label = datasets.Features.from_arrow_schema(pa.schema({"label": labels.type}))["label"]
         if label_feature.setdefault("label", label) != label:
-            raise DataError(f"splits of {rows.source.name} have different labels; prepare each by itself with --split")
+            raise DataError(f"splits of {rows.source.name} have different labels; prepare them one by one with --split")
     return datasets.Features({"image": datasets.Image(), **label_feature})
 
 
@@ -117,7 +117,7 @@ def _check_bad(bad: list[BadSample], count: int, recipe: PrepareRecipe) -> None:
         key, reason = bad[0]
         raise DataError(
             f"{len(bad)} of {count} images of {recipe.dataset} can't be decoded (the first is {key}: {reason}), more "
-            f"than max_bad_fraction {recipe.max_bad_fraction}; check the data, or raise it"
+            f"than max_bad_fraction {recipe.max_bad_fraction}; check the data, or raise the limit"
         )
 
 
@@ -125,13 +125,13 @@ def _check_bad(bad: list[BadSample], count: int, recipe: PrepareRecipe) -> None:
 
 
 def reencode(data: bytes | np.ndarray | BadImage, shortest_edge: int, quality: int) -> bytes:
-    """Make an image as small as it need be, after a look whether it can be decoded at all.
+    """Check that an image can be decoded, and reduce its shorter side to at most `shortest_edge` pixels.
 
-    Encoded images that are not larger stay the bytes that they are. Of others, 8-bit colour (RGB, CMYK) and gray become
-    JPEG; what JPEG can't hold (transparency, palettes, 16 bits) becomes PNG, without loss but for the smaller size, and
-    what Pillow can't hold an `.npy` file. EXIF data is dropped; its orientation is not applied in training either.
+    Encoded images that are small enough keep their bytes. Larger 8-bit colour (RGB, CMYK) and gray images become JPEG.
+    Images that JPEG can't hold (transparency, palettes, 16 bits) become PNG, which loses only resolution; those that
+    Pillow can't hold become `.npy` files. EXIF data is dropped; training doesn't apply its orientation either.
 
-    `shortest_edge` is in pixels, `quality` that of JPEG. `data` and errors are those of `decode_image`.
+    `quality` is that of JPEG. `data` and errors are those of `decode_image`.
     """
     image = load_image(data, 2 * shortest_edge)
     with as_bad_image():
@@ -144,35 +144,35 @@ def reencode(data: bytes | np.ndarray | BadImage, shortest_edge: int, quality: i
         size = round(height * shortest_edge / short), round(width * shortest_edge / short)
         if isinstance(image, Image.Image) and image.mode.startswith(("F", "I")):
             array = np.asarray(image)
-            # 32 bits are what 16-bit files come as where Pillow has no 16-bit mode for them.
+            # Pillow gives 32 bits for 16-bit files that it has no 16-bit mode for.
             narrow = image.mode != "F" and 0 <= array.min() <= array.max() < 2**16
             image = array.astype(np.uint16) if narrow else array
         if isinstance(image, np.ndarray):
             return _encoded(_as_picture(_resize_array(image, size)), None)
         plain = image.mode in ("L", "RGB", "CMYK") and not image.has_transparency_data
         if not plain and image.mode not in ("LA", "RGBA"):
-            # Resizing takes means, which palette indices and single bits don't have.
+            # Resizing takes means, which palette indices and single bits can't represent.
             image = image.convert("RGBA" if image.has_transparency_data else "L" if image.mode == "1" else "RGB")
         return _encoded(image.resize((size[1], size[0]), BICUBIC), quality if plain else None)
 
 
 def _bands_last(array: np.ndarray) -> np.ndarray:
-    """(H, W), (C, H, W) or (H, W, C) -> (H, W) of one band, (H, W, C) of more."""
+    """(H, W), (C, H, W) or (H, W, C) -> (H, W) for one band, (H, W, C) for more."""
     array = to_native(array)
-    if array.ndim == 3 and array.shape[0] <= array.shape[-1]:  # as `probe_image` has it
+    if array.ndim == 3 and array.shape[0] <= array.shape[-1]:  # the rule of `probe_image`
         array = np.moveaxis(array, 0, -1)
     return array[:, :, 0] if array.ndim == 3 and array.shape[-1] == 1 else array
 
 
 def _as_picture(array: np.ndarray) -> Image.Image | np.ndarray:
-    """What PNG holds, one band or 8-bit colour, as a PIL image."""
+    """Convert an array to a PIL image if PNG can hold it: one band, or 8-bit colour."""
     one_band = array.ndim == 2
     fits = array.dtype in ((np.uint8, np.uint16) if one_band else (np.uint8,)) and (one_band or array.shape[-1] == 3)
     return Image.fromarray(np.ascontiguousarray(array)) if fits else array
 
 
 def _resize_array(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The same number of axes, and the same dtype but for float64."""
+    """Resize an array to (height, width). Keeps its number of axes, and its dtype except float64."""
     bands = array if array.ndim == 3 else array[:, :, None]
     exact = bands.dtype in (np.uint8, np.uint16)
     resized = resize_bands(bands if exact else bands.astype(np.float32), size, BICUBIC)
@@ -182,7 +182,7 @@ def _resize_array(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _encoded(image: Image.Image | np.ndarray, quality: int | None) -> bytes:
-    """As JPEG of a quality; without one, free of loss."""
+    """Encode as JPEG of this quality, or without loss if it is None."""
     stream = io.BytesIO()
     if isinstance(image, np.ndarray):
         np.save(stream, image, allow_pickle=False)
@@ -197,7 +197,7 @@ def _encoded(image: Image.Image | np.ndarray, quality: int | None) -> bytes:
 
 
 class _Shards(Dataset):
-    """The shards of a split; to ask for one writes it, if it is not there, and gives what the manifest says of it."""
+    """The shards of a split. Indexing writes a missing shard and returns a shard's entry in the manifest."""
 
     def __init__(self, rows: Rows, features: Any, folder: Path, recipe: PrepareRecipe):
         self.rows, self.features, self.folder, self.recipe = rows, features, folder, recipe
@@ -219,7 +219,7 @@ class _Shards(Dataset):
         return {"file": f"data/{path.name}", **facts, "bad": bad}
 
     def _bad_of_finished(self, path: Path) -> list[BadSample] | None:
-        """The bad images of a shard that is there; None if it has to be written."""
+        """The bad images of a finished shard; None if it has to be written."""
         try:
             record = json.loads(pq.read_schema(path).metadata[b"hf_mae"])
         except (FileNotFoundError, pa.ArrowInvalid, KeyError, TypeError):
@@ -241,7 +241,7 @@ class _Shards(Dataset):
             except BadImage as error:
                 bad.append((row.key, error.reason))
                 continue
-            key = as_utf8(row.key)  # a file's name need not be text
+            key = as_utf8(row.key)  # a file's name may not be valid text
             columns["image"].append({"bytes": content, "path": key})
             columns["label"].append(row.label)
         schema = self.features.arrow_schema
@@ -252,14 +252,14 @@ class _Shards(Dataset):
         record = json.dumps({"settings": self.settings, "bad": bad}).encode()
         table = table.replace_schema_metadata({**(schema.metadata or {}), b"hf_mae": record})
         stream = io.BytesIO()
-        # The images are compressed as they are.
+        # The images are already compressed.
         pq.write_table(table, stream, row_group_size=ROW_GROUP, compression="none", write_page_checksum=True)
         write_bytes(path, stream.getbuffer())
         return bad
 
 
 def _write_all(shards: _Shards, num_workers: int) -> list[dict[str, Any]]:
-    """What the manifest says of each shard, and of its bad images."""
+    """Write all shards. Returns their entries in the manifest, with the bad images."""
     ahead = 1 if num_workers else None
     loader = DataLoader(
         shards, batch_size=None, num_workers=num_workers, worker_init_fn=ignore_termination, prefetch_factor=ahead
@@ -269,7 +269,7 @@ def _write_all(shards: _Shards, num_workers: int) -> list[dict[str, Any]]:
 
 
 def _card(manifest: dict[str, Any], features: Any) -> str:
-    """README.md: the table that `datasets` and the Hub read, and some words for people."""
+    """README.md: metadata for `datasets` and the Hub, and a few lines for readers."""
     splits = datasets.SplitDict()
     for name, split in manifest["splits"].items():
         size = sum(shard["bytes"] for shard in split["shards"])
@@ -289,5 +289,5 @@ def _card(manifest: dict[str, Any], features: Any) -> str:
         f"--shortest_edge {side} --quality {manifest['quality']}`: the shorter side is at most "
         f"{side} pixels; smaller images are the source's bytes. The licence is the source's.\n\n"
         f"| split | images | shards | left out, as they can't be decoded |\n|---|---|---|---|\n{table}\n"
-        "`manifest.json` has the rows, bytes and sha256 of each shard, `bad_samples.jsonl` what was left out and why.\n"
+        "`manifest.json` has the rows, bytes and sha256 of each shard; `bad_samples.jsonl` lists the left-out images.\n"
     )

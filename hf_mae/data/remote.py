@@ -1,7 +1,7 @@
-"""Bytes of files that are not on this machine: ranges, and what happens when the network fails.
+"""Reads byte ranges of remote files, and retries when the network fails.
 
-A failed read is tried again with growing pauses, and raises `SourceUnavailable` in the end, so that a fault of the
-network never passes for a bad sample.
+A failed read is retried with growing pauses and finally raises `SourceUnavailable`, so that a network fault never
+counts as a bad sample.
 """
 
 import io
@@ -18,16 +18,16 @@ from ..files import is_disk_full
 
 logger = logging.getLogger(__name__)
 
-RETRY_TRIES = 6  # reads, the first included
+RETRY_TRIES = 6  # reads, including the first
 RETRY_FIRST_DELAY = 1.0  # seconds, doubled each time
 RETRY_MAX_DELAY = 60.0  # seconds
-READ_AHEAD = 4 * 2**20  # bytes a request, where small reads follow each other
+READ_AHEAD = 4 * 2**20  # bytes per request, for many small reads in order
 
-# Base classes of broken connections in httpx, aiohttp and botocore, none of which is an OSError. Known by name:
+# Base classes of connection errors in httpx, aiohttp and botocore, which are not OSErrors. Given by name, because
 # which of the three is installed depends on where the data is.
 _CONNECTION_ERRORS = {"TransportError", "ClientConnectionError", "ClientPayloadError", "HTTPClientError"}
-_NO_RANGES = "does not let parts of it be read; download it and give the local path"
-# Not the caller's global generator, which a pause must not advance, nor one that forked workers share.
+_NO_RANGES = "can't be read in parts; download it and give the local path"
+# A pause must not advance the global generator, and forked workers must not share one.
 _jitter = random.SystemRandom()
 _Result = TypeVar("_Result")
 
@@ -38,9 +38,9 @@ def is_remote(url: str) -> bool:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether another try may help: time-outs, broken connections, HTTP 408, 429 and 5xx, unnamed OSErrors."""
+    """Whether another try may help: for time-outs, broken connections, HTTP 408, 429 and 5xx, and most OSErrors."""
     chain = list(_causes(error))
-    # `datasets` puts the name of the Hub's exception into the text of its own.
+    # `datasets` puts the name of the Hub's exception into its own message.
     if any("OfflineModeIsEnabled" in f"{type(cause).__name__} {cause}" for cause in chain):
         return False
     # `datasets` turns a server's 503 into a FileNotFoundError with the HTTP error somewhere among its causes.
@@ -56,7 +56,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    for _ in range(20):  # a chain may be a circle
+    for _ in range(20):  # a chain may be circular
         if error is None:
             return
         yield error
@@ -74,7 +74,7 @@ def with_retries(call: Callable[[], _Result], what: str) -> _Result:
 
     Raises:
         SourceUnavailable: if every try failed.
-        DataError: at once, for a file that is not there or may not be read.
+        DataError: at once, if the file doesn't exist or access is denied.
     """
     for attempt in range(1, RETRY_TRIES + 1):
         try:
@@ -84,7 +84,7 @@ def with_retries(call: Callable[[], _Result], what: str) -> _Result:
         except Exception as error:
             if not is_transient(error):
                 if isinstance(error, OSError) or _status(error) is not None:
-                    remedy = "check the name; for private or gated data log in, as with `hf auth login`"
+                    remedy = "check the name; for private or gated data log in, e.g. with `hf auth login`"
                     reason = "there is no such file" if str(error) == what else one_line(error)
                     raise DataError(f"cannot read {what}: {reason}; {remedy}") from error
                 raise
@@ -93,7 +93,7 @@ def with_retries(call: Callable[[], _Result], what: str) -> _Result:
                 message = f"{what} could not be read in {attempt} tries ({cause}); check the network, then start again"
                 raise SourceUnavailable(message) from error
             delay = min(RETRY_FIRST_DELAY * 2 ** (attempt - 1), RETRY_MAX_DELAY) * _jitter.uniform(0.5, 1.0)
-            logger.warning("try %d of %d for %s failed, again in %.1f s (%s)", attempt, RETRY_TRIES, what, delay, cause)
+            logger.warning("try %d of %d for %s failed, next in %.1f s (%s)", attempt, RETRY_TRIES, what, delay, cause)
             time.sleep(delay)
     raise AssertionError("RETRY_TRIES must be at least 1")
 
@@ -102,7 +102,7 @@ def open_bytes(url: str, *, read_ahead: bool = False) -> BinaryIO:
     """Open a local path or an fsspec URL for reading and seeking; `read_ahead` is for many small reads in order.
 
     Raises:
-        DataError: if there is no such file; for a URL, as `with_retries` says.
+        DataError: if there is no such file; for a URL, the errors of `with_retries`.
     """
     if is_remote(url):
         raw = RemoteFile(url)
@@ -119,7 +119,7 @@ def read_whole(fs: Any, url: str) -> bytes:
     def call() -> bytes:
         path = fs._strip_protocol(url)
         if "hf" in fs.protocol:
-            # cat_file of the Hub's file system asks for the file's size first; this is one request.
+            # cat_file of the Hub's file system asks for the file's size first; this needs only one request.
             with fs.open(path, "rb", block_size=0) as file:
                 return file.read()
         return fs.cat_file(path)

@@ -1,8 +1,7 @@
-"""`Source`: what every reader of undecoded rows has in common; and the readers of arrays and of image files.
+"""`Source`, the base class of all readers of undecoded rows, and the readers of arrays and of image files.
 
-The readers of tables are in parquet.py, that of tars in tars.py. No reader keeps a file open between calls, only
-names, sizes and offsets. So each can be pickled to a spawned worker or used after a fork, and two processes never share
-a file position.
+Tables are read in parquet.py, tars in tars.py. Readers don't keep files open between calls, only names, sizes and
+offsets. So each can be pickled to a spawned worker or used after a fork, and two processes never share a file position.
 """
 
 import itertools
@@ -21,7 +20,7 @@ from .locate import Place, short_names
 from .remote import is_remote, open_bytes, read_whole
 
 FILES_BLOCK = 64  # remote image files
-THREADS = 16  # requests at the same time, where files are opened or fetched in numbers
+THREADS = 16  # maximum number of requests at the same time
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -33,10 +32,10 @@ class Row:
     Attributes:
         shard: index into `Source.shard_names`.
         row: row number inside that shard, from 0.
-        key: the place for people: `train-00000-of-00008.parquet#17`, or a file's path relative to its folder.
-        image: the encoded file's bytes, or an array; or, where the source has the row and can't give its image, a
-            `BadImage` that says why. `decode_image` takes all three, and raises the last.
-        label: a class index where there are classes, else the value of the label column; None without one.
+        key: readable place: `train-00000-of-00008.parquet#17`, or a file's path relative to its folder.
+        image: the encoded file's bytes, or an array; or, if the source can't give the image, a `BadImage` that says
+            why. `decode_image` accepts all three, and raises the last.
+        label: class index if there are classes, else the value of the label column; None without a label.
     """
 
     shard: int
@@ -47,18 +46,17 @@ class Row:
 
 
 class Source:
-    """Rows by place. Subclasses say how they are read; all is ready when the constructor returns.
+    """Rows by place. Subclasses read them; all attributes are set when the constructor returns.
 
     Attributes:
         name: what the user typed.
-        split: the split that these rows are.
-        shard_names: for people, unique.
-        shard_sizes: rows in each shard.
-        random_access: True where any row is cheap to read, as on a local disk; False where whole blocks should be
-            read in order.
+        split: name of the split.
+        shard_names: readable names of the shards, unique.
+        shard_sizes: number of rows in each shard.
+        random_access: True if any row is cheap to read, as on a local disk; False if blocks should be read in order.
         blocks: (shard, start, stop) in order; together they cover every row once.
-        label_names: names of the classes, by index, where they are known.
-        fingerprint: JSON-able facts that differ where the data differs; no absolute paths.
+        label_names: class names by index; None if they are unknown.
+        fingerprint: values that can be stored as JSON and differ if the data differs; no absolute paths.
     """
 
     def __init__(self, name: str, split: str, shard_names: list[str], shard_sizes: list[int], random_access: bool):
@@ -71,22 +69,22 @@ class Source:
         self.fingerprint: dict[str, Any] = {}
 
     def __len__(self) -> int:
-        """Rows of all shards together."""
+        """Number of rows in all shards."""
         return sum(self.shard_sizes)
 
     def read(self, shard: int, rows: Sequence[int]) -> list[Row]:
-        """Rows of one shard, by their numbers in it, in the order asked for.
+        """Rows of one shard, in the order of `rows`, their numbers in it.
 
-        Without random access, best ask for rows of one block at a time: it is then fetched once.
+        Without random access, ask for rows of one block at a time, so that it is fetched only once.
 
         Raises:
             SourceUnavailable: if the network failed at every try.
-            DataError: if a file is not there any more.
+            DataError: if a file no longer exists.
         """
         raise NotImplementedError
 
     def known_labels(self) -> list[Any] | None:
-        """The labels of all rows, in order; None where the only way to them is reading the rows."""
+        """The labels of all rows, in order; None if they can only be found by reading the rows."""
         return None
 
     def _row(self, shard: int, row: int, image: bytes | np.ndarray | BadImage, label: Any) -> Row:
@@ -94,7 +92,7 @@ class Source:
 
 
 class ArraySource(Source):
-    """Images that are in memory: (n, H, W, C) and their labels (n,), one shard."""
+    """Images in memory, (n, H, W, C), and their labels (n,); one shard."""
 
     def __init__(self, name: str, images: np.ndarray, labels: np.ndarray, label_names: list[str]):
         super().__init__(name, "train", [name], [len(images)], random_access=True)
@@ -106,7 +104,7 @@ class ArraySource(Source):
 
 
 class FileSource(Source):
-    """One image a file, one shard: `names` are paths relative to `place.root`, `labels` their (n,) class indices."""
+    """One image per file, one shard: `names` are paths relative to `place.root`, `labels` their (n,) class indices."""
 
     def __init__(self, place: Place, split: str, names: list[str], labels: np.ndarray | None):
         super().__init__(place.name, split, [split], [len(names)], random_access=not is_remote(place.root))
@@ -136,7 +134,7 @@ def _read_local(path: str) -> bytes:
 
 
 class BlockSource(Source):
-    """Rows of files, a shard each, that can be read a block at a time; the last block is kept in memory.
+    """Rows of files that can be read one block at a time. Each file is a shard; the last block is kept in memory.
 
     `edges` has, for each shard, the first row of every block and, at the end, the number of all rows.
     """
@@ -148,14 +146,14 @@ class BlockSource(Source):
         self._last: tuple[tuple[int, int], Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # The block that was read last is not worth sending to a worker.
+        # Don't send the block in memory to a worker: it is cheaper to read again.
         return self.__dict__ | {"_last": None}
 
     def _block(self, shard: int, row: int) -> Any:
-        """What `_read_block` gives for the block that a row is in."""
+        """The result of `_read_block` for the block of a row."""
         place = shard, bisect_right(self._edges[shard], row) - 1
         if self._last is None or self._last[0] != place:
-            self._last = None  # frees the memory of one before the next is fetched
+            self._last = None  # frees a block's memory before the next is fetched
             self._last = place, self._read_block(*place)
         return self._last[1]
 

@@ -1,4 +1,4 @@
-"""What an image processor has to know of a data set: channels, pixel type, mean and standard deviation."""
+"""What an image processor needs to know about a data set: channels, pixel type, mean and standard deviation."""
 
 import logging
 from typing import Any
@@ -14,12 +14,12 @@ logger = logging.getLogger(__name__)
 
 
 def probe_rows(rows: Rows, most: int = 16) -> tuple[int, str]:
-    """The `num_channels` and `dtype` of a data set, by a look at up to `most` of its images.
+    """The `num_channels` and `dtype` of a data set, found from up to `most` of its images.
 
-    Gray images among colour ones count as colour; 8-bit ones among 16-bit ones as 16-bit.
+    Gray images among colour images count as colour, 8-bit images among 16-bit images as 16-bit.
 
     Raises:
-        DataError: if none can be decoded, or the channel counts don't go together.
+        DataError: if none can be decoded, or the numbers of channels don't match.
     """
     kinds: list[tuple[int, str]] = []
     last_error = ""
@@ -33,17 +33,17 @@ def probe_rows(rows: Rows, most: int = 16) -> tuple[int, str]:
     channels, dtypes = {c for c, _ in kinds}, {d for _, d in kinds}
     if len(channels) > 1 and channels != {1, 3}:
         raise DataError(
-            f"images of {rows.source.name} have {' and '.join(map(str, sorted(channels)))} channels; keep those of "
-            "one count, or pass --num_channels: images of another count are then skipped as bad"
+            f"images of {rows.source.name} have {' and '.join(map(str, sorted(channels)))} channels; keep only one "
+            "kind, or pass --num_channels: images with another number are then skipped as bad"
         )
     return max(channels), next(d for d in ("float32", "uint16", "uint8") if d in dtypes)
 
 
 def channel_stats(rows: Rows, num_channels: int, dtype: str, max_samples: int = 2048) -> dict[str, Any]:
-    """Mean and standard deviation of each channel over all pixels of up to `max_samples` of the images, see `spread`.
+    """Mean and standard deviation of each channel over all pixels of up to `max_samples` images, chosen by `spread`.
 
     Returns:
-        `image_mean` and `image_std` (C numbers each, in units rescaled by `RESCALE_FACTORS`: for uint8 in [0, 1]),
+        `image_mean` and `image_std` (C numbers each, of pixels rescaled by `RESCALE_FACTORS`: for uint8 in [0, 1]),
         `rescale_factor`, `num_images`, `num_bad`.
 
     Raises:
@@ -59,7 +59,7 @@ def channel_stats(rows: Rows, num_channels: int, dtype: str, max_samples: int = 
             bad, last_error = bad + 1, f"{row.key}: {error}"
             continue
         pixels = image.reshape(-1, num_channels) * RESCALE_FACTORS[dtype]
-        # Merged image by image (Chan et al.), since sums of squares of 16-bit data lose their small differences.
+        # Merged image by image (Chan et al.), since sums of squares of 16-bit data lose precision.
         delta, total = pixels.mean(axis=0) - mean, count + len(pixels)
         squares += pixels.var(axis=0) * len(pixels) + delta**2 * count * len(pixels) / total
         mean += delta * len(pixels) / total
@@ -71,7 +71,7 @@ def channel_stats(rows: Rows, num_channels: int, dtype: str, max_samples: int = 
         raise DataError(f"{rows.source.name} has pixels that are not finite numbers; replace them before training")
     return {
         "image_mean": mean.tolist(),
-        # A channel that never changes would be divided by zero; how small a change is depends on the data's unit.
+        # A constant channel would be divided by zero. The threshold is relative, since the data may have any unit.
         "image_std": np.where(std > 1e-9 * np.abs(mean), std, 1.0).tolist(),
         "rescale_factor": RESCALE_FACTORS[dtype],
         "num_images": len(index) - bad,

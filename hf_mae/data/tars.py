@@ -1,4 +1,4 @@
-"""Tars of images (webdataset): an index made from the headers, then samples by offset and size.
+"""Tars of images (webdataset): an index is built from the headers, then samples are read by offset and size.
 
 Member names are untrusted. They group members into samples and tell image from label, and are never used as paths.
 """
@@ -27,16 +27,16 @@ logger = logging.getLogger(__name__)
 
 BLOCK_SAMPLES = 256
 BLOCK_BYTES = 64 * 2**20  # a block of a remote tar is one request, and is kept in memory
-INDEX_CACHE_SECONDS = 1.0  # an index that took longer is kept on disk: to make one means to read the whole tar
+INDEX_CACHE_SECONDS = 1.0  # an index that took longer is cached on disk: making one reads through the whole tar
 
-Members = dict[str, tuple[int, int]]  # what follows the first dot of a name -> offset and size in bytes
+Members = dict[str, tuple[int, int]]  # part of a name after its first dot -> offset and size in bytes
 
 
 class TarSource(BlockSource):
-    """Samples of uncompressed tars, a shard each: neighbouring members that share the name up to its first dot.
+    """Samples of uncompressed tars, one shard each: neighbouring members that share the name up to its first dot.
 
-    `place.image_column` is what follows the first dot in the image's member name, or None for its only image extension.
-    `place.label_column` is the same of a member with the label as text, else a key in the sample's `.json`; or None for
+    `place.image_column` is the part of the image's member name after its first dot; None: the only image extension.
+    `place.label_column` is this part of a member with the label as text, else a key in the sample's `.json`; None:
     `.cls`, else the key "label".
 
     Raises:
@@ -92,13 +92,13 @@ class TarSource(BlockSource):
 
 
 def _extents(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets of every sample's first byte, and of the one after its last."""
+    """For every sample, the offset of its first byte and the offset after its last byte."""
     image, image_size, label, label_size, _ = index.T
     return np.where(label < 0, image, np.minimum(image, label)), np.maximum(image + image_size, label + label_size)
 
 
 def _block_edges(index: np.ndarray) -> list[int]:
-    """The first rows of blocks of samples that are not too many and not too large, and the number of all rows."""
+    """Cut samples into blocks of limited number and size: the first row of each, then the number of all rows."""
     starts, ends = (offsets.tolist() for offsets in _extents(index))
     edges = [0]
     for row in range(1, len(index)):
@@ -108,7 +108,7 @@ def _block_edges(index: np.ndarray) -> list[int]:
 
 
 def _parse_label(text: bytes, key: str | None) -> Any:
-    """The label in a member, as a number where it is one; None if it cannot be read."""
+    """The label in a member, as an integer if it is one; None if it can't be read."""
     try:
         if key is not None:
             return json.loads(text)[key]
@@ -119,10 +119,10 @@ def _parse_label(text: bytes, key: str | None) -> Any:
 
 
 def _load_index(url: str, image_column: str | None, label_column: str | None) -> np.ndarray:
-    """The index of a tar, from the cache where making it is slow."""
+    """The index of a tar, from the cache if it has one."""
     cached = _cache_path(url, image_column, label_column)
     if cached is not None:
-        with suppress(ValueError, OSError, EOFError):  # absent, half written or from another time: made again below
+        with suppress(ValueError, OSError, EOFError):  # absent, half written or outdated: it is made again below
             return np.load(cached, allow_pickle=False)
     started = time.monotonic()
     index = _make_index(url, image_column, label_column)
@@ -132,19 +132,19 @@ def _load_index(url: str, image_column: str | None, label_column: str | None) ->
             with replaced(cached) as temporary:
                 np.save(temporary, index)
         except OSError as error:
-            logger.warning("the index of %s is not kept (%s)", url, one_line(error))
+            logger.warning("the index of %s can't be cached (%s)", url, one_line(error))
     return index
 
 
 def _cache_path(url: str, *columns: str | None) -> Path | None:
-    """Where the index of this version of a remote file is kept; None if nothing tells its versions apart."""
+    """The cache file for the index of this version of a remote file; None if its versions can't be told apart."""
     if not is_remote(url):
         return None
     from datasets import config
 
     fs, path = fsspec.core.url_to_fs(url)
     if "hf" in fs.protocol:
-        version = url  # it has the commit in it
+        version = url  # contains the commit
     else:
         info = with_retries(lambda: fs.info(path), url)
         version = next((info[key] for key in ("ETag", "etag", "LastModified", "mtime") if info.get(key)), None)
@@ -158,14 +158,14 @@ def _make_index(url: str, image_column: str | None, label_column: str | None) ->
     """Read a tar's headers.
 
     Returns:
-        (n, 5) int64: image offset and size, label offset (-1: none) and size in bytes, 1 where the label is JSON. A tar
-        that ends early has one row more, of image size -1, for all that is missing.
+        (n, 5) int64: image offset and size, label offset (-1: none) and size in bytes, 1 if the label is JSON. A tar
+        that ends early has one more row, with image size -1, for everything that is missing.
     """
     places = []
     with open_bytes(url, read_ahead=True) as file:
         for members in _samples(file, url):
             if members is None:
-                # At the place of the sample before, so that their block is no larger for it.
+                # At the offset of the previous sample, so that the block doesn't grow.
                 places.append((places[-1][0] if places else 0, -1, -1, 0, 0))
                 continue
             if image_column is not None:
@@ -174,7 +174,7 @@ def _make_index(url: str, image_column: str | None, label_column: str | None) ->
                 images = [field for field in members if f".{field}".endswith(IMAGE_EXTENSIONS)]
             if len(images) > 1:
                 names = ", ".join(sorted(images))
-                raise DataError(f"{url} has several images a sample ({names}); choose one with --image_column NAME")
+                raise DataError(f"{url} has several images per sample ({names}); choose one with --image_column NAME")
             if not images:
                 continue
             field = (label_column or "cls").lower()
@@ -184,16 +184,16 @@ def _make_index(url: str, image_column: str | None, label_column: str | None) ->
 
 
 def _samples(file: BinaryIO, url: str) -> Iterator[Members | None]:
-    """Groups of neighbouring members with one name; None, at the end, for what is missing of a tar that ends early."""
+    """Groups of neighbouring members with one name; then None, if the tar ends early."""
     end = file.seek(0, 2)
     file.seek(0)
     sample: Members = {}
     current: str | None = None
-    fields: set[str] = set()  # of the sample before
+    fields: set[str] = set()  # of the previous sample
     try:
         tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (it owns nothing: `file` is closed by its opener)
     except tarfile.TarError as error:
-        message = f"{url} is not an uncompressed tar ({one_line(error)}); unpack, or fetch it again"
+        message = f"{url} is not an uncompressed tar ({one_line(error)}); decompress it, or fetch it again"
         raise DataError(message) from error
     for member in _members(tar):
         folder, slash, file_name = member.name.rpartition("/")
@@ -221,9 +221,9 @@ def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
             member = tar.next()
         except DataError:
             raise
-        except (tarfile.TarError, ValueError):  # cut or corrupt; the caller sees that no end mark follows
+        except (tarfile.TarError, ValueError):  # cut off or corrupt; the caller sees that no end mark follows
             return
         if member is None:
             return
-        tar.members = []  # type: ignore[misc]  # it would keep a record of every member
+        tar.members = []  # type: ignore[misc]  # tarfile would keep a record of every member
         yield member

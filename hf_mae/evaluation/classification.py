@@ -1,4 +1,4 @@
-"""Scores of a fine-tuned model on a labelled split, by the evaluation crop of its image processor."""
+"""Scores of a fine-tuned model on a labelled split, with the evaluation crop of its image processor."""
 
 from typing import Any
 
@@ -24,8 +24,7 @@ def evaluate_classification(recipe: ClassificationRecipe) -> dict[str, Any] | No
         The entry of results.json; None on all but the main process.
 
     Raises:
-        UserError: if the model or the data can't be read, or their labels don't go together; one line with
-            the remedy.
+        UserError: if the model or the data can't be read, or their labels don't match; one line with the remedy.
     """
     recipe.check()
     check_results_file(recipe)

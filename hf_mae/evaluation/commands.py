@@ -1,4 +1,4 @@
-"""What every `hf-mae evaluate PROTOCOL` of frozen features shares: its start, its feature tables and its result."""
+"""What every `hf-mae evaluate PROTOCOL` on frozen features shares: the start, the feature tables and the result."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,14 +16,14 @@ from .table import Features, Table, encoded_batches, extract_table, report_bad, 
 
 
 class Evaluation:
-    """An evaluation that has begun: encoder, rows and processes.
+    """A running evaluation: encoder, rows and processes.
 
     Args:
         recipe: keys of the command.
-        pooling: if the recipe has none.
+        pooling: pooling rule if the recipe has none.
 
     Raises:
-        UserError: for what a user can mend; one line with the remedy.
+        UserError: for anything a user can fix; one line with the remedy.
     """
 
     def __init__(self, recipe: EvaluateRecipe, pooling: Pooling):
@@ -35,7 +35,7 @@ class Evaluation:
         with self.accelerator.main_process_first():
             self.rows, self.eval_rows, self.evaluated_on = open_splits(recipe)
         for rows in (self.rows, self.eval_rows):
-            # What is wrong with all labels shows in the first ones, before hours are spent.
+            # A fault of all labels shows in the first ones, so check these before hours are spent.
             find_classes([row.label for row in rows.read(rows.index[:16])], rows)
 
     def _table(self, rows: Rows, bar: str) -> Table:
@@ -50,11 +50,11 @@ class Evaluation:
     def score_tables(
         self, protocol: dict[str, Any], measure: Callable[[Features, Features], dict[str, float]]
     ) -> dict[str, Any] | None:
-        """Measure the features of both splits, or as many random parts of them as the recipe has seeds.
+        """Measure the features of the training and the evaluation split: a random fraction of each, once per seed.
 
         Args:
-            protocol: name and settings of its own.
-            measure: (table that is learnt from, table that is classified) -> figures.
+            protocol: the protocol's name and settings.
+            measure: (training table, evaluation table) -> figures.
 
         Returns:
             The entry of results.json; None on all but the main process.
@@ -71,9 +71,9 @@ class Evaluation:
     def result(
         self, protocol: dict[str, Any], images: tuple[int, int], classes: int, runs: list[dict[str, float]]
     ) -> dict[str, Any]:
-        """The entry of results.json, after adding it to the file that the recipe names.
+        """Make the entry of results.json, and add it to the file that the recipe names.
 
-        `images` are the numbers of those that were learnt from and classified, `runs` the figures of each repetition.
+        `images` are the numbers of training and evaluation images, `runs` the figures of each repetition.
         """
         recipe, spec = self.recipe, self.encoder.spec
         common = {

@@ -1,4 +1,4 @@
-"""`hf-mae embed`: features of any data source, to a parquet or a numpy file."""
+"""`hf-mae embed`: write features of any data source to a parquet or numpy file."""
 
 import csv
 import json
@@ -27,20 +27,20 @@ Batches = Iterator[tuple[list[str], list[Any], np.ndarray]]  # keys, labels, and
 def embed(recipe: EmbedRecipe) -> dict[str, Any]:
     """Write the features of a split.
 
-    The parquet file has the columns `key` (the image's place in the source), `label` (as the source has it; absent
-    where it has none) and `features`. The numpy file has the features alone, (n, D) or (n, N, D) float32; keys and
-    labels of its rows are in the CSV file of the same name.
+    The parquet file has the columns `key` (the image's place in the source), `label` (as the source stores it; null
+    without one) and `features`. The numpy file has only the features, (n, D) or (n, N, D) float32; the keys and labels
+    of its rows are in the CSV file of the same name.
 
     Returns:
-        `path`; `images` that were written; `width`, the shape of one image's features.
+        `path`; `images`, the number written; `width`, the shape of one image's features.
 
     Raises:
-        UserError: for what a user can mend; one line with the remedy.
+        UserError: for anything a user can fix; one line with the remedy.
     """
     recipe.check()
     accelerator = Accelerator()
     if accelerator.num_processes > 1:
-        raise UserError(f"{accelerator.num_processes} processes would write one file; start hf-mae embed once")
+        raise UserError(f"{accelerator.num_processes} processes would write one file; start only one process")
     encoder = FrozenEncoder(recipe.model, recipe.pooling, recipe.mixed_precision).to(accelerator.device)
     source = open_split(locate(recipe), recipe.split)
     rows = Rows(source, max_samples=recipe.max_samples)
@@ -68,7 +68,7 @@ def embed(recipe: EmbedRecipe) -> dict[str, Any]:
 
 
 def write_parquet(path: Path, batches: Batches, origin: dict[str, Any]) -> None:
-    """Write keys, labels and features; where they come from is in the file's metadata, under "hf_mae"."""
+    """Write keys, labels and features; their origin goes into the file's metadata, under "hf_mae"."""
     with replaced(path) as temporary, ExitStack() as stack:
         writer = None
         for keys, labels, values in batches:
@@ -84,7 +84,7 @@ def write_parquet(path: Path, batches: Batches, origin: dict[str, Any]) -> None:
 
 
 def write_numpy(path: Path, batches: Batches, origin: dict[str, Any]) -> None:
-    """Write features to NAME.npy, their keys and labels to NAME.csv; neither has a place for the origin."""
+    """Write features to NAME.npy, their keys and labels to NAME.csv; neither can store the origin."""
     rows, width = 0, ()
     with (
         replaced(path.with_suffix(".csv")) as table,
@@ -100,7 +100,7 @@ def write_numpy(path: Path, batches: Batches, origin: dict[str, Any]) -> None:
             rows, width = rows + len(values), values.shape[1:]
             file.write(np.ascontiguousarray(values, "<f4").tobytes())
             writer.writerows(zip(keys, labels, strict=True))
-        # Numpy leaves room in it for any number of rows.
+        # The new header has the same length: numpy leaves room in it for any number of rows.
         _write_header(file, (rows, *width))
 
 

@@ -1,4 +1,4 @@
-"""Frozen encoder -> features, by a pooling rule that every protocol's result states."""
+"""Frozen encoder -> features, with a pooling rule that every protocol's result states."""
 
 import torch
 from torch import nn
@@ -12,8 +12,8 @@ def pool(tokens: torch.Tensor, pooling: str) -> torch.Tensor:
     """Features from the (B, 1 + N, D) tokens after the encoder's last LayerNorm, class token first; float32.
 
     Returns:
-        For "cls" the class token and for "mean" the mean of the patch tokens, (B, D); for "both" the one after the
-        other, (B, 2D); for "patches" all patch tokens in image order, (B, N, D).
+        For "cls" the class token, (B, D); for "mean" the mean of the patch tokens, (B, D); for "both" these two
+        concatenated, (B, 2D); for "patches" all patch tokens in image order, (B, N, D).
     """
     cls, patches = tokens[:, 0].float(), tokens[:, 1:].float()
     if pooling == "cls":
@@ -28,12 +28,12 @@ class FrozenEncoder(nn.Module):
     """A pretrained encoder with its image processor's normalisation, all patches visible, nothing trained.
 
     Args:
-        path: folder or Hub id.
-        pooling: see `pool`.
+        path: folder or Hub id of the model.
+        pooling: "cls", "mean", "both" or "patches", as in `pool`.
         mixed_precision: "no", or "bf16" for autocast.
 
     Raises:
-        DataError: if there is no model, or not all weights of an encoder.
+        DataError: if there is no model, or some of the encoder's weights are missing.
     """
 
     def __init__(self, path: str, pooling: str, mixed_precision: str = "no"):
@@ -42,7 +42,7 @@ class FrozenEncoder(nn.Module):
         encoder, self.processor = load_with_processor(MAEModel, path)
         self.encoder = encoder.requires_grad_(False)
         self.spec = evaluation_spec(encoder.config, self.processor)
-        self.width = encoder.config.hidden_size * (2 if pooling == "both" else 1)  # numbers in a pooled vector
+        self.width = encoder.config.hidden_size * (2 if pooling == "both" else 1)  # length of a pooled vector
 
     def train(self, mode: bool = True) -> "FrozenEncoder":
         """Stay in evaluation mode, even inside a module that is put into training mode."""

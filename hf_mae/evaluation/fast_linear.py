@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from .table import Features, top_k_correct
 
-# Factors of half the squared weights, beside the mean cross-entropy. Each fit starts from that of a stronger penalty.
+# Factors of half the squared weights, added to the mean cross-entropy. Each fit starts from that of a stronger penalty.
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 MAX_ITER = 100
 ROWS = 65_536  # maximum number of rows whose logits are in memory at once
@@ -24,11 +24,11 @@ def fast_linear_accuracy(
     """Accuracy of a logistic regression on standardised features.
 
     Not the paper's protocol (no crops, no LARS); it ranks encoders in seconds. The penalty is chosen on a held-out
-    tenth of the rows to learn from; then all of these are refitted. The rows to classify take no part in the choice.
+    tenth of the training rows; then all training rows are refitted. The evaluation rows don't influence the choice.
     `max_iter` limits the steps of L-BFGS for each penalty.
 
     Returns:
-        `linear_top1` and `linear_top5` in percent; `linear_penalty`, the chosen one.
+        `linear_top1` and `linear_top5` in percent; `linear_penalty`, the chosen penalty.
     """
     mean, std = train.values.mean(dim=0), train.values.std(dim=0, correction=0)
     std = torch.where(std > 0, std, 1.0)
@@ -58,10 +58,10 @@ def fast_linear_accuracy(
 def logistic_regression(
     values: torch.Tensor, labels: torch.Tensor, penalty: float, start: torch.Tensor, max_iter: int = 100
 ) -> torch.Tensor:
-    """Minimise mean cross-entropy + penalty / 2 * (squared weights without biases), by L-BFGS over all rows.
+    """Minimise mean cross-entropy + penalty / 2 * (squared weights without biases) with L-BFGS over all rows.
 
-    The penalty is `1 / (C * n)` of scikit-learn's LogisticRegression. Values are (n, D), labels (n,) class numbers.
-    The weights, those to start from and those returned, are (K, D + 1), and their last column holds the biases.
+    The penalty is `1 / (C * n)` in scikit-learn's LogisticRegression. Values are (n, D), labels (n,) class numbers.
+    The initial and the returned weights are (K, D + 1); their last column holds the biases.
     """
     weights = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([weights], max_iter=max_iter, tolerance_grad=1e-5, line_search_fn="strong_wolfe")

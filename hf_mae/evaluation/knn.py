@@ -15,7 +15,7 @@ from ..keys.evaluation_keys import KnnRecipe
 from .commands import Evaluation
 from .table import Features
 
-# 1,024 x 65,536 similarities are 256 MiB.
+# Rows compared at once: 1,024 x 65,536 similarities are 256 MiB.
 QUERIES, BANK = 1024, 65_536
 
 
@@ -23,7 +23,7 @@ def evaluate_knn(recipe: KnnRecipe) -> dict[str, Any] | None:
     """kNN accuracy of frozen features: the entry of results.json; None on all but the main process.
 
     Raises:
-        UserError: for what a user can mend; one line with the remedy.
+        UserError: for anything a user can fix; one line with the remedy.
     """
     evaluation = Evaluation(recipe, "mean")
     device = evaluation.accelerator.device
@@ -36,11 +36,11 @@ def evaluate_knn(recipe: KnnRecipe) -> dict[str, Any] | None:
 def nearest(
     queries: torch.Tensor, bank: torch.Tensor, k: int, bank_chunk: int = BANK
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For queries (q, D), the k most similar rows of a bank (n, D), which may be on the host and is searched in chunks.
+    """Find the k most similar rows of a bank (n, D), which may be on the host, for each of the queries (q, D).
 
     Returns:
         similarity: (q, k) cosines, the largest first.
-        neighbours: (q, k) rows of the bank.
+        neighbours: (q, k) row numbers in the bank.
     """
     queries = F.normalize(queries, dim=1)
     best = queries.new_empty(len(queries), 0)
@@ -65,8 +65,7 @@ def knn_accuracy(
 ) -> dict[str, float]:
     """Top-1 accuracy of the k nearest rows' votes, weighted by exp(cosine similarity / temperature).
 
-    The tables stay on the host, and chunks of them are compared on the device. A k above the size of the bank, `train`,
-    takes all of it.
+    The tables stay on the host; chunks of them are compared on the device. A k above the bank's size uses all of it.
 
     Returns:
         `knn_top1_k{k}` for each of `ks`, in percent.
@@ -76,7 +75,7 @@ def knn_accuracy(
     correct = dict.fromkeys(ks, 0)
     for values, expected in zip(test.values.split(query_chunk), test.labels.split(query_chunk), strict=True):
         similarity, neighbours = nearest(values.to(device), train.values, min(max(ks), len(train.labels)), bank_chunk)
-        # Relative to the nearest, whose weight is 1: a factor for all, and no overflow at low temperatures.
+        # Weights relative to the nearest row's give the same votes, and don't overflow at low temperatures.
         votes, weights = labels[neighbours], ((similarity - similarity[:, :1]) / temperature).exp()
         for k in ks:
             scores = torch.zeros(len(values), classes, device=device).scatter_add_(1, votes[:, :k], weights[:, :k])

@@ -33,22 +33,22 @@ from .table import encoded_batches, report_bad, top_k_correct
 class PaperProbe:
     """Settings of arXiv:2111.06377, Table 10, and of the original's code; the defaults are theirs for ViT-Base."""
 
-    total_batch_size: int = 16_384  # images of a step, over all processes
+    total_batch_size: int = 16_384  # images per step, over all processes
     epochs: float = 90  # passes over the training images; 50 are enough for ViT-Large and -Huge
     warmup_epochs: float = 10  # of the learning rate, linear from 0
     blr: float = 0.1  # learning rate per 256 images
-    min_lr: float = 0.0  # where its half cosine ends
+    min_lr: float = 0.0  # learning rate at the end of the half cosine
     weight_decay: float = 0.0  # of the head's weights
     momentum: float = 0.9  # of LARS
     trust_coefficient: float = 0.001  # of LARS
-    crop_scale: tuple[float, float] = (0.08, 1.0)  # smallest and largest area of a crop; one draw, cut to the image
+    crop_scale: tuple[float, float] = (0.08, 1.0)  # smallest and largest share of the area; one draw, clipped
     flip: bool = True  # mirror half of the crops
     bn_eps: float = 1e-6  # of the BatchNorm without affine parameters before the linear layer
     init_std: float = 0.01  # of the head's initial weights, a truncated normal distribution; biases start at 0
 
     @property
     def lr(self) -> float:
-        """The highest learning rate, by the linear scaling rule."""
+        """The peak learning rate, by the linear scaling rule."""
         return self.blr * self.total_batch_size / 256
 
     def head(self, width: int, classes: int) -> nn.Sequential:
@@ -59,7 +59,7 @@ class PaperProbe:
         return nn.Sequential(nn.BatchNorm1d(width, affine=False, eps=self.bn_eps), linear)
 
     def optimizer(self, head: nn.Module) -> LARS:
-        """LARS over the head; its learning rate is set before each step."""
+        """LARS for the head; its learning rate is set before each step."""
         return LARS(head.parameters(), 0.0, self.momentum, self.weight_decay, self.trust_coefficient)
 
 
@@ -73,7 +73,7 @@ def evaluate_linear_probe(recipe: LinearProbeRecipe) -> dict[str, Any] | None:
     """Accuracy of a linear classifier: the entry of results.json; None on all but the main process.
 
     Raises:
-        UserError: for what a user can mend; one line with the remedy.
+        UserError: for anything a user can fix; one line with the remedy.
     """
     if recipe.protocol == "paper":
         return _evaluate_paper(recipe)
@@ -96,7 +96,7 @@ def _evaluate_paper(recipe: LinearProbeRecipe) -> dict[str, Any] | None:
     size, _ = micro_batch(recipe.total_batch_size, recipe.per_device_batch_size, accelerator.num_processes, most=512)
     if size == 1:
         message = "per_device_batch_size 1 leaves BatchNorm nothing to normalise"
-        raise UserError(f"{message}; choose a total_batch_size that larger ones divide")
+        raise UserError(f"{message}; choose a total_batch_size that a larger one divides")
     classes = common_classes(labels_of(rows), rows, labels_of(eval_rows), eval_rows)
     runs: list[dict[str, float]] = []
     images = 0, 0
@@ -129,10 +129,10 @@ class ProbeRun:
     """Trains a linear head on frozen features of augmented crops; every process takes part."""
 
     encoder: FrozenEncoder
-    rows: Rows  # to learn from
+    rows: Rows  # training images
     classes: dict[int | str, int]  # label -> class number
     probe: PaperProbe
-    micro_batch: int  # images at once on a device; BatchNorm's statistics are theirs (512 in the original)
+    micro_batch: int  # images at once on a device, which BatchNorm normalises together (512 in the original)
     num_workers: int
     seed: int  # of initial weights, order, crops and flips
     accelerator: Accelerator
@@ -149,7 +149,7 @@ class ProbeRun:
         self.bad: dict[str, str] = {}
 
     def train(self) -> None:
-        """All steps."""
+        """Run all steps."""
         with (
             closing(self._batches()) as batches,
             tqdm(total=self.total_steps, disable=not self.accelerator.is_main_process, dynamic_ncols=True) as bar,
@@ -163,7 +163,7 @@ class ProbeRun:
         report_bad(self.rows, list(self.bad.items()), self.max_bad_fraction)
 
     def step(self, step: int, batches: Generator[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, float]:
-        """One step of the optimizer, number `step` from 0; this process's mean loss, and the learning rate."""
+        """Run optimizer step `step`, from 0; returns this process's mean loss and the learning rate."""
         lr = lr_at(step, self.probe.lr, self.warmup_steps, self.total_steps, self.probe.min_lr)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -199,7 +199,7 @@ class ProbeRun:
 
     @torch.no_grad()
     def accuracy(self, eval_rows: Rows) -> tuple[dict[str, float], int]:
-        """`linear_top1` and `linear_top5` in percent on the evaluation crops, and how many images there were."""
+        """`linear_top1` and `linear_top5` in percent on the evaluation crops, and the number of images."""
         accelerator, bad = self.accelerator, []
         head = accelerator.unwrap_model(self.head).eval()
         counts = torch.zeros(3, device=accelerator.device, dtype=torch.float64)

@@ -19,9 +19,9 @@ from .table import top_k_correct
 class TopK(evaluate.Metric):
     """Share of images whose label is among the k classes with the highest scores; base of `Top1` and `Top5`.
 
-    `compute(predictions=..., references=...)` takes (n, K) scores such as logits, or, where k is 1, (n,) class
-    numbers, and (n,) labels; it returns `top1` (or `top5`) in percent. Works in `evaluate.combine([Top1(), Top5()])`
-    and, with class numbers, as `metric=` of `evaluate.evaluator("image-classification")`.
+    `compute(predictions=..., references=...)` takes (n, K) scores such as logits, or (n,) class numbers if k is 1,
+    with (n,) labels. It returns `top1` (or `top5`) in percent. Works in `evaluate.combine([Top1(), Top5()])` and, with
+    class numbers, as `metric=` of `evaluate.evaluator("image-classification")`.
     """
 
     k: int
@@ -58,18 +58,18 @@ class Top5(TopK):
 
 
 def top_k_percent(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
-    """Share of rows of (n, K) scores whose label (n,) is among the k highest; with k >= K that is all."""
+    """Percentage of rows of (n, K) scores whose label (n,) is among the k highest; 100 if k >= K."""
     return 100 * top_k_correct(torch.from_numpy(scores), torch.from_numpy(labels), k) / len(labels)
 
 
 def make_compute_metrics(problem_type: str | None) -> Callable[[EvalPrediction], dict[str, float]]:
-    """`compute_metrics` of a Trainer, for the `problem_type` of the model's config.
+    """Make `compute_metrics` for a Trainer, by the `problem_type` of the model's config.
 
     Args:
         problem_type: "single_label_classification" or None: `top1` and `top5`, in percent.
             "multi_label_classification": `map` (mean over the classes of the average precision) and `auroc` (mean over
-            the classes of the area under the ROC curve), both in [0, 1]; a class that no image has, or for `auroc` all
-            images have, is left out, and where that leaves none the figure is nan.
+            the classes of the area under the ROC curve), both in [0, 1]. A class that no image has, or for `auroc` that
+            all images have, is left out; if no class remains, the figure is nan.
             "regression": `mae`, the mean absolute error, in the labels' unit.
 
     Raises:
@@ -107,5 +107,5 @@ def _multi_label(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def _regression(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Scores (n, ...) and labels of as many numbers: (n, 1) and (n,) go together."""
+    """Scores (n, ...) and labels of the same size, but any shape: (n, 1) and (n,) match."""
     return {"mae": float(np.abs(scores.reshape(labels.shape) - labels).mean())}

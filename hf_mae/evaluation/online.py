@@ -1,4 +1,4 @@
-"""The quality of an encoder during its training: kNN, a linear classifier and RankMe on a few images."""
+"""The quality of an encoder during training: kNN, a linear classifier and RankMe on a few images."""
 
 from collections.abc import Callable
 from copy import copy
@@ -22,7 +22,7 @@ NEIGHBOURS = 20
 
 @dataclass
 class OnlineEvaluator:
-    """Measures an encoder during its training."""
+    """Measures an encoder during training."""
 
     bank_rows: Rows  # images to learn from
     query_rows: Rows  # images to classify
@@ -39,15 +39,14 @@ class OnlineEvaluator:
         self.query_rows = subset(self.query_rows, max(1, self.samples // 2))
 
     def measure(self, model: nn.Module) -> dict[str, float]:
-        """The encoder's figures. Every process takes part, and every module stays in its mode.
+        """Measure the encoder. All processes must call this together; every module keeps its mode.
 
         Args:
-            model: MAEForPreTraining, wrapped as it is trained.
+            model: MAEForPreTraining, wrapped as for training.
 
         Returns:
             On the main process `knn_top1` (20 neighbours) and `linear_top1` (the fast protocol) in percent, and
-            `rankme` of the bank. Without labels, `rankme` alone; nothing if the features are not finite. On the other
-            processes nothing.
+            `rankme` of the bank; without labels, only `rankme`. Empty on other processes or for non-finite features.
         """
         unwrapped: Any = self.accelerator.unwrap_model(model)
         modes = [(module, module.training) for module in unwrapped.modules()]
@@ -58,8 +57,7 @@ class OnlineEvaluator:
                 return unwrapped.mae(self.normalize(images)).pooler_output
 
         loading = self.spec, self.batch_size, self.num_workers, self.accelerator
-        # With FSDP, the encoder's weights outside its layers are sharded with the whole model, whose hooks gather them
-        # for its own methods alone.
+        # FSDP shards encoder weights outside the layers with the whole model, and gathers them only for its methods.
         unwrapped.encode = encode
         register_fsdp_forward_method(unwrapped, "encode")
         try:
@@ -91,7 +89,7 @@ class OnlineEvaluator:
 
 
 def subset(rows: Rows, most: int) -> Rows:
-    """Up to `most` of the rows, see `spread`. Their blocks, which only training needs, stay as they are."""
+    """Up to `most` of the rows, chosen by `spread`. `blocks`, which only training needs, is not updated."""
     part = copy(rows)
     part.index = spread(rows.index, most, rows.source)
     return part

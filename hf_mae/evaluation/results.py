@@ -1,4 +1,4 @@
-"""results.json: what was measured, by which protocol, on which data, of which weights; model cards read it."""
+"""results.json: figures, with the protocol, data and weights that they belong to; model cards read it."""
 
 import json
 import statistics
@@ -18,13 +18,13 @@ PACKAGES = ("torch", "transformers", "datasets", "scikit-learn", "numpy", "pillo
 
 
 def check_results_file(recipe: ScoreRecipe) -> None:
-    """Raise a DataError, before hours are spent, for a file that no result can be added to."""
+    """Raise a DataError, before hours are spent, if a result can't be added to the recipe's file."""
     if path := recipe.results_file:
         read_results(path)
 
 
 def named_data(recipe: SplitKeys, split: str, evaluated_on: str) -> dict[str, Any]:
-    """The part of an entry that names its data: `split` by the source's own name, `evaluated_on` by `open_splits`."""
+    """The part of an entry that names its data: the source's name for `split`, `evaluated_on` from `open_splits`."""
     return {
         "dataset": recipe.dataset,
         "config": recipe.dataset_config,
@@ -50,7 +50,7 @@ def make_result(
     Returns:
         `protocol`, `data`; `checkpoint`: `path` and the `sha256` of its weights (None if they are in several files);
         `figures`: means over the repetitions; `ranges`: smallest and largest of each, if there are several;
-        `versions`. As it comes back from JSON.
+        `versions`. All values have JSON types.
     """
     weights = cached_file(model, "model.safetensors", _raise_exceptions_for_missing_entries=False)
     result = {
@@ -69,7 +69,7 @@ def make_result(
 def record_result(
     recipe: ScoreRecipe, protocol: dict[str, Any], data: dict[str, Any], runs: list[dict[str, float]]
 ) -> dict[str, Any]:
-    """The entry of `make_result`, after adding it to the file that the recipe names."""
+    """Make an entry with `make_result`, and add it to the file that the recipe names."""
     result = make_result(protocol, data, recipe.model, runs)
     if recipe.results_file:
         add_result(result, recipe.results_file)
@@ -77,7 +77,7 @@ def record_result(
 
 
 def describe_result(result: dict[str, Any]) -> str:
-    """A few lines about a result, for people."""
+    """Describe a result in a few readable lines."""
     protocol, data = result["protocol"], result["data"]
     pooling = f", pooling {protocol['pooling']}" if "pooling" in protocol else ""
     learnt = f"learnt from {data['train_images']:,} images of split {data['split']}, " if "train_images" in data else ""

@@ -32,7 +32,7 @@ class Features:
     labels: torch.Tensor  # (n,) class numbers
 
     def sample(self, fraction: float, seed: int) -> "Features":
-        """A random part of the rows, without repetition; the table itself for all of them."""
+        """A random fraction of the rows, in (0, 1], without repetition; the table itself for 1."""
         if fraction == 1:
             return self
         rows = np.random.default_rng(seed).permutation(len(self.labels))[: max(1, round(fraction * len(self.labels)))]
@@ -45,7 +45,7 @@ class Table:
     """Features, with the label and place of each image."""
 
     values: torch.Tensor  # (n, ...) float32 on the host
-    labels: list[Any]  # (n,) as the source has them
+    labels: list[Any]  # (n,) as the source stores them
     keys: list[str]  # (n,) places of the images
     bad: list[tuple[str, str]]  # key and reason of the images that can't be decoded
     num_rows: int  # all images, decoded or not
@@ -60,10 +60,10 @@ def encoded_batches(
     accelerator: Accelerator,
     bar: str | None = None,
 ) -> Generator[tuple[Batch, torch.Tensor]]:
-    """This process's share of the rows, batch by batch: images and their encodings, on the device.
+    """Yield this process's share of the rows: each batch, and its encodings on the device.
 
-    `encode` takes images (B, C, H, W) in the source's dtype. Every process calls it as often as the others, since
-    sharded weights are gathered in each call. `bar` labels a progress bar; without it there is none.
+    `encode` takes images (B, C, H, W) in the source's dtype. All processes call it equally often, since each call
+    gathers sharded weights. `bar` labels a progress bar; without it there is none.
     """
     ranks, shape = accelerator.num_processes, (1, spec.num_channels, *spec.size)
     dataset = EvaluationSet(rows, spec, batch_size, rank=accelerator.process_index, ranks=ranks)
@@ -79,13 +79,13 @@ def encoded_batches(
 
 
 def extract_table(rows: Rows, batches: Iterable[tuple[Batch, torch.Tensor]]) -> Table:
-    """Features of all rows, in their order, on every process; `batches` are this process's, by `encoded_batches`.
+    """Features of all rows, in order, on every process; `batches` are this process's, from `encoded_batches`.
 
     Raises:
         DataError: if no image can be decoded.
     """
     share = [
-        # A copy, because the class token's features are a view that keeps all tokens in memory.
+        # Without a copy, the class token's features are a view that keeps all tokens in memory.
         (encoded.to("cpu", torch.float32, copy=True), batch.labels, batch.keys, batch.bad)
         for batch, encoded in batches
     ]
@@ -99,17 +99,17 @@ def extract_table(rows: Rows, batches: Iterable[tuple[Batch, torch.Tensor]]) -> 
 def with_class_numbers(
     train: Table, rows: Rows, test: Table, eval_rows: Rows, all_known: bool = True
 ) -> tuple[Features, Features]:
-    """Features with the class numbers that both tables share; arguments and errors of `common_classes`."""
+    """The features of the two tables with common class numbers; arguments and errors are those of `common_classes`."""
     classes = common_classes(train.labels, rows, test.labels, eval_rows, all_known=all_known)
     first, second = (Features(table.values, class_numbers(table.labels, classes)) for table in (train, test))
     return first, second
 
 
 def report_bad(rows: Rows, bad: list[tuple[str, str]], most: float) -> None:
-    """Warn of images that can't be decoded, given by key and reason.
+    """Warn about images that can't be decoded, given as (key, reason).
 
     Raises:
-        DataError: if they are more than the fraction `most` of the rows.
+        DataError: if they are more than the fraction `most` of the rows, or all rows.
     """
     if not bad:
         return
@@ -117,14 +117,14 @@ def report_bad(rows: Rows, bad: list[tuple[str, str]], most: float) -> None:
     named = f"({reasons}; the first is {bad[0][0]})"
     line = f"{len(bad)} of the {len(rows)} images of {rows.name} can't be decoded {named}"
     if len(bad) > most * len(rows):
-        raise DataError(f"{line}, more than max_bad_fraction {most:.1%}; check the data, or allow more")
+        raise DataError(f"{line}, more than max_bad_fraction {most:.1%}; check the data, or raise the limit")
     if len(bad) == len(rows):
         raise DataError(f"{line}; check the data")
     logger.warning("%s; they are left out", line)
 
 
 def top_k_correct(scores: torch.Tensor, labels: torch.Tensor, k: int) -> int:
-    """How many rows of the (n, K) scores have their label (n,) among the k highest; all of them where k >= K."""
+    """Number of rows of (n, K) scores whose label (n,) is among the k highest; all rows if k >= K."""
     best = scores.topk(min(k, scores.shape[1]), dim=1).indices
     return int((best == labels.to(best.device).unsqueeze(1)).sum())
 
@@ -132,7 +132,7 @@ def top_k_correct(scores: torch.Tensor, labels: torch.Tensor, k: int) -> int:
 def rankme(values: torch.Tensor) -> float:
     """RankMe (arXiv:2210.02885) of (n, D) features: exp of the entropy of their normalised singular values.
 
-    They are not centred. The result is from 1 to min(n, D); the paper uses 25,600 rows.
+    The features are not centred. The result is in [1, min(n, D)]; the paper uses 25,600 rows.
     """
     singular = torch.linalg.svdvals(values.double())
     share = singular / singular.sum() + 1e-7  # the paper's epsilon

@@ -35,7 +35,7 @@ class RunState:
         """Read the state from a checkpoint's folder.
 
         Raises:
-            CheckpointError: if the folder is not a checkpoint, or its files are not JSON.
+            CheckpointError: if the folder is not a checkpoint, or its files are not JSON or lack a part of the state.
         """
         try:
             stored = {**read_json(folder / TRAINER), **read_json(folder / DATA)}
@@ -43,8 +43,11 @@ class RunState:
             raise CheckpointError(f"{error.filename} is missing; name a checkpoint-STEP folder of a run") from error
         except ValueError as error:
             raise CheckpointError(f"the state in {folder} is not JSON ({error}); name another checkpoint") from error
-        stored["plan"] = StreamPlan(**stored["plan"])
-        return cls(**{one.name: stored[one.name] for one in fields(cls) if one.name in stored})
+        stored.setdefault("scaler", None)  # which only fp16 has
+        try:
+            return cls(**{one.name: stored[one.name] for one in fields(cls)} | {"plan": StreamPlan(**stored["plan"])})
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"the state in {folder} is incomplete ({error}); name another checkpoint") from error
 
     def write(self, folder: Path) -> None:
         """Write the two files into a checkpoint's folder."""

@@ -1,4 +1,4 @@
-"""`hf-mae reconstruct`: pictures of a model's reconstructions of any images, by its own evaluation crop."""
+"""`hf-mae reconstruct`: draw a model's reconstructions of any images, with the model's evaluation crop."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,8 +25,8 @@ class Reconstructor:
     """A pretrained model with its image processor: images of any kind -> pixel_values -> reconstructions.
 
     Args:
-        path: folder or Hub id.
-        image_size: height and width of the crop, or one number for both; the model's own when omitted.
+        path: folder or Hub id of the model.
+        image_size: height and width of the crop in pixels, or one number for a square; the model's when omitted.
 
     Raises:
         DataError: if there is no model, it has no decoder, or it can't take this size.
@@ -44,7 +44,7 @@ class Reconstructor:
         self.mean, self.std = normalization(self.processor)  # to show pixel_values
 
     def pixel_values(self, images: Sequence[bytes | np.ndarray | Image.Image]) -> torch.Tensor:
-        """(B, C, H, W) of files' bytes, arrays (H, W, C) or Pillow images.
+        """Normalised pixels (B, C, H, W) of encoded files, arrays (H, W, C) or Pillow images.
 
         Raises:
             BadImage: if one can't be decoded.
@@ -61,8 +61,8 @@ def reconstruct_files(recipe: ReconstructRecipe) -> dict[str, Any]:
     """Draw the reconstructions of images.
 
     Returns:
-        `path` of the picture; `images` in it; `bad`: (key, reason) of those that can't be decoded; `scores`: for each
-        mask ratio, the mean `psnr` (dB) and `ssim` of the hidden part.
+        `path` of the picture; `images`, their number; `bad`: (key, reason) of those that can't be decoded; `scores`:
+        for each mask ratio, the mean `psnr` (dB) and `ssim` of the hidden part.
 
     Raises:
         UserError: if the images, the model or a key can't be used, or the picture can't be written.
@@ -100,7 +100,7 @@ def reconstruct_files(recipe: ReconstructRecipe) -> dict[str, Any]:
 
 
 def find_images(names: Sequence[str], split: str, most: int) -> Iterator[tuple[str, Any]]:
-    """(key, undecoded image) of files, folders and data sets; at most this many images of each folder or data set."""
+    """(key, undecoded image) of files, folders and data sets; at most `most` images of each folder or data set."""
     for name in names:
         path = Path(name)
         if path.is_file() and path.suffix not in (".parquet", ".tar"):

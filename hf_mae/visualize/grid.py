@@ -31,14 +31,14 @@ def reconstruction_grid(
     """A picture with one row for each image: original | masked | reconstruction | reconstruction with visible patches.
 
     Args:
-        reconstructions: of the same images, in the same way, e.g. with several mask ratios; the last three columns are
-            repeated for each.
-        image_mean: per channel, to undo the normalisation.
-        image_std: per channel.
-        bands: one channel or three (red, green, blue) to show, from 0; the first three when omitted, or the first.
-        details: also show where the error is, and the scores of the hidden part.
-        cell: pixels of an image's longer side in the picture; small images are enlarged without smoothing.
-        pairs: rows side by side.
+        reconstructions: of the same images with the same `statistics`, e.g. with several mask ratios; the last three
+            columns are repeated for each.
+        image_mean: (C,) mean that the normalisation subtracted.
+        image_std: (C,) standard deviation that the normalisation divided by.
+        bands: one channel or three (red, green, blue) to show, from 0. When omitted, the first three, or the first.
+        details: also show a map of the error, and the scores of the hidden part.
+        cell: longer side of an image in the picture, in pixels; small images are enlarged without smoothing.
+        pairs: number of images side by side in the picture.
 
     Raises:
         ValueError: if there are no such channels.
@@ -73,7 +73,7 @@ def shown_bands(
     channels = images.shape[1]
     chosen = list(range(3 if channels >= 3 else 1)) if bands is None else list(bands)
     if len(chosen) not in (1, 3) or not all(0 <= band < channels for band in chosen):
-        raise ValueError(f"bands {chosen} can't be shown; give one or three of 0 to {channels - 1}")
+        raise ValueError(f"bands {chosen} can't be shown; give one or three numbers from 0 to {channels - 1}")
     mean, std = ([float(values[band]) for band in chosen] for values in (mean, std))
     return to_unit_range(images[:, chosen], like[:, chosen], mean, std)
 
@@ -86,7 +86,7 @@ def _error_map(images: torch.Tensor, others: torch.Tensor, removed: torch.Tensor
 
 
 def to_pictures(images: torch.Tensor, cell: int) -> list[Image.Image]:
-    """(B, 1 or 3, H, W) in [0, 1] -> RGB with this longer side; small images are enlarged without smoothing."""
+    """(B, 1 or 3, H, W) in [0, 1] -> RGB, longer side `cell` pixels; small images are enlarged without smoothing."""
     H, W = images.shape[-2:]
     size = max(1, round(W * cell / max(H, W))), max(1, round(H * cell / max(H, W)))
     how = Image.Resampling.NEAREST if max(H, W) <= cell else Image.Resampling.BICUBIC
@@ -95,7 +95,7 @@ def to_pictures(images: torch.Tensor, cell: int) -> list[Image.Image]:
 
 
 def _arrange(columns: Sequence[Column], captions: bool, footer: str | None, pairs: int) -> Image.Image:
-    """Columns in one picture."""
+    """Put the columns into one picture."""
     width, height = columns[0][1][0].size
     across, down = width + MARGIN, height + MARGIN + (CAPTION if captions else 0)
     step, count = len(columns) * across + 2 * MARGIN, len(columns[0][1])
@@ -110,7 +110,7 @@ def _arrange(columns: Sequence[Column], captions: bool, footer: str | None, pair
             if captions and texts:
                 draw.text((left, top + height + 1), texts[index], fill="black", font_size=11)
     if footer:
-        # A picture of one image is narrower than the text.
+        # A picture of one image may be narrower than the footer.
         missing = max(0, 2 * MARGIN + math.ceil(draw.textlength(footer, font_size=12)) - grid.width)
         grid = ImageOps.expand(grid, (0, 0, missing, HEADER), "white")
         ImageDraw.Draw(grid).text((MARGIN, grid.height - HEADER + 2), footer, fill="black", font_size=12)

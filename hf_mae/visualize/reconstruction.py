@@ -19,13 +19,13 @@ class Reconstruction:
     """Images, their visible part, and a model's prediction from it.
 
     Args:
-        pixel_values: (B, C, H, W) the images, normalised, as all that follow.
-        masked: (B, C, H, W) the visible patches, zero elsewhere.
-        predicted: (B, C, H, W) the model's output for every patch, even the visible ones, which no loss trains.
-        pasted: (B, C, H, W) predictions where patches were removed, the image elsewhere.
+        pixel_values: (B, C, H, W) the normalised images.
+        masked: (B, C, H, W) the visible patches, normalised; zero elsewhere.
+        predicted: (B, C, H, W) the model's output for every patch, normalised; the loss doesn't train visible ones.
+        pasted: (B, C, H, W) predictions where patches were removed, the image elsewhere, normalised.
         removed: (B, 1, H, W) True where a patch was removed.
-        mask_ratio: fraction of patches that were removed.
-        statistics: where mean and contrast of removed patches are from; None where the model predicts them.
+        mask_ratio: fraction of patches that were removed, in (0, 1).
+        statistics: where mean and contrast of removed patches come from; None if the model predicts them.
     """
 
     pixel_values: torch.Tensor
@@ -52,33 +52,33 @@ def reconstruct(
     A model trained with `norm_pix_loss` predicts each patch without its mean and contrast (Sec. 3, "Reconstruction
     target"). There are three ways back to pixels:
 
-    - "visible": with the mean and contrast of the visible patches around, the nearest first. Reads no hidden pixel.
-    - "true": with the hidden patch's own, as if they were known. Uses ground truth: say so wherever you show it
+    - "visible": use the mean and contrast of visible patches, mainly the nearest ones. Reads no hidden pixel.
+    - "true": use the hidden patch's true mean and contrast. This is ground truth: say so wherever you show it
       (`reconstruction_grid` does).
-    - "raw": with none: every patch has mean 0 and variance 1 of the normalised pixels, and the picture looks blocky.
+    - "raw": use none. Every patch has mean 0 and variance 1 in normalised pixels, so the picture looks blocky.
 
-    For a model trained on plain pixels they are all the same.
+    For a model trained on plain pixels, all three give the same result.
 
     Args:
-        model: in evaluation mode.
-        pixel_values: (B, C, H, W) normalised pixels, of any size that patches divide.
-        mask_ratio: fraction of patches to hide; the config's when omitted.
-        seed: draws the masks: image i gets the same one in every batch, and a higher ratio hides more of the same.
-            Without it, `mask` and `noise`, they are the model's evaluation masks.
-        mask: (B, N) the caller's own choice, 1 = removed, the same number in each row.
-        noise: (B, N) sort keys of patches, as the model takes them.
-        statistics: the way back.
+        model: the model, in evaluation mode.
+        pixel_values: (B, C, H, W) normalised pixels; the patch size divides H and W.
+        mask_ratio: fraction of patches to hide, in (0, 1); the config's when omitted.
+        seed: seed of the masks. Image i gets the same mask in every batch, and a higher ratio hides additional patches.
+            Without `seed`, `mask` and `noise`, the model's evaluation masks are used.
+        mask: (B, N) 1 = removed, 0 = kept; the same number removed in each row.
+        noise: (B, N) sort keys of patches; those with the smallest are kept.
+        statistics: the way back to pixels: "visible", "true" or "raw".
 
     Raises:
-        ValueError: as the model's forward, and for another way back.
+        ValueError: for what the model's forward refuses, unknown statistics, or a mask that hides nothing.
     """
     if statistics not in get_args(Statistics):
-        raise ValueError(f"statistics {statistics!r} is none of {', '.join(get_args(Statistics))}")
+        raise ValueError(f"statistics {statistics!r} is unknown; use one of {', '.join(get_args(Statistics))}")
     patch_size, (B, _, H, W) = model.config.patch_height_width, pixel_values.shape
     grid_size = H // patch_size[0], W // patch_size[1]
     if seed is not None:
         if mask is not None or noise is not None:
-            raise ValueError("seed came with mask or noise, which make it void; pass one of them")
+            raise ValueError("seed can't be combined with mask or noise; pass one of them")
         noise = seeded_noise(seed, B, grid_size[0] * grid_size[1]).to(pixel_values.device)
     output = model(
         pixel_values, mask_ratio=mask_ratio, mask=mask, noise=noise, interpolate_pos_encoding=True, return_loss=False
@@ -109,15 +109,15 @@ def reconstruct(
 
 
 def seeded_noise(seed: int, images: int, patches: int) -> torch.Tensor:
-    """(images, patches) float32 from U[0, 1): row i is the same however many rows there are."""
+    """(images, patches) float32 from U[0, 1); row i doesn't depend on the number of rows."""
     rows = [np.random.default_rng((seed, index)).random(patches, np.float32) for index in range(images)]
     return torch.from_numpy(np.stack(rows))
 
 
 def from_visible_neighbours(values: torch.Tensor, removed: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
-    """Replace values (B, N, K) of removed patches (B, N, 1) by a mean of the visible ones, N = h * w.
+    """Replace values (B, N, K) of removed patches (B, N, 1) by a weighted mean of the visible ones, N = h * w.
 
-    The weights are a Gaussian one patch wide. Values of removed patches are not read.
+    The weights are a Gaussian of the distance, with a standard deviation of one patch. Removed values are not read.
     """
     rows, columns = torch.meshgrid(*(torch.arange(side, device=values.device) for side in grid_size), indexing="ij")
     places = torch.stack([rows.flatten(), columns.flatten()], dim=1).float()
@@ -127,17 +127,17 @@ def from_visible_neighbours(values: torch.Tensor, removed: torch.Tensor, grid_si
 
 
 def masked_psnr(images: torch.Tensor, others: torch.Tensor, removed: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio in dB, (B,), of images (B, C, H, W) in [0, 1]; inf where there is no difference.
+    """Peak signal-to-noise ratio in dB, (B,), of images (B, C, H, W) in [0, 1]; inf if there is no difference.
 
-    Only pixels count where `removed` (B, 1, H, W) is True; there are some in every image.
+    Only pixels where `removed` (B, 1, H, W) is True count; every image needs at least one.
     """
     return -10 * _mean_where((images - others) ** 2, removed).log10()
 
 
 def masked_ssim(images: torch.Tensor, others: torch.Tensor, removed: torch.Tensor) -> torch.Tensor:
-    """Structural similarity (Wang et al., 2004), (B,), of windows of 7 x 7 pixels: the mean over the removed pixels.
+    """Structural similarity (Wang et al., 2004), (B,), in windows of 7 x 7 pixels: the mean over the removed pixels.
 
-    The arguments are those of `masked_psnr`; images have 4 pixels or more a side.
+    The arguments are those of `masked_psnr`; each side of the images has at least 4 pixels.
     """
     return _mean_where(_ssim_map(images, others), removed)
 
@@ -171,10 +171,10 @@ def _mean_where(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
 def to_unit_range(
     images: torch.Tensor, like: torch.Tensor, image_mean: Sequence[float], image_std: Sequence[float]
 ) -> torch.Tensor:
-    """Normalised pixels (B, C, H, W) as they are shown, in [0, 1].
+    """Convert normalised pixels (B, C, H, W) to [0, 1] for display.
 
-    Where the originals `like` don't fill [0, 1] (16 bits, floats, dark images), both are stretched by the originals'
-    own range. Mean and standard deviation, one number per channel, undo the normalisation.
+    If an original in `like` doesn't fit [0, 1] (16 bits, floats) or is dark, its own range is stretched to [0, 1].
+    Mean and standard deviation, one number per channel, undo the normalisation.
     """
     mean, std = (torch.tensor(list(v), device=images.device).view(1, -1, 1, 1) for v in (image_mean, image_std))
     images, like = images.float() * std + mean, like.float() * std + mean

@@ -54,17 +54,17 @@ def test_another_split_is_matched_by_name_not_by_number():
     labels = find_labels(rows([0, 1], ["cat", "dog"]), SINGLE)
     other = rows([0, 1, 2], ["dog", "emu", "cat"])
     assert labels.targets([0, 2, 0], other.source).tolist() == [1, 0, 1]
-    with pytest.raises(DataError, match=r"has the label emu, which is none of the model's 2 classes \(cat, dog\)"):
+    with pytest.raises(DataError, match=r"has the label emu, which is not one of the model's 2 classes \(cat, dog\)"):
         labels.targets([0, 1], other.source)
 
 
 def test_unnamed_numbers_match_named_classes_but_never_numbered_ones():
     unnamed = rows([0, 1]).source
     assert Labels(SINGLE, ("cat", "dog")).targets([1, 0], unnamed).tolist() == [1, 0]
-    with pytest.raises(DataError, match="has the label 2, which is none of the model's 2 classes"):
+    with pytest.raises(DataError, match="has the label 2, which is not one of the model's 2 classes"):
         Labels(SINGLE, ("cat", "dog")).targets([1, 2], unnamed)
     # Classes "1" and "2": the label 0 is no class, not the first one.
-    with pytest.raises(DataError, match="has the label 0, which is none"):
+    with pytest.raises(DataError, match="has the label 0, which is not one of"):
         Labels(SINGLE, ("1", "2")).targets([1, 0], unnamed)
 
 
@@ -106,17 +106,17 @@ def test_numbers_are_targets_as_they_are():
 @pytest.mark.parametrize(
     ("labels", "problem", "message"),
     [
-        ([None, None], SINGLE, "2 of 2 images of memory, split train, have no label; sort images into one folder a cl"),
+        ([None, None], SINGLE, "2 of 2 images of memory, split train, have no label; sort images into one folder per"),
         ([0, None, 1], SINGLE, "1 of 3 images .* have no label"),
-        ([4, 4], SINGLE, r"memory has one class only \(4\); two or more are needed"),
+        ([4, 4], SINGLE, r"memory has only one class \(4\); two or more are needed"),
         ([0.5, 1.5], SINGLE, "memory has the label 0.5, .* pass --problem_type regression"),
         ([[0, 1], [1]], SINGLE, r"has the label \[0, 1\], .* pass --problem_type multi_label_classification"),
         ([0, 1], MULTI, "has the label 0, .* pass --problem_type single_label_classification"),
         ([0.5, 0.1], MULTI, "has the label 0.5, .* pass --problem_type regression"),
-        (["a", "b"], "regression", "has the label a, which is no finite number"),
-        ([1.0, float("nan")], "regression", "has the label nan, which is no finite number"),
+        (["a", "b"], "regression", "has the label a, not a finite number"),
+        ([1.0, float("nan")], "regression", "has the label nan, not a finite number"),
         ([[1, 2], [3]], "regression", "has a label of 1 numbers, not 2"),
-        ([[]], "regression", r"has the label \[\], which is no finite number"),
+        ([[]], "regression", r"has the label \[\], not a finite number"),
     ],
 )
 def test_labels_that_do_not_fit_are_told_in_one_line(labels, problem, message):

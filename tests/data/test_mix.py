@@ -182,5 +182,5 @@ def test_randaugment_gets_through_thousands_of_images():
 def test_words_that_timm_does_not_know_are_told_in_one_line():
     pytest.importorskip("timm", reason="timm is not installed: pip install 'hf-mae[train]'")
     for policy in ("strong", "rand-x9"):
-        with pytest.raises(ValueError, match=f"rand_augment {policy} is nothing that timm knows; use rand-m9-mstd0.5"):
+        with pytest.raises(ValueError, match=f"rand_augment {policy} is unknown to timm; use e.g. rand-m9-mstd0.5"):
             RandAugment(policy, (32, 32), [0.5])

@@ -87,7 +87,7 @@ def test_rows_are_read_in_the_order_asked_for_runs_of_a_shard_at_once():
 
 
 def test_no_rows_left_is_an_error_that_says_so():
-    with pytest.raises(DataError, match="no rows are left of the 3 in memory for held_out; give more data"):
+    with pytest.raises(DataError, match="none of the 3 rows in memory are left for held_out; give more data"):
         memory_rows([3], part="held_out", held_out_fraction=0.0)
 
 
@@ -183,7 +183,7 @@ def test_a_chosen_plan_fits_its_grid_or_there_is_none(random_access):
         possible = batch % ranks == 0 and ranks * max(workers, 1) <= samples
         if not possible:
             refused += 1
-            with pytest.raises(DataError, match=f"{samples} images can't be dealt to {ranks} processes"):
+            with pytest.raises(DataError, match=f"{samples} images can't be split among {ranks} processes"):
                 StreamPlan.choose(batch, ranks, workers, samples, random_access)
             continue
         chosen += 1

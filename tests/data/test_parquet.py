@@ -103,7 +103,7 @@ def test_a_binary_column_holds_images_where_none_has_their_type(tmp_path, stream
         (png(0), "x"),
         (png(1), "y"),
     ]
-    with pytest.raises(DataError, match=r"column 'id' of .* holds Value.*, which is no image"):
+    with pytest.raises(DataError, match=r"column 'id' of .* holds Value.*, which is not an image"):
         open_source(path, streaming=streaming, image_column="id")
 
 
@@ -145,7 +145,7 @@ def test_a_path_in_the_data_is_not_followed(tmp_path, streaming, in_bucket):
     first, second, third = read_all(source)
     assert second.image == png(1)
     assert first.image.reason == third.image.reason == "NoBytes"
-    with pytest.raises(BadImage, match=r"no image bytes \(at most a path, which is not followed"):
+    with pytest.raises(BadImage, match=r"no image bytes \(if it has a path, it is not followed"):
         decode_image(first.image, 3)
 
 
@@ -224,7 +224,7 @@ def test_a_flipped_bit_in_a_page_with_a_checksum_is_found(tmp_path):
 def test_parquet_that_says_rubbish_of_its_columns_is_named(tmp_path, streaming):
     table = pa.table({"image": [png(0)]}).replace_schema_metadata({"huggingface": b'{"info": {"feat\xff'})
     pq.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"what a\.parquet says of its columns is corrupt .*; fetch it again"):
+    with pytest.raises(DataError, match=r"the column types in a\.parquet are corrupt .*; fetch it again"):
         open_source(str(tmp_path / "a.parquet"), streaming=streaming)
 
 
@@ -238,7 +238,7 @@ def test_a_saved_table_with_a_flipped_bit_is_an_error_before_it_ends_the_process
     assert at > 0
     content[at + (40 if flipped == "offset" else 4 * 30) + 3] ^= 0x40
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"the table of .* is corrupt .*; make it again"):
+    with pytest.raises(DataError, match=r"the table of .* is corrupt .*; create it again"):
         open_source(str(tmp_path / "d"))
 
 

@@ -238,8 +238,8 @@ def test_a_folder_of_another_preparation_is_refused(folder, tmp_path):
     for changed, said in (
         ({"shortest_edge": 12}, "shortest_edge 16, not 12"),
         ({"quality": 50}, "quality 90, not 50"),
-        ({"rows_per_shard": 9}, "of something else"),
-        ({"split": "validation"}, "of something else"),
+        ({"rows_per_shard": 9}, "from another run"),
+        ({"split": "validation"}, "from another run"),
     ):
         with pytest.raises(DataError, match=said):
             prepare(options(folder, tmp_path / "out", **changed))

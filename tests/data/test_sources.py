@@ -179,7 +179,7 @@ def test_tar_labels_come_from_json_and_from_named_members(tmp_path):
 def test_a_tar_with_several_images_a_sample_needs_the_name_of_one(tmp_path):
     members = [(f"{i}.{field}", png(i + j)) for i in range(3) for j, field in enumerate(("jpg", "seg.png"))]
     path = str(write_tar(tmp_path / "a.tar", members))
-    with pytest.raises(DataError, match=r"several images a sample \(jpg, seg.png\); choose one with --image_column"):
+    with pytest.raises(DataError, match=r"several images per sample \(jpg, seg.png\); choose one with --image_column"):
         open_source(path)
     assert [row.image for row in read_all(open_source(path, image_column="seg.png"))] == [png(1), png(2), png(3)]
     with pytest.raises(DataError, match=r"no sample of .* has a member \.gif"):
@@ -256,7 +256,7 @@ def test_folders_and_files_without_images_say_what_was_expected(tmp_path):
     write_files(tmp_path / "d", {"a.txt": b"", "b.csv": b""})
     with pytest.raises(DataError, match=r"no images in .*; expected files ending in \.jpg"):
         open_source(str(tmp_path / "d"))
-    with pytest.raises(DataError, match=r"is \.txt; give files of one kind: \.parquet"):
+    with pytest.raises(DataError, match=r"matches \.txt files; give one kind: \.parquet"):
         open_source(str(tmp_path / "d" / "a.txt"))
     with pytest.raises(DataError, match=r"there is no file or folder .*0\.tar; check the numbers"):
         open_source(str(tmp_path / "{0..1}.tar"))
@@ -273,7 +273,7 @@ def test_files_that_are_not_what_they_are_called_are_named(tmp_path):
         for content in (b"", b"rubbish" * 1000):
             (tmp_path / name).write_bytes(content)
             for streaming in (True, None):
-                with pytest.raises(DataError, match=rf"{name}.* is not (a whole parquet file|an uncompressed tar)"):
+                with pytest.raises(DataError, match=rf"{name}.* is not (a complete parquet file|an uncompressed tar)"):
                     open_source(str(tmp_path / name), streaming=streaming)
     with pytest.raises(DataError, match=r"cannot read .*a\.parquet"):
         open_source(str(tmp_path / "a.parquet"), streaming=False)

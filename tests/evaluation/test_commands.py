@@ -127,7 +127,7 @@ MISTAKES = {
     "no repetitions": (["--seeds", "0"], ["seeds 0 is too small"]),
     "too large a share": (["--fraction", "1.5"], ["fraction 1.5 lies outside (0, 1]"]),
     "a misspelt key": (["--temprature", "1"], ["unknown argument '--temprature'; did you mean '--temperature'?"]),
-    "one image": (["--max_samples", "1"], ["1 images of split train of digits have one class only"]),
+    "one image": (["--max_samples", "1"], ["1 images of split train of digits have only one class"]),
 }
 
 
@@ -149,7 +149,7 @@ def test_folders_that_will_not_do_get_one_line(folder, tmp_path, mistake):
     others = class_folder(tmp_path / "others", ["cat", "eel"])
     flat = class_folder(tmp_path / "flat", [""])
     assert "class 1 is 'dog' in split train of" in message(animals, others)
-    assert "have no label; name their column by --label_column" in message(animals, flat)
+    assert "have no label; name their column with --label_column" in message(animals, flat)
     assert "have no label" in message(flat, animals)
     (animals / "cat" / "1.png").write_bytes(b"broken")
     assert "1 of the 6 images" in (found := message(animals, animals))

@@ -157,5 +157,5 @@ def test_several_processes_are_refused(folder, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *words]
     ended = subprocess.run(launch, env=environment(ACCELERATE_USE_CPU="true"), capture_output=True, text=True)
     assert ended.returncode != 0
-    assert "2 processes would write one file; start hf-mae embed once" in ended.stderr
+    assert "2 processes would write one file; start only one process" in ended.stderr
     assert not output.exists()

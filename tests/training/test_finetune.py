@@ -278,7 +278,7 @@ def test_broken_images_are_named_and_do_not_end_the_run(colourful, tmp_path, cap
         ({"total_batch_size": 30, "per_device_batch_size": 16}, "is not a multiple of per_device_batch_size 16"),
         ({"eval_split": "test"}, "digits has no split 'test'; choose one of: train"),
         ({"layer_decy": 0.5}, "unknown argument '--layer_decy'; did you mean '--layer_decay'?"),
-        ({"rand_augment": "strong"}, "rand_augment strong is nothing that timm knows"),
+        ({"rand_augment": "strong"}, "rand_augment strong is unknown to timm"),
         ({"resume": "there/is/none"}, "there/is/none is not a complete checkpoint (with trainer_state.json); name an"),
         ({"mixed_precision": "fp16"}, "mixed_precision fp16 needs a GPU; use bf16 or no"),
         ({"log_with": "paper"}, "log_with paper is not installed"),
@@ -312,8 +312,8 @@ def test_other_results_in_the_folder_are_not_taken_for_those_of_the_run(pretrain
 
 def test_data_that_does_not_fit_gets_one_line_with_the_remedy(colourful, pretrained, tmp_path, capsys):
     cases = [
-        (class_folders(tmp_path / "one", ["ant"]), "have no label; sort images into one folder a class"),
-        (folder_of_images(tmp_path / "same", [4] * 9, [(9, 9, 9)] * 9), "has one class only (4); two or more are need"),
+        (class_folders(tmp_path / "one", ["ant"]), "have no label; sort images into one folder per class"),
+        (folder_of_images(tmp_path / "same", [4] * 9, [(9, 9, 9)] * 9), "has only one class (4); two or more are need"),
     ]
     for data, message in cases:
         words = arguments(tmp_path / "out", model=colourful, dataset=data)
@@ -326,7 +326,7 @@ def test_data_that_does_not_fit_gets_one_line_with_the_remedy(colourful, pretrai
         f"{out} has the classes ant, bee, but {other} has bee, cow, emu; pass --reset_head true for a new head" in error
     )
     error = mistake(capsys, "evaluate", "classification", "--model", out, "--dataset", other, "--eval_split", "train")
-    assert "has the label cow, which is none of the model's 2 classes (ant, bee)" in error
+    assert "has the label cow, which is not one of the model's 2 classes (ant, bee)" in error
     error = mistake(capsys, "evaluate", "classification", "--model", colourful, "--dataset", data)
     assert f"{colourful} has no classifier; make one by hf-mae finetune --model {colourful}" in error
     bands = tmp_path / "bands"

@@ -69,7 +69,7 @@ def test_a_row_is_original_masked_reconstruction_and_both(channels, norm_pix_los
 @pytest.mark.parametrize("bands", [[0, 1], [3], [0, 1, -1], []])
 def test_bands_that_are_not_there_are_refused(bands):
     result = reconstruct(model_for(3, 32, 32), pixels(1))
-    with pytest.raises(ValueError, match="give one or three of 0 to 2"):
+    with pytest.raises(ValueError, match="give one or three numbers from 0 to 2"):
         reconstruction_grid([result], [0.5] * 3, [0.2] * 3, bands)
 
 

@@ -108,9 +108,9 @@ def test_a_mask_of_ones_own_is_the_one_that_is_used():
     mask[0, [1, 7, 8]] = 1
     result = reconstruct(model, images, mask=mask)
     assert torch.equal(result.removed[:, 0], removed_pixels(mask, 32, 32))
-    with pytest.raises(ValueError, match="seed came with mask"):
+    with pytest.raises(ValueError, match="seed can't be combined with mask"):
         reconstruct(model, images, mask=mask, seed=1)
-    with pytest.raises(ValueError, match="'own' is none of visible, true, raw"):
+    with pytest.raises(ValueError, match="'own' is unknown; use one of visible, true, raw"):
         reconstruct(model, images, statistics="own")  # pyright: ignore[reportArgumentType]
 
 
