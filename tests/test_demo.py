@@ -1,6 +1,7 @@
 """The demo: what it does, what it writes as a Space, and the page in a real browser."""
 
 import contextlib
+import re
 import shutil
 import socket
 import subprocess

@@ -45,7 +45,8 @@ class RunState:
             raise CheckpointError(f"the state in {folder} is not JSON ({error}); name another checkpoint") from error
         stored.setdefault("scaler", None)  # which only fp16 has
         try:
-            return cls(**{one.name: stored[one.name] for one in fields(cls)} | {"plan": StreamPlan(**stored["plan"])})
+            stored["plan"] = StreamPlan(**stored["plan"])
+            return cls(**{one.name: stored[one.name] for one in fields(cls)})
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"the state in {folder} is incomplete ({error}); name another checkpoint") from error
 

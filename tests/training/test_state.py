@@ -41,3 +41,14 @@ def test_a_folder_without_state_is_refused_with_the_remedy(tmp_path):
     (tmp_path / "data.json").write_text("no")
     with pytest.raises(CheckpointError, match="is not JSON"):
         RunState.read(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["step", "images_seen", "recipe", "guard", "plan", "positions", "bad"])
+def test_a_state_that_lacks_a_part_is_refused(tmp_path, part):
+    a_state().write(tmp_path)
+    for name in ("trainer.json", "data.json"):
+        content = json.loads((tmp_path / name).read_text())
+        content.pop(part, None)
+        (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=rf"is incomplete \('{part}'\); name another checkpoint"):
+        RunState.read(tmp_path)
