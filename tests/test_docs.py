@@ -136,12 +136,12 @@ def test_the_commands_run(home, line, capsys):
     words = [*shlex.split(line)[1:], *shlex.split(added)]
     if "in1k" in line and "--dataset" not in line:
         words += ["--dataset", "DATA"]  # in place of ImageNet
+    if words[0] == "pretrain":
+        shutil.rmtree("outputs")
     if line.endswith("outputs/images_256 --output_dir outputs/mine"):
         shutil.copytree("path/to/images", "outputs/images_256")
     if words[0] in ("pretrain", "finetune") and "--dataset" in words:
         words += ["--eval_dataset", words[words.index("--dataset") + 1]]  # too few to hold any out
-    if words[0] == "pretrain":
-        shutil.rmtree("outputs")
     if "outputs/finetune_quickstart" in line:
         names = {i: str(i) for i in range(10)}
         model = MAEForImageClassification.from_pretrained("outputs/quickstart", id2label=names)

@@ -183,7 +183,7 @@ def make_loader(
     """A DataLoader of a `TrainingStream` or `EvaluationSet`, in order.
 
     Args:
-        dataset: yields `Batch`es.
+        dataset: yields batches of type `Batch`.
         num_workers: number of loader processes; 0 loads in this one.
         pin_memory: whether to pin batches, for faster copies to a GPU.
         start: start-up function of each worker; gets its number.
