@@ -110,7 +110,13 @@ class ChosenPatches(NamedTuple):
 
 
 def random_masking(noise: torch.Tensor, len_keep: int, grid_size: tuple[int, int]) -> ChosenPatches:
-    """Keep the K patches with the smallest noise (B, N); ties go to the first patch (Sec. 3, "Masking")."""
+    """Keep a random subset of every image's patches (arXiv:2111.06377, Sec. 3, "Masking").
+
+    Args:
+        noise: (B, N) sort keys; the smallest are kept, and ties go to the first patch.
+        len_keep: K, the number of patches to keep, in [1, N].
+        grid_size: (h, w) patches of the images.
+    """
     ids_shuffle = noise.argsort(dim=1, stable=True)
     ids_restore = ids_shuffle.argsort(dim=1)
     mask = (ids_restore >= len_keep).to(noise.dtype)

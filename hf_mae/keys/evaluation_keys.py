@@ -29,6 +29,7 @@ class FeatureRecipe(ModelInput, DataKeys):
 
     def check(self) -> None:
         self.check_least(max_samples=1, per_device_batch_size=1, num_workers=0)
+        self.check_range("max_bad_fraction", high=1)
 
     @property
     def batch_size(self) -> int:

@@ -188,3 +188,11 @@ def test_features_that_are_not_finite_are_an_error(tmp_path, mistake):
         model.mae.norm.weight[0] = math.nan
     model.save_pretrained(folder)
     assert "are not finite; its training has diverged" in mistake(*command("knn", folder))
+
+
+@pytest.mark.parametrize("fraction", ["nan", "5", "-0.1"])
+@pytest.mark.parametrize("command", ["evaluate knn", "embed --output features.npy"])
+def test_a_fraction_of_bad_images_that_is_none_is_refused(command, fraction, capsys):
+    words = [*command.split(), "--model", "m", "--dataset", "digits", f"--max_bad_fraction={fraction}"]
+    assert start(*words) == 2
+    assert "out of range; give a number in [0, 1]" in capsys.readouterr().err
