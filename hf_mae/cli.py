@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _show(*texts: str) -> None:
-    """Print, and write out what was printed before; a reader that has seen enough, such as head, is no error."""
+    """Print, and write out what was printed before; a reader that stops early, such as head, isn't an error."""
     try:
         print(*texts, end="\n" if texts else "", flush=True)
     except BrokenPipeError:  # Python would try once more at its end

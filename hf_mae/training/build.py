@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .. import __version__
 from ..configuration_mae import SIZES, MAEConfig
@@ -100,7 +101,7 @@ def build_processor(
     mean, std = recipe.image_mean, recipe.image_std
     if mean is None or std is None:
         if data.num_channels == 3 and data.dtype == "uint8":
-            mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's
+            mean, std = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
         else:
             stats = channel_stats(data.rows, data.num_channels, data.dtype)
             mean, std = stats["image_mean"], stats["image_std"]

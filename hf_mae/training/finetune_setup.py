@@ -15,7 +15,7 @@ from ..data.labels import Labels
 from ..data.mix import RandAugment
 from ..data.order import Rows
 from ..data.stats import probe_rows
-from ..data.transform import ImageSpec, crop_settings, default_crop_pct
+from ..data.transform import BICUBIC, ImageSpec, crop_settings, default_crop_pct
 from ..errors import CheckpointError, DataError, UserError
 from ..image_processing_mae import MAEImageProcessor
 from ..keys import names_where
@@ -168,7 +168,7 @@ def build_processor(recipe: FinetuneRecipe, config: MAEConfig) -> MAEImageProces
     """
     size = config.image_height_width
     settings = crop_settings(size, recipe.eval_crop_pct or default_crop_pct(size))
-    settings |= {"do_resize": True, "do_center_crop": True, "resample": 3}  # 3: bicubic
+    settings |= {"do_resize": True, "do_center_crop": True, "resample": int(BICUBIC)}
     try:
         return MAEImageProcessor.from_pretrained(str(recipe.model), **settings)
     except (OSError, ValueError) as error:
