@@ -3,7 +3,7 @@
 import torch
 from accelerate import Accelerator
 
-from hf_mae.evaluation.table import Features, encoded_batches, extract_table
+from hf_mae.evaluation.table import Features, encoded_batches, even_batches, extract_table
 
 
 def clusters(n: int, seed: int) -> Features:
@@ -19,4 +19,5 @@ def random_features(n: int, seed: int, classes: int = 10, width: int = 8) -> Fea
 
 
 def table_of(encoder, rows, batch_size=8):
-    return extract_table(rows, encoded_batches(encoder, rows, encoder.spec, batch_size, 0, Accelerator(cpu=True)))
+    batches = even_batches(rows, encoder.spec, batch_size, 0, Accelerator(cpu=True))
+    return extract_table(rows, encoded_batches(encoder, batches))

@@ -12,9 +12,10 @@ from torch.distributed.fsdp import fully_shard
 from hf_mae import MAEForPreTraining
 from hf_mae.data.order import Rows
 from hf_mae.evaluation.encoder import FrozenEncoder
-from hf_mae.evaluation.linear_probe import PaperProbe, ProbeRun
+from hf_mae.evaluation.linear_probe import ProbeRun
 from hf_mae.evaluation.online import OnlineEvaluator
-from hf_mae.evaluation.table import encoded_batches, extract_table
+from hf_mae.evaluation.table import encoded_batches, even_batches, extract_table
+from hf_mae.keys.evaluation_keys import LinearProbeRecipe
 
 
 def bright_rows(n: int, seed: int = 0, labels: bool = True, classes: int = 3) -> Rows:
@@ -37,11 +38,15 @@ def quality_of(folder: str, accelerator: Accelerator, bank: Rows, queries: Rows,
 def measure(folder: str, accelerator: Accelerator, per_device: int) -> dict:
     """What all processes together find; the same on each but for `quality` and `sharded`, which the first one has."""
     encoder = FrozenEncoder(folder, "cls")
-    probe = PaperProbe(total_batch_size=32, epochs=1, warmup_epochs=0, blr=20)
+    recipe = LinearProbeRecipe(
+        model=folder, dataset="", total_batch_size=32, epochs=1, warmup_epochs=0, blr=20, num_workers=0
+    )
     rows, eval_rows = bright_rows(900), bright_rows(101, 1)
-    run = ProbeRun(encoder, rows, {0: 0, 7: 1, 14: 2}, probe, per_device, 0, 0, accelerator)
+    run = ProbeRun(encoder, rows, {0: 0, 7: 1, 14: 2}, recipe, per_device, 0, accelerator)
     run.train()
-    table = extract_table(eval_rows, encoded_batches(encoder, eval_rows, encoder.spec, 16, 0, accelerator))
+    table = extract_table(
+        eval_rows, encoded_batches(encoder, even_batches(eval_rows, encoder.spec, 16, 0, accelerator))
+    )
     quality = quality_of(folder, accelerator, rows, eval_rows, samples=201)
     found = {
         "weights": accelerator.unwrap_model(run.head)[1].weight.tolist(),

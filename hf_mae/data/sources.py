@@ -15,7 +15,7 @@ import fsspec
 import numpy as np
 
 from ..errors import DataError, one_line
-from ..keys.data_keys import DataKeys, SourceKeys, SplitKeys
+from ..keys.data_keys import DataKeys, SplitKeys
 from .locate import SPLIT_FOLDERS, Place, load_builder, locate, short_names
 from .order import HELD_OUT, Rows
 from .remote import is_remote, with_retries
@@ -53,10 +53,7 @@ def open_splits(keys: SplitKeys, streaming: bool | None = None) -> tuple[Rows, R
     place = locate(keys)
     source = open_split(place, keys.split, streaming)
     if keys.eval_dataset:
-        other = locate(
-            SourceKeys(dataset=keys.eval_dataset, image_column=keys.image_column, label_column=keys.label_column)
-        )
-        evaluation = open_split(other, keys.eval_split or "train")
+        evaluation = open_split(locate(keys.evaluation_source()), keys.eval_split or "train")
     elif name := keys.eval_split or _evaluation_split(place, keys.split):
         evaluation = open_split(place, name, streaming)
     else:

@@ -13,8 +13,8 @@ from ..data.transform import evaluation_spec, make_normalizer
 from ..keys.evaluation_keys import ClassificationRecipe
 from ..pretrained import load_with_processor
 from .metrics import make_compute_metrics
-from .results import check_results_file, record_result
-from .table import encoded_batches, extract_table, report_bad
+from .results import check_results_file, named_data, record_result
+from .table import encoded_batches, even_batches, extract_table, report_bad
 
 
 def evaluate_classification(recipe: ClassificationRecipe) -> dict[str, Any] | None:
@@ -44,8 +44,8 @@ def evaluate_classification(recipe: ClassificationRecipe) -> dict[str, Any] | No
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.mixed_precision == "bf16"):
             return model(normalize(images)).logits
 
-    batches = encoded_batches(logits, rows, spec, recipe.batch_size, recipe.num_workers, accelerator)
-    table = extract_table(rows, batches)
+    batches = even_batches(rows, spec, recipe.batch_size, recipe.num_workers, accelerator)
+    table = extract_table(rows, encoded_batches(logits, batches))
     report_bad(rows, table.bad, recipe.max_bad_fraction)
     if not accelerator.is_main_process:
         return None
@@ -57,12 +57,7 @@ def evaluate_classification(recipe: ClassificationRecipe) -> dict[str, Any] | No
         "mixed_precision": recipe.mixed_precision,
     }
     data = {
-        "dataset": recipe.eval_dataset or recipe.dataset,
-        "config": recipe.dataset_config,
-        "revision": recipe.dataset_revision,
-        "split": rows.source.split,
-        "evaluated_on": evaluated_on,
-        "max_eval_samples": recipe.max_eval_samples,
+        **named_data(recipe, rows.source.split, evaluated_on, learned=False),
         "eval_images": len(table.keys),
         "bad_samples": len(table.bad),
         "classes": len(labels.names),

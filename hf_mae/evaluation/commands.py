@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..keys.evaluation_keys import EvaluateRecipe, Pooling
 from .encoder import FrozenEncoder
 from .results import check_results_file, named_data, record_result
-from .table import Features, Table, encoded_batches, extract_table, report_bad, with_class_numbers
+from .table import Features, Table, encoded_batches, even_batches, extract_table, report_bad, with_class_numbers
 
 
 class Evaluation:
@@ -40,8 +40,8 @@ class Evaluation:
 
     def _table(self, rows: Rows, bar: str) -> Table:
         recipe, encoder = self.recipe, self.encoder
-        loading = recipe.batch_size, recipe.num_workers, self.accelerator
-        table = extract_table(rows, encoded_batches(encoder, rows, encoder.spec, *loading, bar))
+        batches = even_batches(rows, encoder.spec, recipe.batch_size, recipe.num_workers, self.accelerator, bar=bar)
+        table = extract_table(rows, encoded_batches(encoder, batches))
         report_bad(rows, table.bad, recipe.max_bad_fraction)
         if not table.values.isfinite().all():
             raise UserError(f"features of --model {recipe.model} are not finite; its training has diverged")

@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..files import as_utf8, replaced
 from ..keys.evaluation_keys import EmbedRecipe
 from .encoder import FrozenEncoder
-from .table import encoded_batches, report_bad
+from .table import encoded_batches, even_batches, report_bad
 
 Batches = Iterator[tuple[list[str], list[Any], np.ndarray]]  # keys, labels, and features (n, D) or (n, N, D) float32
 
@@ -47,9 +47,9 @@ def embed(recipe: EmbedRecipe) -> dict[str, Any]:
     origin = {"model": recipe.model, "dataset": recipe.dataset, "split": source.split, "pooling": recipe.pooling}
     bad: list[tuple[str, str]] = []
 
-    def batches() -> Batches:
-        loading = recipe.batch_size, recipe.num_workers, accelerator
-        for batch, values in encoded_batches(encoder, rows, encoder.spec, *loading, "features"):
+    def written() -> Batches:
+        batches = even_batches(rows, encoder.spec, recipe.batch_size, recipe.num_workers, accelerator, bar="features")
+        for batch, values in encoded_batches(encoder, batches):
             bad.extend(batch.bad)
             if batch.keys:
                 # The name of a file, or of a folder that is a label, need not be text.
@@ -60,7 +60,7 @@ def embed(recipe: EmbedRecipe) -> dict[str, Any]:
     path = Path(recipe.output)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        WRITERS[path.suffix](path, batches(), origin)
+        WRITERS[path.suffix](path, written(), origin)
     except (OSError, pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise UserError(f"{path} can't be written: {' '.join(str(error).split())[:300]}") from error
     width = [encoder.spec.num_patches] if recipe.pooling == "patches" else []

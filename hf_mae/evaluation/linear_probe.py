@@ -5,7 +5,7 @@
 
 from collections.abc import Generator
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -22,51 +22,48 @@ from ..errors import UserError
 from ..keys.evaluation_keys import LinearProbeRecipe
 from ..optim.batch import micro_batch
 from ..optim.lars import LARS
-from ..optim.schedule import lr_at
+from ..optim.schedule import lr_at, steps_of
 from .commands import Evaluation
 from .encoder import FrozenEncoder
 from .fast_linear import MAX_ITER, PENALTIES, fast_linear_accuracy
-from .table import encoded_batches, report_bad, top_k_correct
+from .table import encoded_batches, even_batches, report_bad, top_k_correct
+
+# The paper's settings: keys of the recipe, whose defaults are Table 10's, and those that can't be changed.
+PAPER_KEYS = ("total_batch_size", "epochs", "warmup_epochs", "blr", "min_lr", "weight_decay")
+MOMENTUM, TRUST_COEFFICIENT = 0.9, 0.001  # of LARS
+CROP_SCALE = (0.08, 1.0)  # smallest and largest share of the area; one draw, clipped
+FLIP = True  # mirror half of the crops
+BN_EPS = 1e-6
+INIT_STD = 0.01  # of the linear layer's initial weights
 
 
-@dataclass(frozen=True)
-class PaperProbe:
-    """Settings of arXiv:2111.06377, Table 10, and of the original's code; the defaults are theirs for ViT-Base."""
-
-    total_batch_size: int = 16_384  # images per step, over all processes
-    epochs: float = 90  # passes over the training images; 50 are enough for ViT-Large and -Huge
-    warmup_epochs: float = 10  # of the learning rate, linear from 0
-    blr: float = 0.1  # learning rate per 256 images
-    min_lr: float = 0.0  # learning rate at the end of the half cosine
-    weight_decay: float = 0.0  # of the head's weights
-    momentum: float = 0.9  # of LARS
-    trust_coefficient: float = 0.001  # of LARS
-    crop_scale: tuple[float, float] = (0.08, 1.0)  # smallest and largest share of the area; one draw, clipped
-    flip: bool = True  # mirror half of the crops
-    bn_eps: float = 1e-6  # of the BatchNorm without affine parameters before the linear layer
-    init_std: float = 0.01  # of the head's initial weights, a truncated normal distribution; biases start at 0
-
-    @property
-    def lr(self) -> float:
-        """The peak learning rate, by the linear scaling rule."""
-        return self.blr * self.total_batch_size / 256
-
-    def head(self, width: int, classes: int) -> nn.Sequential:
-        """BatchNorm without affine parameters, then a linear layer."""
-        linear = nn.Linear(width, classes)
-        nn.init.trunc_normal_(linear.weight, std=self.init_std)
-        nn.init.zeros_(linear.bias)
-        return nn.Sequential(nn.BatchNorm1d(width, affine=False, eps=self.bn_eps), linear)
-
-    def optimizer(self, head: nn.Module) -> LARS:
-        """LARS for the head; its learning rate is set before each step."""
-        return LARS(head.parameters(), 0.0, self.momentum, self.weight_decay, self.trust_coefficient)
+def make_head(width: int, classes: int) -> nn.Sequential:
+    """BatchNorm without affine parameters, then a linear layer: truncated normal weights, biases 0."""
+    linear = nn.Linear(width, classes)
+    nn.init.trunc_normal_(linear.weight, std=INIT_STD)
+    nn.init.zeros_(linear.bias)
+    return nn.Sequential(nn.BatchNorm1d(width, affine=False, eps=BN_EPS), linear)
 
 
-def paper_probe(recipe: LinearProbeRecipe) -> PaperProbe:
-    """The settings of the paper's protocol, with the recipe's values."""
-    known = [field.name for field in fields(PaperProbe) if hasattr(recipe, field.name)]
-    return PaperProbe(**{name: getattr(recipe, name) for name in known})
+def describe_settings(recipe: LinearProbeRecipe, pooling: str) -> dict[str, Any]:
+    """The paper's settings as results.json states them; `differs_from_source` has those that differ from the paper."""
+    used = {name: getattr(recipe, name) for name in PAPER_KEYS}
+    differs = {name: value for name, value in used.items() if value != getattr(LinearProbeRecipe, name)}
+    if pooling != "cls":
+        differs["pooling"] = pooling
+    return {
+        "source": "arXiv:2111.06377, Table 10, for ViT-Base",
+        "differs_from_source": differs,
+        **used,
+        "momentum": MOMENTUM,
+        "trust_coefficient": TRUST_COEFFICIENT,
+        "crop_scale": CROP_SCALE,
+        "flip": FLIP,
+        "bn_eps": BN_EPS,
+        "init_std": INIT_STD,
+        "pooling": pooling,
+        "lr": recipe.lr,
+    }
 
 
 def evaluate_linear_probe(recipe: LinearProbeRecipe) -> dict[str, Any] | None:
@@ -90,7 +87,7 @@ def evaluate_linear_probe(recipe: LinearProbeRecipe) -> dict[str, Any] | None:
 
 
 def _evaluate_paper(recipe: LinearProbeRecipe) -> dict[str, Any] | None:
-    evaluation, probe = Evaluation(recipe, "cls"), paper_probe(recipe)
+    evaluation = Evaluation(recipe, "cls")
     accelerator, encoder = evaluation.accelerator, evaluation.encoder
     rows, eval_rows = evaluation.rows, evaluation.eval_rows
     size, _ = micro_batch(recipe.total_batch_size, recipe.per_device_batch_size, accelerator.num_processes, most=512)
@@ -101,22 +98,15 @@ def _evaluate_paper(recipe: LinearProbeRecipe) -> dict[str, Any] | None:
     runs: list[dict[str, float]] = []
     images = 0, 0
     for seed in range(recipe.seed, recipe.seed + recipe.seeds):
-        run = ProbeRun(
-            encoder, rows, classes, probe, size, recipe.num_workers, seed, accelerator, recipe.max_bad_fraction
-        )
+        run = ProbeRun(encoder, rows, classes, recipe, size, seed, accelerator)
         run.train()
         figures, evaluated = run.accuracy(eval_rows)
         runs.append(figures)
         images = len(rows) - len(run.bad), evaluated
-    used, published = asdict(probe), asdict(PaperProbe())
-    used["pooling"], published["pooling"] = encoder.pooling, "cls"
     protocol = {
         "name": "linear_probe_paper",
         "classifier": "BatchNorm without affine parameters and a linear layer, LARS on random crops",
-        "source": "arXiv:2111.06377, Table 10, for ViT-Base",
-        "differs_from_source": {key: value for key, value in used.items() if value != published[key]},
-        **used,
-        "lr": probe.lr,
+        **describe_settings(recipe, encoder.pooling),
         "per_device_batch_size": size,
         "processes": accelerator.num_processes,
         "seed": recipe.seed,
@@ -131,21 +121,20 @@ class ProbeRun:
     encoder: FrozenEncoder
     rows: Rows  # training images
     classes: dict[int | str, int]  # label -> class number
-    probe: PaperProbe
-    micro_batch: int  # images at once on a device, which BatchNorm normalises together (512 in the original)
-    num_workers: int
+    recipe: LinearProbeRecipe  # its `seed` isn't used
+    per_device_batch_size: int  # images at once, which BatchNorm normalises together (512 in the original)
     seed: int  # of initial weights, order, crops and flips
     accelerator: Accelerator
-    max_bad_fraction: float = 0.01
 
     def __post_init__(self) -> None:
-        probe, accelerator = self.probe, self.accelerator
-        self.grad_accum_steps = probe.total_batch_size // (self.micro_batch * accelerator.num_processes)
-        self.total_steps = max(1, round(probe.epochs * len(self.rows) / probe.total_batch_size))
-        self.warmup_steps = min(probe.warmup_epochs * len(self.rows) / probe.total_batch_size, self.total_steps)
+        recipe, accelerator = self.recipe, self.accelerator
+        self.grad_accum_steps = recipe.total_batch_size // (self.per_device_batch_size * accelerator.num_processes)
+        images = len(self.rows), recipe.total_batch_size
+        self.total_steps = max(1, round(steps_of(recipe.epochs, *images)))
+        self.warmup_steps = min(steps_of(recipe.warmup_epochs, *images), self.total_steps)
         torch.manual_seed(self.seed)
-        self.head = accelerator.prepare(probe.head(self.encoder.width, len(self.classes)))
-        self.optimizer = probe.optimizer(self.head)
+        self.head = accelerator.prepare(make_head(self.encoder.width, len(self.classes)))
+        self.optimizer = LARS(self.head.parameters(), 0.0, MOMENTUM, recipe.weight_decay, TRUST_COEFFICIENT)
         self.bad: dict[str, str] = {}
 
     def train(self) -> None:
@@ -160,11 +149,11 @@ class ProbeRun:
                 bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.3g}", refresh=False)
                 bar.update()
         self.bad = dict(gather_object(list(self.bad.items())))
-        report_bad(self.rows, list(self.bad.items()), self.max_bad_fraction)
+        report_bad(self.rows, list(self.bad.items()), self.recipe.max_bad_fraction)
 
     def step(self, step: int, batches: Generator[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, float]:
         """Run optimizer step `step`, from 0; returns this process's mean loss and the learning rate."""
-        lr = lr_at(step, self.probe.lr, self.warmup_steps, self.total_steps, self.probe.min_lr)
+        lr = lr_at(step, self.recipe.lr, self.warmup_steps, self.total_steps, self.recipe.min_lr)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         total = torch.zeros((), device=self.accelerator.device)
@@ -181,20 +170,21 @@ class ProbeRun:
 
     def _batches(self) -> Generator[tuple[torch.Tensor, torch.Tensor]]:
         """Micro-batches on the device: images (B, C, H, W), class numbers (B,)."""
-        accelerator, probe = self.accelerator, self.probe
-        spec = replace(self.encoder.spec, crop_scale=probe.crop_scale, flip=probe.flip, one_draw=True)
+        accelerator, recipe = self.accelerator, self.recipe
+        workers, size = recipe.num_workers, self.per_device_batch_size
+        spec = replace(self.encoder.spec, crop_scale=CROP_SCALE, flip=FLIP, one_draw=True)
         ranks, random_access = accelerator.num_processes, self.rows.source.random_access
-        plan = StreamPlan.choose(probe.total_batch_size, ranks, self.num_workers, len(self.rows), random_access)
+        plan = StreamPlan.choose(recipe.total_batch_size, ranks, workers, len(self.rows), random_access)
         stream = TrainingStream(
             self.rows, plan, spec, self.seed, [0] * plan.num_streams, 0, self.total_steps, accelerator.process_index,
-            ranks, plan.items_per_step(ranks, self.num_workers, self.grad_accum_steps),
+            ranks, plan.items_per_step(ranks, workers, self.grad_accum_steps),
         )  # fmt: skip
-        loader = make_loader(stream, self.num_workers, accelerator.device.type == "cuda")
+        loader = make_loader(stream, workers, accelerator.device.type == "cuda")
         with closing(each_batch(loader)) as items:
             for item in items:
                 self.bad.update(item.bad)
                 labels = class_numbers(item.labels, self.classes)
-                for part in zip(item.images.split(self.micro_batch), labels.split(self.micro_batch), strict=True):
+                for part in zip(item.images.split(size), labels.split(size), strict=True):
                     yield tuple(tensor.to(accelerator.device, non_blocking=True) for tensor in part)  # type: ignore[misc]
 
     @torch.no_grad()
@@ -203,12 +193,13 @@ class ProbeRun:
         accelerator, bad = self.accelerator, []
         head = accelerator.unwrap_model(self.head).eval()
         counts = torch.zeros(3, device=accelerator.device, dtype=torch.float64)
-        loading = self.encoder.spec, self.micro_batch, self.num_workers, accelerator
-        for batch, values in encoded_batches(self.encoder, eval_rows, *loading, "evaluation"):
+        size, workers = self.per_device_batch_size, self.recipe.num_workers
+        batches = even_batches(eval_rows, self.encoder.spec, size, workers, accelerator, bar="evaluation")
+        for batch, values in encoded_batches(self.encoder, batches):
             bad += batch.bad
             scores, labels = head(values), class_numbers(batch.labels, self.classes)
             correct = [top_k_correct(scores, labels, k) for k in (1, 5)]
             counts += torch.tensor([len(batch.keys), *correct], device=counts.device)
         images, top1, top5 = cast(torch.Tensor, accelerator.reduce(counts, "sum")).tolist()
-        report_bad(eval_rows, gather_object(bad), self.max_bad_fraction)
+        report_bad(eval_rows, gather_object(bad), self.recipe.max_bad_fraction)
         return {"linear_top1": 100 * top1 / images, "linear_top5": 100 * top5 / images}, int(images)

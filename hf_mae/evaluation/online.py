@@ -15,7 +15,7 @@ from ..data.transform import ImageSpec
 from ..errors import DataError
 from .fast_linear import fast_linear_accuracy
 from .knn import knn_accuracy
-from .table import Table, encoded_batches, extract_table, rankme, with_class_numbers
+from .table import Table, encoded_batches, even_batches, extract_table, with_class_numbers
 
 NEIGHBOURS = 20
 
@@ -56,15 +56,15 @@ class OnlineEvaluator:
             with self.accelerator.autocast():
                 return unwrapped.mae(self.normalize(images)).pooler_output
 
-        loading = self.spec, self.batch_size, self.num_workers, self.accelerator
+        def table_of(rows: Rows) -> Table:
+            batches = even_batches(rows, self.spec, self.batch_size, self.num_workers, self.accelerator)
+            return extract_table(rows, encoded_batches(unwrapped.encode, batches))
+
         # FSDP shards encoder weights outside the layers with the whole model, and gathers them only for its methods.
         unwrapped.encode = encode
         register_fsdp_forward_method(unwrapped, "encode")
         try:
-            bank, queries = (
-                extract_table(rows, encoded_batches(unwrapped.encode, rows, *loading))
-                for rows in (self.bank_rows, self.query_rows)
-            )
+            bank, queries = table_of(self.bank_rows), table_of(self.query_rows)
         finally:
             del unwrapped.encode
             for module, training in modes:
@@ -93,3 +93,13 @@ def subset(rows: Rows, most: int) -> Rows:
     part = copy(rows)
     part.index = spread(rows.index, most, rows.source)
     return part
+
+
+def rankme(values: torch.Tensor) -> float:
+    """RankMe (arXiv:2210.02885) of (n, D) features: exp of the entropy of their normalised singular values.
+
+    The features are not centred. The result is in [1, min(n, D)]; the paper uses 25,600 rows.
+    """
+    singular = torch.linalg.svdvals(values.double())
+    share = singular / singular.sum() + 1e-7  # the paper's epsilon
+    return float(torch.exp(-(share * share.log()).sum()))

@@ -23,15 +23,23 @@ def check_results_file(recipe: ScoreRecipe) -> None:
         read_results(path)
 
 
-def named_data(recipe: SplitKeys, split: str, evaluated_on: str) -> dict[str, Any]:
-    """The part of an entry that names its data: the source's name for `split`, `evaluated_on` from `open_splits`."""
+def named_data(recipe: SplitKeys, split: str, evaluated_on: str, learned: bool = True) -> dict[str, Any]:
+    """The part of an entry that names its data.
+
+    Args:
+        recipe: keys of the command.
+        split: the source's name of the split to learn from, or to evaluate on if nothing was learned.
+        evaluated_on: the images to evaluate on, as `open_splits` describes them.
+        learned: whether the command learned from images; otherwise, only the data to evaluate on is named.
+    """
+    source = recipe if learned else recipe.evaluation_source()
     return {
-        "dataset": recipe.dataset,
-        "config": recipe.dataset_config,
-        "revision": recipe.dataset_revision,
+        "dataset": source.dataset,
+        "config": source.dataset_config,
+        "revision": source.dataset_revision,
         "split": split,
         "evaluated_on": evaluated_on,
-        "max_samples": recipe.max_samples,
+        **({"max_samples": recipe.max_samples} if learned else {}),
         "max_eval_samples": recipe.max_eval_samples,
     }
 

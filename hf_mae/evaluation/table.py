@@ -51,31 +51,54 @@ class Table:
     num_rows: int  # all images, decoded or not
 
 
-def encoded_batches(
-    encode: Callable[[torch.Tensor], torch.Tensor],
+def even_batches(
     rows: Rows,
     spec: ImageSpec,
     batch_size: int,
     num_workers: int,
     accelerator: Accelerator,
+    *,
+    mask_seed: int = 0,
     bar: str | None = None,
-) -> Generator[tuple[Batch, torch.Tensor]]:
-    """Yield this process's share of the rows: each batch, and its encodings on the device.
+) -> Generator[tuple[Batch, torch.Tensor, torch.Tensor]]:
+    """Yield this process's share of the rows: each batch, and its images and mask noise on the device.
 
-    `encode` takes images (B, C, H, W) in the source's dtype. All processes call it equally often, since each call
-    gathers sharded weights. `bar` labels a progress bar; without it there is none.
+    All processes get the same number of batches, since each forward gathers sharded weights. A process that has fewer
+    gets more batches without keys. For every batch without keys, the images are one black image.
+
+    Args:
+        rows: the rows of all processes.
+        spec: size, channels and dtype of the images.
+        batch_size: images per batch, on each process.
+        num_workers: loader processes for each process.
+        accelerator: the processes.
+        mask_seed: seed of the mask noise.
+        bar: label of a progress bar; without it there is none.
     """
-    ranks, shape = accelerator.num_processes, (1, spec.num_channels, *spec.size)
-    dataset = EvaluationSet(rows, spec, batch_size, rank=accelerator.process_index, ranks=ranks)
+    ranks, device = accelerator.num_processes, accelerator.device
+    dataset = EvaluationSet(rows, spec, batch_size, mask_seed, accelerator.process_index, ranks)
+    black = torch.zeros(1, spec.num_channels, *spec.size, dtype=getattr(torch, spec.dtype))
+    blank = Batch(black, torch.zeros(1, spec.num_patches), [], [])
     calls = range(math.ceil(len(rows) / (ranks * batch_size)))
-    with closing(each_batch(make_loader(dataset, num_workers))) as batches, torch.no_grad():
+    with closing(each_batch(make_loader(dataset, num_workers))) as batches:
         for _ in tqdm(calls, desc=bar, disable=bar is None or not accelerator.is_main_process, leave=False):
-            batch = next(batches, None)
-            empty = batch is None or not batch.keys
-            images = torch.zeros(shape, dtype=getattr(torch, spec.dtype)) if empty else batch.images
-            values = encode(images.to(accelerator.device, non_blocking=True))
-            if batch is not None:
-                yield batch, values[: len(batch.keys)]
+            batch = next(batches, blank)
+            shown = batch if batch.keys else blank
+            yield batch, shown.images.to(device, non_blocking=True), shown.noise.to(device, non_blocking=True)
+
+
+def encoded_batches(
+    encode: Callable[[torch.Tensor], torch.Tensor], batches: Generator[tuple[Batch, torch.Tensor, torch.Tensor]]
+) -> Generator[tuple[Batch, torch.Tensor]]:
+    """Yield each batch of `even_batches` with the encodings of its images, on the device; there may be none.
+
+    `encode` takes images (B, C, H, W) in the source's dtype.
+    """
+    with closing(batches):
+        for batch, images, _ in batches:
+            with torch.no_grad():
+                values = encode(images)
+            yield batch, values[: len(batch.keys)]
 
 
 def extract_table(rows: Rows, batches: Iterable[tuple[Batch, torch.Tensor]]) -> Table:
@@ -127,13 +150,3 @@ def top_k_correct(scores: torch.Tensor, labels: torch.Tensor, k: int) -> int:
     """Number of rows of (n, K) scores whose label (n,) is among the k highest; all rows if k >= K."""
     best = scores.topk(min(k, scores.shape[1]), dim=1).indices
     return int((best == labels.to(best.device).unsqueeze(1)).sum())
-
-
-def rankme(values: torch.Tensor) -> float:
-    """RankMe (arXiv:2210.02885) of (n, D) features: exp of the entropy of their normalised singular values.
-
-    The features are not centred. The result is in [1, min(n, D)]; the paper uses 25,600 rows.
-    """
-    singular = torch.linalg.svdvals(values.double())
-    share = singular / singular.sum() + 1e-7  # the paper's epsilon
-    return float(torch.exp(-(share * share.log()).sum()))

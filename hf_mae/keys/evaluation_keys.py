@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import UserError
+from ..optim.schedule import scaled_lr
 from . import Recipe, data_key, evaluation_key, hardware_key, inherit, key, model_key, optimization_key, output_key
 from .data_keys import DataKeys, SplitKeys
 
@@ -106,9 +107,10 @@ class KnnRecipe(EvaluateRecipe):
 
 @dataclass
 class LinearProbeRecipe(EvaluateRecipe):
-    """Keys of `hf-mae evaluate linear-probe`; those of the group optimization are for `--protocol paper` alone.
+    """Keys of `hf-mae evaluate linear-probe`; those of the group optimization only matter with `--protocol paper`.
 
-    Their defaults are arXiv:2111.06377, Table 10, for ViT-Base.
+    Their defaults are the numbers of arXiv:2111.06377, Table 10, for ViT-Base; 50 epochs are enough for ViT-Large and
+    ViT-Huge. `linear_probe.py` has the paper's settings that can't be changed.
     """
 
     recipe: str | None = key(
@@ -131,6 +133,11 @@ class LinearProbeRecipe(EvaluateRecipe):
     min_lr: float = optimization_key(0.0, "learning rate at the end of the cosine schedule")
     weight_decay: float = optimization_key(0.0, "weight decay of the linear layer")
     seed: int = optimization_key(0, "random seed of weights, order, crops and flips; each repetition adds 1")
+
+    @property
+    def lr(self) -> float:
+        """The highest learning rate of the paper's protocol."""
+        return scaled_lr(self.blr, self.total_batch_size)
 
     def check(self) -> None:
         super().check()

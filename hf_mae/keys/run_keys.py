@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from ..errors import UserError
 from ..optim.batch import micro_batch
-from ..optim.schedule import read_points
+from ..optim.schedule import read_points, scaled_lr, steps_of
 from . import (
     checkpoint_key,
     data_key,
@@ -25,6 +25,13 @@ from .data_keys import SplitKeys
 from .model_keys import MODEL_KEYS, ModelKeys
 
 T = TypeVar("T")
+
+# Default intervals of a run: key -> the run's number of steps is divided by this, and how the help says so.
+INTERVALS = {
+    "eval_steps": (10, "a tenth of the run"),
+    "save_steps": (10, "a tenth of the run"),
+    "quality_steps": (5, "a fifth of the run"),
+}
 
 
 @dataclass
@@ -80,8 +87,8 @@ class RunRecipe(SplitKeys):
     seed: int = optimization_key(0, "random seed of weights, order, crops, flips and masks")
     num_workers: int = hardware_key(2, "loader processes for each training process")
     log_steps: int = log_key(20, "steps between two lines of the log")
-    eval_steps: int | None = evaluation_key(None, "optimizer steps between two evaluations", "a tenth of the run")
-    save_steps: int | None = checkpoint_key(None, "optimizer steps between two checkpoints", "a tenth of the run")
+    eval_steps: int | None = evaluation_key(None, "optimizer steps between two evaluations", INTERVALS["eval_steps"][1])
+    save_steps: int | None = checkpoint_key(None, "optimizer steps between two checkpoints", INTERVALS["save_steps"][1])
     keep_checkpoints: int = checkpoint_key(2, "number of newest checkpoints to keep, 2 or more")
     log_with: str | None = log_key(
         None, "trackers: tensorboard, wandb, trackio or all", "none", card=False, metavar="NAME"
@@ -90,8 +97,8 @@ class RunRecipe(SplitKeys):
 
     @property
     def lr(self) -> float:
-        """The highest learning rate, by the linear scaling rule."""
-        return self.blr * self.total_batch_size / 256
+        """The highest learning rate."""
+        return scaled_lr(self.blr, self.total_batch_size)
 
     @property
     def images_per_step(self) -> int:
@@ -103,13 +110,20 @@ class RunRecipe(SplitKeys):
 
         Raises a UserError if neither steps nor epochs are given.
         """
-        per_epoch = num_samples / self.images_per_step
         if self.total_steps is None and self.epochs is None:
             raise UserError("neither total_steps nor epochs is given; pass e.g. --epochs 800")
-        total = self.total_steps or max(1, round((self.epochs or 0) * per_epoch))
+        total = self.total_steps or max(1, round(steps_of(self.epochs or 0, num_samples, self.images_per_step)))
         if self.warmup_steps is not None:
             return total, self.warmup_steps
-        return total, min(round(self.warmup_epochs * per_epoch), total // 10)
+        return total, min(round(steps_of(self.warmup_epochs, num_samples, self.images_per_step)), total // 10)
+
+    def interval(self, name: str, total_steps: int) -> int:
+        """Optimizer steps from one event to the next in a run of `total_steps`; 0 for none.
+
+        `name` is a key of `INTERVALS`. If it isn't given, the interval is a fraction of the run.
+        """
+        given: int | None = getattr(self, name)
+        return max(1, total_steps // INTERVALS[name][0]) if given is None else given
 
     def micro_batch(self, ranks: int) -> tuple[int, int]:
         """Images at once on a device, and the number of such micro-batches in a step of each of `ranks` processes.
@@ -170,7 +184,9 @@ class PretrainRunKeys(RunRecipe):
         None, "standard deviation of each channel, for pixels in [0, 1]", "ImageNet's for 8-bit RGB, else measured"
     )
     quality_steps: int | None = evaluation_key(
-        None, "steps between two measurements of kNN, linear accuracy and RankMe; 0 for none", "a fifth of the run"
+        None,
+        "optimizer steps between two measurements of kNN accuracy, linear accuracy and RankMe; 0 for none",
+        INTERVALS["quality_steps"][1],
     )
     quality_samples: int = evaluation_key(2000, "training images for these measurements; half as many are classified")
     push_to_hub: str | None = checkpoint_key(

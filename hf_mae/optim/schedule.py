@@ -8,12 +8,22 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
+def scaled_lr(blr: float, total_batch_size: int) -> float:
+    """The highest learning rate, by the linear scaling rule: `blr` is given per 256 images of an optimizer step."""
+    return blr * total_batch_size / 256
+
+
+def steps_of(epochs: float, num_images: int, images_per_step: int) -> float:
+    """Length of a number of epochs in optimizer steps; not rounded."""
+    return epochs * (num_images / images_per_step)
+
+
 def lr_at(step: float, lr: float, warmup_steps: float, total_steps: float, min_lr: float = 0.0) -> float:
     """Linear warm-up from 0, then half a cosine down to `min_lr` (arXiv:2111.06377, Table 8).
 
     Args:
         step: optimizer steps taken before this one, from 0. Any other unit works too; the original counts epochs.
-        lr: the highest learning rate, `blr * total_batch_size / 256`.
+        lr: the highest learning rate, as from `scaled_lr`.
         warmup_steps: length of the warm-up, in the unit of `step`.
         total_steps: end of the cosine, in the same unit.
         min_lr: learning rate at the end of the cosine.

@@ -111,8 +111,8 @@ class FinetuneRun:
         self.eval_images = LabelledImages(self.eval_rows, self._targets(self.eval_rows), self.spec, self.processor)
         self.steps = recipe.steps(len(self.train_images))
         self.args.max_steps, self.args.warmup_steps = self.steps
-        tenth = max(1, self.args.max_steps // 10)
-        self.args.eval_steps, self.args.save_steps = recipe.eval_steps or tenth, recipe.save_steps or tenth
+        names = ("eval_steps", "save_steps")
+        self.args.eval_steps, self.args.save_steps = (recipe.interval(name, self.steps[0]) for name in names)
 
     def _targets(self, rows: Rows) -> torch.Tensor:
         return self.labels.targets(labels_of(rows), rows.source)

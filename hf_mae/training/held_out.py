@@ -12,10 +12,11 @@ from accelerate.utils import gather_object
 from PIL import Image
 from torch import nn
 
-from ..data.loader import EvaluationSet, each_batch, make_loader
+from ..data.loader import EvaluationSet
 from ..data.order import Rows
 from ..data.transform import ImageSpec
 from ..errors import DataError
+from ..evaluation.table import even_batches
 from ..image_processing_mae import MAEImageProcessor
 from ..modeling_mae import MAEForPreTraining
 from ..visualize.grid import reconstruction_grid
@@ -36,10 +37,6 @@ class HeldOut:
     accelerator: Accelerator
     mask_seed: int  # a row's mask depends on this and on its index
 
-    def batches(self, rank: int, ranks: int) -> EvaluationSet:
-        """A rank's share of the images, with their masks' noise."""
-        return EvaluationSet(self.rows, self.spec, self.batch_size, self.mask_seed, rank, ranks)
-
     @torch.no_grad()
     def loss(self, model: nn.Module) -> tuple[float, list[tuple[str, str]]]:
         """Mean loss, and (key, reason) of the images that can't be decoded; every process must call it.
@@ -47,25 +44,17 @@ class HeldOut:
         Raises:
             DataError: if no image can be decoded.
         """
-        accelerator, device, spec = self.accelerator, self.accelerator.device, self.spec
-        # All ranks run the same number of forwards, because each one gathers sharded weights.
-        longest = -(-len(self.rows) // accelerator.num_processes)
-        bad: list[tuple[str, str]] = []
-        total = torch.zeros(2, device=device, dtype=torch.float64)
-        # Input for a rank that has no images left, or can't decode them.
-        images = torch.zeros(1, spec.num_channels, *spec.size, device=device)
-        noise = torch.zeros(1, spec.num_patches, device=device)
+        accelerator, bad = self.accelerator, list[tuple[str, str]]()
+        total = torch.zeros(2, device=accelerator.device, dtype=torch.float64)
         model.eval()
-        dataset = self.batches(accelerator.process_index, accelerator.num_processes)
-        with closing(each_batch(make_loader(dataset, self.num_workers))) as batches:
-            for _ in range(-(-longest // self.batch_size)):
-                batch = next(batches, None)
-                bad += batch.bad if batch else []
-                count = len(batch.keys) if batch else 0
-                if batch and count:
-                    images, noise = batch.images.to(device), batch.noise.to(device)
+        batches = even_batches(
+            self.rows, self.spec, self.batch_size, self.num_workers, accelerator, mask_seed=self.mask_seed
+        )
+        with closing(batches):
+            for batch, images, noise in batches:
+                bad += batch.bad
                 loss = model(self.normalize(images), noise=noise).loss
-                if count:
+                if count := len(batch.keys):
                     total += torch.stack([loss.double() * count, torch.tensor(count).to(loss)])
         model.train()
         loss_sum, seen = cast(torch.Tensor, accelerator.reduce(total, "sum")).tolist()

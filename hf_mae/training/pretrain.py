@@ -181,12 +181,11 @@ class PretrainRun:
 
     def _take_steps(self) -> None:
         recipe, state = self.recipe, self.state
-        tenth, fifth = (max(1, state.total_steps // part) for part in (10, 5))
-        quality_steps = fifth if recipe.quality_steps is None else recipe.quality_steps
-        intervals = (recipe.log_steps, recipe.eval_steps or tenth, quality_steps, recipe.save_steps or tenth)
+        names = ("eval_steps", "quality_steps", "save_steps")
+        intervals = (recipe.log_steps, *(recipe.interval(name, state.total_steps) for name in names))
         if state.step == 0:
             self._evaluate()
-            if quality_steps:
+            if recipe.quality_steps != 0:
                 self._measure_quality()
         self.watch.restart()
         while state.step < state.total_steps:

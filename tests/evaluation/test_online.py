@@ -13,7 +13,8 @@ from hf_mae.data.labels import class_numbers, common_classes
 from hf_mae.evaluation.encoder import FrozenEncoder
 from hf_mae.evaluation.fast_linear import fast_linear_accuracy
 from hf_mae.evaluation.knn import knn_accuracy
-from hf_mae.evaluation.table import Features, rankme
+from hf_mae.evaluation.online import rankme
+from hf_mae.evaluation.table import Features
 
 
 @pytest.fixture
@@ -112,3 +113,12 @@ def test_a_diverged_encoder_is_told_and_not_measured(folder):
         model.mae.norm.bias[0] = 0
     assert quality.measure(model).keys() == {"knn_top1", "linear_top1", "rankme"}
     assert quality.notice is None
+
+
+def test_rankme_by_hand():
+    # Singular values 3 and 1: shares 3/4 and 1/4, exp(entropy) = (4/3)^(3/4) * 4^(1/4).
+    values = torch.tensor([[3.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    assert rankme(values) == pytest.approx((4 / 3) ** 0.75 * 4**0.25, abs=1e-5)
+    assert rankme(torch.outer(torch.arange(1.0, 8), torch.arange(1.0, 6))) == pytest.approx(1, abs=1e-4)
+    orthogonal = torch.linalg.qr(torch.randn(40, 5, generator=torch.Generator().manual_seed(0)))[0]
+    assert rankme(2.5 * orthogonal) == pytest.approx(5, abs=1e-4)

@@ -1,4 +1,4 @@
-"""RankMe, samples, class numbers and top-k of feature tables."""
+"""Samples, class numbers and top-k of feature tables."""
 
 import numpy as np
 import pytest
@@ -10,16 +10,7 @@ from hf_mae.data.order import Rows
 from hf_mae.errors import DataError
 from hf_mae.evaluation.fast_linear import fast_linear_accuracy
 from hf_mae.evaluation.knn import knn_accuracy
-from hf_mae.evaluation.table import Features, rankme, top_k_correct
-
-
-def test_rankme_by_hand():
-    # Singular values 3 and 1: shares 3/4 and 1/4, exp(entropy) = (4/3)^(3/4) * 4^(1/4).
-    values = torch.tensor([[3.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
-    assert rankme(values) == pytest.approx((4 / 3) ** 0.75 * 4**0.25, abs=1e-5)
-    assert rankme(torch.outer(torch.arange(1.0, 8), torch.arange(1.0, 6))) == pytest.approx(1, abs=1e-4)
-    orthogonal = torch.linalg.qr(torch.randn(40, 5, generator=torch.Generator().manual_seed(0)))[0]
-    assert rankme(2.5 * orthogonal) == pytest.approx(5, abs=1e-4)
+from hf_mae.evaluation.table import Features, top_k_correct
 
 
 def test_a_sample_is_a_part_without_repetition_and_differs_by_seed():

@@ -10,6 +10,7 @@ from runs import arguments, load_pretrain_recipe, pictures, run
 from transformers import AutoImageProcessor
 
 from hf_mae import MAEImageProcessorPil
+from hf_mae.data.loader import EvaluationSet
 from hf_mae.training.pretrain import PretrainRun
 
 pytestmark = pytest.mark.usefixtures("own_caches", "no_process_is_left")
@@ -51,7 +52,8 @@ def test_evaluation_pixels_are_those_of_the_image_processor_to_the_last_digit(tm
     processor = AutoImageProcessor.from_pretrained(output_dir, backend="pil")
     assert type(processor) is MAEImageProcessorPil
     seen = 0
-    for batch in pretraining.held_out.batches(0, 1):
+    held_out = pretraining.held_out
+    for batch in EvaluationSet(held_out.rows, held_out.spec, held_out.batch_size):
         files = [Image.open(tmp_path / "data" / key) for key in batch.keys]
         expected = processor(files, return_tensors="pt")["pixel_values"]
         torch.testing.assert_close(pretraining.normalize(batch.images), expected, atol=1e-6, rtol=0)
