@@ -1,4 +1,4 @@
-"""The command line: `hf-mae COMMAND`. Whatever takes long to import is imported when a command starts to work."""
+"""The command line: `hf-mae COMMAND`. Slow imports wait until a command starts to work."""
 
 import io
 import json
@@ -34,8 +34,8 @@ EXTRAS = {
 }
 # What to do after an interruption.
 REPEATS = {
-    **dict.fromkeys(("pretrain", "finetune"), "go on with --resume auto"),
-    "push": "the same command repeats the upload",
+    **dict.fromkeys(("pretrain", "finetune"), "continue with --resume auto"),
+    "push": "repeat the command to finish the upload",
 }
 USAGE = """usage: hf-mae COMMAND [--key value ...]
 
@@ -43,7 +43,7 @@ Masked autoencoders (arXiv:2111.06377) as Hugging Face Transformers models.
 
 {commands}
 
-hf-mae COMMAND --help lists the keys of a command. A first run, on a data set that comes along:
+hf-mae COMMAND --help lists the keys of a command. A first run, on handwritten digits that need no download:
   hf-mae pretrain --recipe quickstart
 """
 EVALUATE_USAGE = """usage: hf-mae evaluate PROTOCOL [--key value ...]
@@ -80,7 +80,7 @@ hf-mae stats --dataset path/to/images
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; 0 if it went well, 2 for a mistake that its one-line message names, 130 if interrupted."""
+    """Run a command; returns 0 for success, 2 for a mistake (named in one line), 130 for an interruption."""
     words = sys.argv[1:] if arguments is None else arguments
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -114,7 +114,7 @@ def _answer(words: list[str]) -> int:
     except UserError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        _fail(f"interrupted; {REPEATS.get(words[0], 'the same command starts anew')}")
+        _fail(f"interrupted; {REPEATS.get(words[0], 'repeat the command to start again')}")
         return 130
 
 
@@ -124,8 +124,7 @@ class Command:
 
     help: str
     keys: type[Recipe]
-    run: Callable[[Any], None]  # prints the outcome; whatever is slow to import is imported inside
-    recipes: str | None = None  # what the names of its recipes start with; None if it takes no recipe
+    run: Callable[[Any], None]  # prints the outcome; slow imports are inside
 
 
 def find_command(words: list[str]) -> tuple[str, list[str]]:
@@ -144,19 +143,17 @@ def find_command(words: list[str]) -> tuple[str, list[str]]:
 
 
 def _hint(word: str, words: list[str]) -> str:
-    return nearest(word, words) or f"; there are {', '.join(words)}"
+    return nearest(word, words) or f"; choose one of {', '.join(words)}"
 
 
 def read_keys(name: str, words: list[str]) -> Any:
     """The keys of a command from its words, checked; a UserError for an unknown key, or a value that it can't have."""
     from .commandline import parse, shipped_recipes
 
-    command = COMMANDS[name]
-    recipes = None if command.recipes is None else shipped_recipes(command.recipes)
+    command, recipes = COMMANDS[name], shipped_recipes(name)
     description = f"{command.help[0].upper()}{command.help[1:]}."
     examples = [line for line in EXAMPLES.splitlines() if f" {name} " in line]
-    keys = parse(command.keys, words, f"hf-mae {name}", recipes=recipes, description=description, examples=examples)
-    return keys.finish()
+    return parse(command.keys, words, f"hf-mae {name}", recipes=recipes, description=description, examples=examples)
 
 
 def _run(name: str, words: list[str]) -> int:
@@ -182,7 +179,7 @@ def _prepare_transformers() -> None:
 
 
 def _fail(message: str) -> int:
-    sys.stderr.write(f"hf-mae: error: {message}\n")  # in one piece, where several processes write at once
+    sys.stderr.write(f"hf-mae: error: {message}\n")  # one write, because several processes may write at once
     return 2
 
 
@@ -226,9 +223,22 @@ def _finetune(recipe: FinetuneRecipe) -> None:
             + (f"{bad} images could not be decoded: {folder}/bad_samples.jsonl\n" if bad else "")
             + f"model    {folder}\n"
             f"figures  {folder}/results.json\n"
-            f"use it   import hf_mae; from transformers import pipeline; "
-            f"pipeline('image-classification', {folder!r})(image)"
+            f"use it   {_describe_use(recipe)}"
         )
+
+
+def _describe_use(recipe: FinetuneRecipe) -> str:
+    """A line of Python that uses a fine-tuned model."""
+    folder = recipe.output_dir
+    if recipe.problem_type != "regression":
+        return f"import hf_mae; from transformers import pipeline; pipeline('image-classification', {folder!r})(image)"
+    # The pipeline would turn numbers into the probabilities of classes.
+    return (
+        "import hf_mae; from transformers import AutoImageProcessor, AutoModelForImageClassification; "
+        f"processor = AutoImageProcessor.from_pretrained({folder!r}); "
+        f"model = AutoModelForImageClassification.from_pretrained({folder!r}); "
+        "model(**processor(image, return_tensors='pt')).logits"
+    )
 
 
 def _knn(recipe: KnnRecipe) -> None:
@@ -257,7 +267,7 @@ def _show_result(recipe: ScoreRecipe, result: dict[str, Any] | None) -> None:
     PartialState().destroy_process_group()
     if result:  # only the main process has one
         print(describe_result(result))
-        print(f"added to {recipe.results_file}" if recipe.results_file else "written nowhere; --results FILE keeps it")
+        print(f"added to {recipe.results_file}" if recipe.results_file else "not saved; pass --results FILE to save it")
 
 
 def _embed(recipe: EmbedRecipe) -> None:
@@ -346,16 +356,10 @@ def _stats(recipe: StatsRecipe) -> None:
 
 
 COMMANDS: dict[str, Command] = {
-    "pretrain": Command(
-        "train a masked autoencoder, from scratch or from a checkpoint", PretrainRecipe, _pretrain, recipes=""
-    ),
-    "finetune": Command(
-        "train a classifier on a pretrained model, with labels", FinetuneRecipe, _finetune, recipes="finetune_"
-    ),
+    "pretrain": Command("train a masked autoencoder, from scratch or from a checkpoint", PretrainRecipe, _pretrain),
+    "finetune": Command("train a classifier on a pretrained model, with labels", FinetuneRecipe, _finetune),
     "evaluate knn": Command("classify by the nearest neighbours among frozen features", KnnRecipe, _knn),
-    "evaluate linear-probe": Command(
-        "train a linear classifier on frozen features", LinearProbeRecipe, _linear_probe, recipes="linear_probe_"
-    ),
+    "evaluate linear-probe": Command("train a linear classifier on frozen features", LinearProbeRecipe, _linear_probe),
     "evaluate classification": Command("score a fine-tuned model", ClassificationRecipe, _classification),
     "embed": Command("write frozen features of any data to a parquet or numpy file", EmbedRecipe, _embed),
     "reconstruct": Command(
@@ -366,7 +370,7 @@ COMMANDS: dict[str, Command] = {
         "start a page to try a pretrained model on your own photos, or write it as a Space", DemoRecipe, _demo
     ),
     "convert": Command(
-        "convert weights of the original (.pth), of transformers' vit_mae and of timm to ours, or back",
+        "convert weights from and to the formats of the original (.pth), transformers' vit_mae and vit, and timm",
         ConvertRecipe,
         _convert,
     ),

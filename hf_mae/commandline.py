@@ -1,7 +1,7 @@
-"""The keys of a command: a dataclass's defaults, then a YAML recipe, then what the user typed.
+"""Reads a command line into a dataclass of keys: its defaults, then a YAML recipe, then what the user typed.
 
-The fields of the dataclass, made by `key`, are the command's flags. jsonargparse merges and prints them; this file says
-how a value of each type is typed, and makes one line of every mistake.
+`keys/__init__.py` says how a key is declared and how a value of each type is typed. jsonargparse merges the values and
+prints the help. This file finds recipes and assigns words to keys. Every mistake becomes a UserError of one line.
 """
 
 import re
@@ -18,15 +18,15 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from .errors import UserError, nearest, short
-from .keys import BOOLEANS, BadValue, Key, keys_of
+from .keys import BOOLEANS, BadValue, Key, Recipe, keys_of
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Recipe)
 
 # The groups of keys, in the order of the help.
 GROUPS = ["data", "model", "masking", "optimization", "evaluation", "output", "checkpoints", "logging", "hardware"]
 HELP = ["--help", "-h"]
-# What the names of recipes start with that are not for pretraining.
-PREFIXES = ("finetune_", "linear_probe_")
+# Command with recipes -> what their names start with. All other recipes are for pretraining.
+RECIPES = {"pretrain": "", "finetune": "finetune_", "evaluate linear-probe": "linear_probe_"}
 
 
 def parse(
@@ -55,6 +55,7 @@ def parse(
     keys = keys_of(kind)
     parser = _build_parser(keys, prog, description, examples)
     flags = _name_positionals(keys, words, prog)
+    typed = {word.partition("=")[0] for word in flags}
     try:
         given = parser.parse_args(flags)
         if (name := given.get("recipe")) is not None:
@@ -65,14 +66,19 @@ def parse(
     for name, one in keys.items():
         if one.default is MISSING and name not in values:
             raise UserError(f"--{name} is missing: {one.metadata['help']}; see {prog} --help")
+    if name := values.get("recipe"):
+        kind.adapt(values, [one.name for one in keys.values() if typed.intersection(one.flags)])
     return kind(**values)
 
 
-def shipped_recipes(prefix: str = "") -> dict[str, Traversable]:
-    """The package's recipes of one command: those whose names start with `prefix`, or those of pretraining."""
+def shipped_recipes(command: str = "pretrain") -> dict[str, Traversable]:
+    """The package's recipes of a command, by name; none for a command that isn't in `RECIPES`."""
+    if command not in RECIPES:
+        return {}
+    prefix, prefixes = RECIPES[command], tuple(filter(None, RECIPES.values()))
     files = (resources.files("hf_mae") / "recipes").iterdir()
     names = {file.name.removesuffix(".yaml"): file for file in files if file.name.endswith(".yaml")}
-    return {name: names[name] for name in sorted(names) if name.startswith(prefix or PREFIXES) == bool(prefix)}
+    return {name: names[name] for name in sorted(names) if name.startswith(prefix or prefixes) == bool(prefix)}
 
 
 def read_recipe(name: str, recipes: Mapping[str, Traversable]) -> dict[str, Any]:
@@ -87,8 +93,10 @@ def read_recipe(name: str, recipes: Mapping[str, Traversable]) -> dict[str, Any]
     file = recipes.get(name) or Path(name)
     try:
         if not (file.name.endswith((".yaml", ".yml")) and file.is_file()):
-            known = f"there are {', '.join(recipes)}, or a .yaml file" if recipes else "give a .yaml file that exists"
-            raise UserError(f"unknown recipe '{short(name)}'{nearest(name, recipes)}; {known}")
+            if not recipes:
+                raise UserError(f"unknown recipe '{short(name)}'; give a .yaml file that exists")
+            known = f"(known: {', '.join(recipes)}; or give a .yaml file)"
+            raise UserError(f"unknown recipe '{short(name)}'{nearest(name, recipes)} {known}")
         values = yaml.load(file.read_text(encoding="utf-8"), _Words)
     except OSError as error:
         raise UserError(f"recipe {name} can't be read: {error.strerror}; check its name and permissions") from error
@@ -133,8 +141,6 @@ def _build_parser(keys: dict[str, Key], prog: str, description: str, examples: S
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
-    # argparse, which has no public way to say it, takes -1e-5 for a flag. What is one, `_part_words` knows.
-    parser._negative_number_matcher = re.compile("-(?!-)")
     used = {one.metadata["group"] for one in keys.values()}
     groups = {name: parser.add_argument_group(name) for name in GROUPS if name in used} | {"": parser}
     for one in keys.values():
@@ -202,7 +208,8 @@ def _part_words(keys: dict[str, Key], words: Sequence[str], first: bool) -> tupl
             room = 0 if taking is None or equals else len(words) if taking.several else 1
             flags.append(word)
         elif room and not (first and taking and taking.base is bool and word.lower() not in (*BOOLEANS, "none")):
-            flags.append(word)
+            # argparse takes -1e-5 for a flag, but never a word that starts with a space; `Key.read` removes it.
+            flags.append(f" {word}" if word.startswith("-") else word)
             room -= 1
         else:
             free.append(word)

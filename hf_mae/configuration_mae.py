@@ -119,7 +119,7 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
         for key in ("image_size", "patch_size", "pyramid_scales"):
             if isinstance(value := getattr(self, key), tuple):
                 setattr(self, key, list(value))
-        self._check()
+        self.check()
         self.stage_names = ["stem"] + [f"stage{i}" for i in range(1, self.num_hidden_layers + 1)]
         self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
 
@@ -160,7 +160,8 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
         """N, patches per image."""
         return self.grid_size[0] * self.grid_size[1]
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise a ValueError for a value that is out of range or contradicts another, naming the remedy."""
         sizes = [f"{part}{name}" for part in ("", "decoder_") for name in ("hidden_size", "num_hidden_layers")]
         for key in (*sizes, "intermediate_size", "decoder_intermediate_size", "num_channels"):
             if getattr(self, key) < 1:

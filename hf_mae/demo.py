@@ -18,7 +18,7 @@ from .data.loader import EvaluationSet, each_batch, make_loader
 from .data.order import Rows
 from .data.sources import open_source
 from .errors import DataError, UserError
-from .evaluation.knn import nearest
+from .evaluation.knn import nearest_rows
 from .files import check_free, new_folder, write_text
 from .keys.publishing_keys import DemoRecipe, Statistics
 from .visualize.command import Reconstructor
@@ -146,7 +146,7 @@ class Demo:
         """The gallery images with the most similar features to the whole photo's, with their cosine similarity."""
         assert self.features is not None
         query = self.model.mae(session.pixel_values).pooler_output.cpu()
-        similarity, rows = nearest(query, self.features, min(NEIGHBOURS, len(self.features)))
+        similarity, rows = nearest_rows(query, self.features, min(NEIGHBOURS, len(self.features)))
         pairs = zip(similarity[0].tolist(), rows[0].tolist(), strict=True)
         return [(self.thumbnails[row], f"{cosine:.2f}") for cosine, row in pairs]
 

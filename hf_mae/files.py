@@ -4,9 +4,11 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,23 @@ def is_disk_full(error: Exception) -> bool:
     """Whether the disk, a quota or a limit on files is at its end. Safetensors says so in its text alone."""
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return getattr(error, "errno", None) in full or any(f"os error {number}" in str(error) for number in full)
+
+
+def missing_path(name: str, endings: Collection[str] = ()) -> str | None:
+    """A message about a local path that doesn't exist, with the nearest that does; None if it may be a Hub id instead.
+
+    A name can't be a Hub id if it has other characters, one of the file `endings`, or an existing folder as first part.
+    """
+    path = Path(os.path.expanduser(name))
+    is_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) and path.suffix.lower() not in endings
+    if is_id and not (len(path.parts) > 1 and Path(path.parts[0]).is_dir()):
+        return None
+    parent = next(folder for folder in (*path.parents, Path()) if folder.is_dir())
+    wrong = "".join(path.relative_to(parent).parts[:1])
+    near = get_close_matches(wrong, os.listdir(parent) if os.access(parent, os.R_OK) else [], n=1)
+    return f"there is no file or folder {name}; " + (
+        f"did you mean '{parent / near[0]}'?" if near else "check the path"
+    )
 
 
 @contextmanager
@@ -82,7 +101,7 @@ def replace_files(folder: Path, write: Callable[[Path], None]) -> None:
 def check_free(folder: Path, remedy: str = "name another folder") -> None:
     """Raise a UserError unless a folder can be written by `new_folder`: it doesn't exist, or is empty."""
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise UserError(f"{folder} is there and not empty; {remedy}")
+        raise UserError(f"{folder} already exists and is not empty; {remedy}")
 
 
 @contextmanager

@@ -158,7 +158,7 @@ class MAEPreTrainedModel(SavedWithCode, PreTrainedModel):  # pyright: ignore[rep
             new.image_size = list(image_size) if isinstance(image_size, tuple) else image_size
         if num_channels is not None:
             new.num_channels = num_channels
-        new._check()
+        new.check()
         self.config.image_size, self.config.num_channels = new.image_size, new.num_channels
         for module in self.modules():
             if isinstance(module, MAEPositions | MAEPatchEmbed | MAEDecoder):

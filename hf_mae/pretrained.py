@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from .errors import UserError, one_line
+from .files import missing_path
 from .image_processing_mae import MAEImageProcessor
 from .modeling_mae import MAEPreTrainedModel
 
@@ -30,12 +32,26 @@ def loading(failure: str, remedy: str | None = None) -> Iterator[None]:
         raise UserError(f"{failure} ({why}); {remedy}" if remedy else f"{failure}: {why}") from error
 
 
+def model_failure(model: str) -> str:
+    """The beginning of a message for `loading` about a model that a user named.
+
+    Raises:
+        UserError: if the name is a local path that doesn't exist, before the network is asked for it.
+    """
+    failure = f"--model {model} can't be loaded"
+    if Path(model).is_dir():
+        return failure
+    if missing := missing_path(model, (".safetensors", ".pth", ".pt", ".bin")):
+        raise UserError(f"{failure}: {missing}")
+    return f"{failure}: no local folder has this name, and reading it from the Hub failed"
+
+
 def load_with_processor(kind: type[Model], path: str, **overrides: Any) -> tuple[Model, MAEImageProcessor]:
     """A pretrained model of a class in evaluation mode, from a folder or Hub id, and its image processor.
 
     `overrides` are keys of its configuration. Raises a UserError if there is no model, or not all weights of its class.
     """
-    with loading(f"--model {path} can't be loaded"):
+    with loading(model_failure(path)):
         # Whatever precision it was saved in: figures of one model are to be the same everywhere.
         loaded: Any = kind.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **overrides

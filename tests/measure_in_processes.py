@@ -44,9 +44,8 @@ def measure(folder: str, accelerator: Accelerator, per_device: int) -> dict:
     rows, eval_rows = bright_rows(900), bright_rows(101, 1)
     run = ProbeRun(encoder, rows, {0: 0, 7: 1, 14: 2}, recipe, per_device, 0, accelerator)
     run.train()
-    table = extract_table(
-        eval_rows, encoded_batches(encoder, even_batches(eval_rows, encoder.spec, 16, 0, accelerator))
-    )
+    batches = even_batches(eval_rows, encoder.spec, 16, 0, accelerator)
+    table = extract_table(eval_rows, encoded_batches(encoder, batches))
     quality = quality_of(folder, accelerator, rows, eval_rows, samples=201)
     found = {
         "weights": accelerator.unwrap_model(run.head)[1].weight.tolist(),

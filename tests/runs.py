@@ -89,9 +89,9 @@ def load_finetune_recipe(words: list[str]) -> FinetuneRecipe:
     return read_keys("finetune", words)
 
 
-def recipe_names(prefix: str = "") -> list[str]:
+def recipe_names(command: str = "pretrain") -> list[str]:
     """The names of the package's recipes of one command."""
-    return list(shipped_recipes(prefix))
+    return list(shipped_recipes(command))
 
 
 def shipped_recipe(name: str) -> dict:

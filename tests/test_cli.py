@@ -470,10 +470,10 @@ def test_a_model_of_transformers_is_answered_with_the_command_that_converts_it(m
 @pytest.mark.parametrize(
     ("command", "remedy"),
     [
-        ("pretrain", "go on with --resume auto"),
-        ("finetune", "go on with --resume auto"),
-        ("push", "the same command repeats the upload"),
-        ("convert", "the same command starts anew"),
+        ("pretrain", "continue with --resume auto"),
+        ("finetune", "continue with --resume auto"),
+        ("push", "repeat the command to finish the upload"),
+        ("convert", "repeat the command to start again"),
     ],
 )
 def test_an_interruption_says_what_to_do_for_that_command(command, remedy, monkeypatch, capsys):

@@ -16,16 +16,16 @@ from hf_mae.cli import COMMANDS
 from hf_mae.commandline import GROUPS, parse, read_recipe
 from hf_mae.configuration_mae import SIZES
 from hf_mae.errors import UserError
-from hf_mae.keys import ImageSize, key, keys_of, names_where
+from hf_mae.keys import ImageSize, Recipe, key, keys_of, names_where
 from hf_mae.keys.evaluation_keys import FEATURE_FILES
 from hf_mae.keys.finetune_keys import FinetuneRecipe
 from hf_mae.keys.model_keys import ModelKeys
-from hf_mae.keys.publishing_keys import Format, Graph
+from hf_mae.keys.publishing_keys import ExportFormat, Format
 from hf_mae.keys.run_keys import PretrainRecipe
 
 
 @dataclass
-class Seeded:
+class Seeded(Recipe):
     seed: int = key(0, "random seed of everything that is drawn", group="optimization")
 
 
@@ -47,16 +47,16 @@ class Keys(Seeded):
 
 
 @dataclass
-class Prepare:
+class Prepare(Recipe):
     source: str = key(help_text="data set to read", positional=True, metavar="SRC")
     dest: str = key(help_text="folder to write", positional=True, metavar="DST")
     quality: int = key(90, "JPEG quality, 1 to 95")
     image_size: ImageSize | None = key(None, "size of the images in pixels")
-    check: bool = key(False, "read every image back")
+    verify: bool = key(False, "read every image back")
 
 
 @dataclass
-class Report:
+class Report(Recipe):
     runs: list[str] = key(help_text="folders of runs", positional=True, metavar="RUN")
     output: str | None = key(None, "file to write")
 
@@ -188,8 +188,8 @@ def test_words_without_a_flag_give_positional_keys_in_their_order():
     for words in (
         "--quality 80 a b",
         "a --quality 80 b",
-        "--quality=80 --check no a b",
-        "--check false a b --quality 80",
+        "--quality=80 --verify no a b",
+        "--verify false a b --quality 80",
     ):
         assert read(*words.split(), kind=Prepare) == expected
     for words in (
@@ -203,8 +203,8 @@ def test_words_without_a_flag_give_positional_keys_in_their_order():
 
 
 def test_a_bare_boolean_flag_leaves_the_words_after_it_to_the_keys_without_a_flag():
-    for words in ("--check a b", "a b --check", "a --check b", "--check true a b"):
-        assert read(*words.split(), kind=Prepare) == Prepare(source="a", dest="b", check=True)
+    for words in ("--verify a b", "a b --verify", "a --verify b", "--verify true a b"):
+        assert read(*words.split(), kind=Prepare) == Prepare(source="a", dest="b", verify=True)
 
 
 def test_a_flag_of_several_words_takes_all_words_up_to_the_next_flag():
@@ -289,7 +289,7 @@ def test_a_recipe_that_is_missing_or_broken_is_named(recipe_file, tmp_path):
     assert re.match(r"recipe .*mine.yaml is not YAML: ", mistake("--recipe", str(tmp_path / "mine.yaml")))
     recipes = {"quickstart": tmp_path / "mine.yaml", "base": tmp_path / "mine.yaml"}
     assert mistake("--recipe", "quikstart", recipes=recipes) == (
-        "unknown recipe 'quikstart'; did you mean 'quickstart'?; there are quickstart, base, or a .yaml file"
+        "unknown recipe 'quikstart'; did you mean 'quickstart'? (known: quickstart, base; or give a .yaml file)"
     )
     for name in ("no/file.yaml", str(tmp_path)):
         assert mistake("--recipe", name) == f"unknown recipe '{name}'; give a .yaml file that exists"
@@ -355,7 +355,7 @@ def test_help_is_printed_without_torch_or_transformers():
 import sys
 sys.argv = ["hf-mae", "pretrain", "--help"]
 from hf_mae.commandline import parse
-from hf_mae.keys.publishing_keys import Format, Graph
+from hf_mae.keys.publishing_keys import Format, ExportFormat
 from hf_mae.keys.run_keys import PretrainRecipe
 try:
     parse(PretrainRecipe, ["--help"], "hf-mae pretrain")
@@ -404,8 +404,8 @@ def test_the_choices_of_a_key_are_what_the_package_can_do():
     from hf_mae.evaluation import embed
 
     assert get_args(Format) == tuple(write.WRITERS)
-    assert get_args(Graph) == tuple(export.WRITERS)
-    assert FEATURE_FILES == tuple(embed.WRITERS)
+    assert get_args(ExportFormat) == tuple(export.WRITERS)
+    assert FEATURE_FILES == tuple(embed.FEATURE_WRITERS)
     assert keys_of(PretrainRecipe)["model_size"].choices == tuple(SIZES)
 
 

@@ -123,7 +123,7 @@ def test_what_is_not_empty_is_not_written_over(tmp_path, kind):
         (tmp_path / "out").write_text("mine")
     else:
         (tmp_path / "out" / "mine").mkdir(parents=True)
-    with pytest.raises(UserError, match="out is there and not empty; name another folder by --there"):
+    with pytest.raises(UserError, match="out already exists and is not empty; name another folder by --there"):
         files.check_free(tmp_path / "out", "name another folder by --there")
 
 
@@ -157,3 +157,17 @@ def test_a_lock_that_is_never_released_is_an_error_in_the_end(tmp_path, monkeypa
     monkeypatch.setattr(files, "LOCK_SECONDS", 0.1)
     with files.locked(tmp_path / "a"), pytest.raises(OSError, match="lock"), files.locked(tmp_path / "a"):
         pass
+
+
+def test_a_path_that_is_missing_is_told_from_a_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs" / "quickstart").mkdir(parents=True)
+    for name in ("mnist", "uoft-cs/cifar10", "timm/vit_base.mae_in1k"):
+        assert files.missing_path(name, (".png",)) is None
+    close = "there is no file or folder outputs/quikstart; did you mean 'outputs/quickstart'?"
+    assert files.missing_path("outputs/quikstart") == close
+    assert files.missing_path("output/quickstart/x") == (
+        "there is no file or folder output/quickstart/x; did you mean 'outputs'?"
+    )
+    for name in ("./x", "x.png", "/nowhere", "~nobody/x", "a/b/c", "two words", "a/", "../x", ""):
+        assert files.missing_path(name, (".png",)) == f"there is no file or folder {name}; check the path"

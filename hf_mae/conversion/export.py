@@ -14,7 +14,7 @@ from torch import nn
 from ..classifier_mae import MAEForImageClassification
 from ..errors import UserError
 from ..files import check_free, new_folder
-from ..keys.publishing_keys import ExportRecipe, Numbers
+from ..keys.publishing_keys import ExportRecipe, SourceFacts
 from ..modeling_mae import MAEForPreTraining
 from .compare import compare, make_probe
 from .read import open_source
@@ -48,7 +48,7 @@ def export(recipe: ExportRecipe) -> dict[str, Any]:
         UserError: if the source can't be read, DEST isn't empty, or outputs differ by more than 1e-5 of their scale.
     """
     check_free(Path(recipe.output_dir))
-    source = open_source(recipe.model, Numbers())
+    source = open_source(recipe.model, SourceFacts())
     model = source.model.mae if isinstance(source.model, MAEForPreTraining) else source.model
     (name, write), tensors = WRITERS[recipe.to], Tensors(model).eval()
     batches = [make_probe(model.config, images, seed=images).images for images in BATCHES]

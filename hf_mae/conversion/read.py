@@ -17,7 +17,7 @@ from ..errors import UserError, one_line
 from ..files import read_json, sha256
 from ..image_processing_mae import MAEImageProcessor
 from ..keys import height_width
-from ..keys.publishing_keys import Numbers
+from ..keys.publishing_keys import SourceFacts
 from ..modeling_mae import MAEForPreTraining, MAEModel
 from ..pretrained import loading
 from ..run_folder import RunFolder
@@ -46,7 +46,7 @@ class Source:
     before: dict[str, Any] | None = None  # what an earlier conversion recorded
 
 
-def open_source(source: str, numbers: Numbers) -> Source:
+def open_source(source: str, numbers: SourceFacts) -> Source:
     """Read a file, a folder or a repository of the Hub.
 
     Raises:
@@ -70,7 +70,7 @@ def open_source(source: str, numbers: Numbers) -> Source:
     return result
 
 
-def _read_folder(folder: Path, source: str, numbers: Numbers) -> Source:
+def _read_folder(folder: Path, source: str, numbers: SourceFacts) -> Source:
     for key in ("num_attention_heads", "decoder_num_attention_heads", "norm_pix_loss"):
         if getattr(numbers, key) is not None:
             raise UserError(f"{source} records its own {key}; leave --{key} out")
@@ -164,7 +164,7 @@ def _read_transformers(folder: Path, config: dict[str, Any]) -> Source:
 # ---------------------------------------------------------------------------------------------- the original's layout
 
 
-def _read_original(path: Path, numbers: Numbers) -> Source:
+def _read_original(path: Path, numbers: SourceFacts) -> Source:
     weights, metadata = read_weights(path)
     if not {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"} <= weights.keys():
         raise UserError(
@@ -224,7 +224,7 @@ def _class_and_settings(weights: dict[str, torch.Tensor], image_size: Any) -> tu
     return MAEModel, settings
 
 
-def _heads(settings: dict[str, Any], prefix: str, numbers: Numbers, metadata: dict[str, Any]) -> int:
+def _heads(settings: dict[str, Any], prefix: str, numbers: SourceFacts, metadata: dict[str, Any]) -> int:
     key, width = f"{prefix}num_attention_heads", settings[f"{prefix}hidden_size"]
     # Encoders of the table of sizes; the decoder that they all have is 512 wide with 16 heads.
     known = {512: 16} if prefix else {size["hidden_size"]: size["num_attention_heads"] for size in SIZES.values()}
@@ -234,7 +234,7 @@ def _heads(settings: dict[str, Any], prefix: str, numbers: Numbers, metadata: di
     return int(heads)
 
 
-def _norm_pix_loss(path: Path, numbers: Numbers, metadata: dict[str, Any]) -> bool:
+def _norm_pix_loss(path: Path, numbers: SourceFacts, metadata: dict[str, Any]) -> bool:
     """Asked for; or recorded; or known of the files that the original's authors published (their README)."""
     if numbers.norm_pix_loss is not None:
         return numbers.norm_pix_loss

@@ -10,16 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from numbers import Real
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from ..errors import DataError
+from ..keys.finetune_keys import Problem
 from .order import Rows
 from .shards import Source
 
 LABELS_AT_ONCE = 256  # rows; all their images are in memory at once
-Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 
 @dataclass(frozen=True)

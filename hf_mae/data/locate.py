@@ -16,6 +16,7 @@ import fsspec
 from huggingface_hub import HfApi
 
 from ..errors import DataError, SourceUnavailable, one_line
+from ..files import missing_path
 from ..keys.data_keys import SourceKeys
 from .remote import is_remote, with_retries
 
@@ -28,7 +29,6 @@ IMAGE_EXTENSIONS = (
 # Kinds are named after the builders of `datasets`.
 _KINDS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow", ".zip": "zip"}
 _KINDS |= dict.fromkeys(IMAGE_EXTENSIONS, "imagefolder")
-_ARCHIVES = (".parquet", ".tar", ".arrow", ".zip", ".gz", ".tgz")
 # Split -> names that its folder may have.
 SPLIT_FOLDERS = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
 
@@ -95,11 +95,14 @@ def _locate(dataset: str, config_name: str | None, revision: str | None) -> Plac
     patterns = _expand_braces(path)
     if files := [file for pattern in patterns for file in _matches(pattern, required=len(patterns) > 1)]:
         return _locate_files(dataset, files)
-    if dataset.startswith((".", "/", "~", "file:")) or dataset.count(os.sep) > 1 or dataset.endswith(_ARCHIVES):
-        raise DataError(f"there is no file or folder {dataset}; check the path")
     if glob.has_magic(dataset):
         raise DataError(f"there is no file or folder {dataset}: nothing matches the pattern; check it")
-    return _locate_on_hub(dataset, dataset, config_name, revision)
+    if missing := missing_path(path, (*_KINDS, ".gz", ".tgz")):
+        raise DataError(missing)
+    try:
+        return _locate_on_hub(dataset, dataset, config_name, revision)
+    except SourceUnavailable as error:
+        raise SourceUnavailable(f"{error}; no local file or folder is called {dataset} either") from error
 
 
 def _matches(pattern: str, required: bool) -> list[str]:

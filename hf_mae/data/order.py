@@ -66,13 +66,16 @@ class Rows:
         index = np.arange(self.shard_starts[-1])
         if part != "all":
             out = held_out(*self.place(index), held_out_fraction)
+            if held_out_fraction and len(out) > 1 and not out.any():
+                out[-1] = True  # at least one row, so that a few images are enough
             index = index[out if part == "held_out" else ~out]
         if max_samples is not None:
             index = spread(index, max_samples, source)
         if len(index) == 0:
+            few = "" if part == "all" else ", too few to train on some and evaluate on others"
             raise DataError(
-                f"none of the {int(sizes.sum())} rows in {source.name} are left for {part}; give more data, or an "
-                "--eval_dataset"
+                f"split {source.split} of {source.name} has {int(sizes.sum())} rows{few}; give more data"
+                + (", or an --eval_dataset" if few else ", or another split")
             )
         self.index = index
         starts = [0] if source.random_access else [self.shard_starts[s] + start for s, start, _ in source.blocks]

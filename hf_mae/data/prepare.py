@@ -52,7 +52,6 @@ def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
     Raises:
         DataError: for anything a user can fix; one line with the remedy.
     """
-    recipe.check()
     folder = Path(recipe.output_dir)
     place = locate(recipe)
     splits = [Rows(open_split(place, split)) for split in ([recipe.split] if recipe.split else place.splits)]

@@ -26,7 +26,6 @@ def evaluate_classification(recipe: ClassificationRecipe) -> dict[str, Any] | No
     Raises:
         UserError: if the model or the data can't be read, or their labels don't match; one line with the remedy.
     """
-    recipe.check()
     check_results_file(recipe)
     accelerator = Accelerator()
     model, processor = load_with_processor(MAEForImageClassification, recipe.model)

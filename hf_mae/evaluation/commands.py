@@ -27,7 +27,6 @@ class Evaluation:
     """
 
     def __init__(self, recipe: EvaluateRecipe, pooling: Pooling):
-        recipe.check()
         check_results_file(recipe)
         self.recipe, self.accelerator = recipe, Accelerator()
         self.encoder = FrozenEncoder(recipe.model, recipe.pooling or pooling, recipe.mixed_precision)

@@ -37,7 +37,6 @@ def embed(recipe: EmbedRecipe) -> dict[str, Any]:
     Raises:
         UserError: for anything a user can fix; one line with the remedy.
     """
-    recipe.check()
     accelerator = Accelerator()
     if accelerator.num_processes > 1:
         raise UserError(f"{accelerator.num_processes} processes would write one file; start only one process")
@@ -60,7 +59,7 @@ def embed(recipe: EmbedRecipe) -> dict[str, Any]:
     path = Path(recipe.output)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        WRITERS[path.suffix](path, written(), origin)
+        FEATURE_WRITERS[path.suffix](path, written(), origin)
     except (OSError, pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise UserError(f"{path} can't be written: {' '.join(str(error).split())[:300]}") from error
     width = [encoder.spec.num_patches] if recipe.pooling == "patches" else []
@@ -109,4 +108,4 @@ def _write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
     np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
 
 
-WRITERS = {".parquet": write_parquet, ".npy": write_numpy}
+FEATURE_WRITERS = {".parquet": write_parquet, ".npy": write_numpy}

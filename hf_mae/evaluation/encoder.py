@@ -33,7 +33,7 @@ class FrozenEncoder(nn.Module):
         mixed_precision: "no", or "bf16" for autocast.
 
     Raises:
-        DataError: if there is no model, or some of the encoder's weights are missing.
+        UserError: if there is no model, or some of the encoder's weights are missing.
     """
 
     def __init__(self, path: str, pooling: str, mixed_precision: str = "no"):

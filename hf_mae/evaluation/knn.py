@@ -33,7 +33,7 @@ def evaluate_knn(recipe: KnnRecipe) -> dict[str, Any] | None:
     )
 
 
-def nearest(
+def nearest_rows(
     queries: torch.Tensor, bank: torch.Tensor, k: int, bank_chunk: int = BANK
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the k most similar rows of a bank (n, D), which may be on the host, for each of the queries (q, D).
@@ -71,10 +71,10 @@ def knn_accuracy(
         `knn_top1_k{k}` for each of `ks`, in percent.
     """
     classes = int(train.labels.max()) + 1
-    labels = train.labels.to(device)
+    labels, most = train.labels.to(device), min(max(ks), len(train.labels))
     correct = dict.fromkeys(ks, 0)
     for values, expected in zip(test.values.split(query_chunk), test.labels.split(query_chunk), strict=True):
-        similarity, neighbours = nearest(values.to(device), train.values, min(max(ks), len(train.labels)), bank_chunk)
+        similarity, neighbours = nearest_rows(values.to(device), train.values, most, bank_chunk)
         # Weights relative to the nearest row's give the same votes, and don't overflow at low temperatures.
         votes, weights = labels[neighbours], ((similarity - similarity[:, :1]) / temperature).exp()
         for k in ks:

@@ -46,13 +46,19 @@ class TopK(evaluate.Metric):
 
 
 class Top1(TopK):
-    """Top-1 accuracy in percent."""
+    """Top-1 accuracy, in [0, 100] percent: `Top1().compute(predictions=..., references=...)["top1"]`.
+
+    Predictions are (n, K) scores or (n,) class numbers, references (n,) class numbers.
+    """
 
     k = 1
 
 
 class Top5(TopK):
-    """Top-5 accuracy in percent."""
+    """Top-5 accuracy, in [0, 100] percent: `Top5().compute(predictions=..., references=...)["top5"]`.
+
+    Predictions are (n, K) scores, references (n,) class numbers. With fewer than 5 classes, it is 100.
+    """
 
     k = 5
 

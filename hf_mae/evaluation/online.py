@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,7 +32,8 @@ class OnlineEvaluator:
     num_workers: int
     accelerator: Accelerator
     samples: int = 2000  # maximum number of images in the bank; there are half as many queries
-    notice: str | None = None  # a line for the user about the last measurement, if something was left out
+    notice: str | None = None  # a line for the user if the last measurement left something out for the first time
+    known_notices: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.bank_rows = subset(self.bank_rows, self.samples)
@@ -74,18 +75,22 @@ class OnlineEvaluator:
     def _figures(self, bank: Table, queries: Table) -> dict[str, float]:
         self.notice = None
         if not (bank.values.isfinite().all() and queries.values.isfinite().all()):
-            self.notice = "features are not finite numbers: their quality is not measured"
+            self._notify("features are not finite numbers: their quality is not measured")
             return {}
         figures = {"rankme": rankme(bank.values)}
         try:
             train, test = with_class_numbers(bank, self.bank_rows, queries, self.query_rows, all_known=False)
         except DataError as error:
-            self.notice = f"knn_top1 and linear_top1 are not measured: {error}"
+            self._notify(f"knn_top1 and linear_top1 are not measured: {error}")
             return figures
         device = self.accelerator.device
         knn = knn_accuracy(train, test, (NEIGHBOURS,), device=device)
         linear = fast_linear_accuracy(train, test, device=device)
         return {"knn_top1": knn[f"knn_top1_k{NEIGHBOURS}"], "linear_top1": linear["linear_top1"], **figures}
+
+    def _notify(self, line: str) -> None:
+        self.notice = None if line in self.known_notices else line
+        self.known_notices.add(line)
 
 
 def subset(rows: Rows, most: int) -> Rows:

@@ -1,7 +1,9 @@
 """results.json: figures, with the protocol, data and weights that they belong to; model cards read it."""
 
 import json
+import re
 import statistics
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,14 @@ from ..files import sha256
 from ..keys.data_keys import SplitKeys
 from ..keys.evaluation_keys import ScoreRecipe
 from ..run_folder import add_result, read_results
+from .table import sample_size
 
+FEW_IMAGES = 100  # a percentage of fewer images is printed with their number
 PACKAGES = ("torch", "transformers", "datasets", "scikit-learn", "numpy", "pillow")
 
 
 def check_results_file(recipe: ScoreRecipe) -> None:
-    """Raise a DataError, before hours are spent, if a result can't be added to the recipe's file."""
+    """Raise a UserError, before hours are spent, if a result can't be added to the recipe's file."""
     if path := recipe.results_file:
         read_results(path)
 
@@ -98,8 +102,21 @@ def describe_result(result: dict[str, Any]) -> str:
         settings = ", ".join(f"{key} {value}" for key, value in differs.items())
         lines.append(f"other than in {protocol['source']}: {settings}")
     width = max(len(key) for key in result["figures"])
-    for key, value in result["figures"].items():
-        low_high = "({:.2f} to {:.2f})".format(*result["ranges"][key]) if "ranges" in result else ""
-        number = f"{value:.2f} % {low_high}" if "top" in key else f"{value:.3g}"
-        lines.append(f"  {key:{width}}  {number.strip()}")
+    lines += [f"  {key:{width}}  {' '.join(_describe_figure(key, result))}" for key in result["figures"]]
     return "\n".join(lines)
+
+
+def _describe_figure(key: str, result: dict[str, Any]) -> Iterator[str]:
+    value, data = result["figures"][key], result["data"]
+    if "top" not in key:
+        yield f"{value:.3g}"
+        return
+    yield f"{value:.2f} %"
+    fraction = result["protocol"].get("fraction", 1)
+    if (images := sample_size(data["eval_images"], fraction)) < FEW_IMAGES:
+        yield f"of {images} images"
+    if "ranges" in result:
+        yield "({:.2f} to {:.2f})".format(*result["ranges"][key])
+    neighbours = re.fullmatch(r"knn_top1_k(\d+)", key)
+    if neighbours and int(neighbours[1]) > (bank := sample_size(data["train_images"], fraction)):
+        yield f"(k is larger than the bank: all {bank} images vote)"

@@ -24,6 +24,11 @@ from ..errors import DataError
 logger = logging.getLogger(__name__)
 
 
+def sample_size(rows: int, fraction: float) -> int:
+    """Number of rows in a random fraction of a table."""
+    return max(1, round(fraction * rows))
+
+
 @dataclass
 class Features:
     """A feature table with class numbers."""
@@ -35,7 +40,7 @@ class Features:
         """A random fraction of the rows, in (0, 1], without repetition; the table itself for 1."""
         if fraction == 1:
             return self
-        rows = np.random.default_rng(seed).permutation(len(self.labels))[: max(1, round(fraction * len(self.labels)))]
+        rows = np.random.default_rng(seed).permutation(len(self.labels))[: sample_size(len(self.labels), fraction)]
         chosen = torch.from_numpy(np.sort(rows))
         return Features(self.values[chosen], self.labels[chosen])
 

@@ -1,13 +1,16 @@
-"""The keys of a command: how a dataclass declares them, and how a value of each type is typed."""
+"""How a dataclass declares the keys of a command, how their values are typed and checked, and what the help says.
+
+`commandline` reads a command line by these declarations. Nothing here imports torch or transformers.
+"""
 
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..errors import UserError, short
 
@@ -77,7 +80,7 @@ positional_key = partial(key, MISSING, positional=True)
 
 
 def inherit(kind: Any, name: str, default: Any = MISSING, help_text: str | None = None, **changes: Any) -> Any:
-    """A key of another dataclass again, with another default, help text or other metadata of `key`."""
+    """Declare a key of another dataclass again, with another default, help text or other metadata of `key`."""
     changes |= {} if help_text is None else {"help": help_text}
     return _field(default, {**kind.__dataclass_fields__[name].metadata, **changes})
 
@@ -89,15 +92,21 @@ def _field(default: Any, metadata: dict[str, Any]) -> Any:
 
 
 class Recipe:
-    """The base of every dataclass of keys."""
+    """The base of every dataclass of keys. An object of it is checked when it is made, so no other code has to.
+
+    Raises:
+        UserError: for a value that can't be used.
+    """
+
+    def __post_init__(self) -> None:
+        self.check()
 
     def check(self) -> None:
         """Raise a UserError for a value that can't be used; needs neither torch nor the data."""
 
-    def finish(self) -> Self:
-        """Fill in what follows from other keys, and check all values: a UserError as from `check`."""
-        self.check()
-        return self
+    @classmethod
+    def adapt(cls, values: dict[str, Any], typed: Collection[str]) -> None:
+        """Change values of a recipe file that don't suit other keys; those of the keys `typed` must stay."""
 
     def check_least(self, **limits: float) -> None:
         """Raise a UserError for a key, or one number of its list, below its limit; None passes."""
@@ -163,6 +172,7 @@ class Key:
         """The value of a typed word. jsonargparse passes values here too, to check what it has read."""
         if not isinstance(word, str):
             return word
+        word = word[1:] if word.startswith(" -") else word  # as `commandline` passes a negative number
         if self.none_is_typed and word.lower() == "none":
             return None
         try:

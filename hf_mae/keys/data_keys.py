@@ -20,7 +20,11 @@ class SourceKeys(Recipe):
         label_column: column (or tar member) of the labels.
     """
 
-    dataset: str = data_key(help_text="Hub id, folder or URL of images, parquet or tar shards; or digits", place=True)
+    dataset: str = data_key(
+        help_text="folder, files, URL or Hub id of images, parquet or tar shards; or digits, a built-in set of 1,797 "
+        "handwritten digits",
+        place=True,
+    )
     dataset_config: str | None = data_key(None, "configuration name of a Hub data set", place=True, metavar="NAME")
     dataset_revision: str | None = data_key(None, "branch, tag or commit of a Hub data set", place=True, metavar="NAME")
     image_column: str | None = data_key(None, "column that holds the images", "found by type", metavar="NAME")
@@ -40,10 +44,17 @@ class SplitKeys(DataKeys):
     """The rows to learn from, and the rows to evaluate on; `open_splits` says how these are found."""
 
     eval_dataset: str | None = data_key(
-        None, "data set to evaluate on, named as dataset", "the same data set", place=True
+        None,
+        "another data set to evaluate on: folder, files, URL, Hub id or digits",
+        "eval_split of dataset",
+        place=True,
     )
     eval_split: str | None = data_key(
-        None, "split of the data to evaluate on", "found by name, or a held-out part", place=True, metavar="NAME"
+        None,
+        "split to evaluate on",
+        "validation or test if there is one, otherwise 5% of split, held out from training",
+        place=True,
+        metavar="NAME",
     )
     max_eval_samples: int | None = evaluation_key(None, "evaluate on at most this many images", "all")
 

@@ -34,7 +34,7 @@ class FeatureRecipe(ModelInput, DataKeys):
 
     @property
     def batch_size(self) -> int:
-        """Images at once, where no result depends on it."""
+        """Images per device at once, where it doesn't change results."""
         return self.per_device_batch_size or 256
 
 
@@ -46,7 +46,7 @@ class ScoreRecipe(FeatureRecipe, SplitKeys):
     max_samples: int | None = inherit(DataKeys, "max_samples", None, "learn from at most this many images")
     results: str | None = output_key(
         None,
-        "JSON file that the result is added to; none prints it only",
+        "JSON file that the result is added to; none only prints it",
         "results.json of a local model",
         metavar="FILE|none",
     )
@@ -78,7 +78,7 @@ class ClassificationRecipe(ScoreRecipe):
 
 @dataclass
 class EvaluateRecipe(ScoreRecipe):
-    """Keys of both evaluations of frozen features."""
+    """Keys of kNN and linear probing, the evaluations of frozen features."""
 
     pooling: Pooling | None = evaluation_key(
         None, "feature vector of an image: mean of the patch tokens, class token, or both", "mean"
@@ -96,7 +96,7 @@ class EvaluateRecipe(ScoreRecipe):
 class KnnRecipe(EvaluateRecipe):
     """Keys of `hf-mae evaluate knn`."""
 
-    k: list[int] = evaluation_key([10, 20, 100, 200], "numbers of neighbours to vote, each with a figure of its own")
+    k: list[int] = evaluation_key([10, 20, 100, 200], "numbers of neighbours that vote; each gives one accuracy")
     temperature: float = evaluation_key(0.07, "temperature of the weights exp(cosine / temperature)")
 
     def check(self) -> None:
@@ -114,7 +114,9 @@ class LinearProbeRecipe(EvaluateRecipe):
     """
 
     recipe: str | None = key(
-        None, "recipe to start from: a name linear_probe_... of the package, or a YAML file", metavar="NAME|FILE"
+        None,
+        "recipe with values for these keys: its name, such as linear_probe_vit_base_in1k, or a YAML file",
+        metavar="NAME|FILE",
     )
     protocol: Literal["fast", "paper"] = evaluation_key(
         "fast", "logistic regression on features, or LARS on random crops as in the paper"
@@ -167,4 +169,4 @@ class EmbedRecipe(FeatureRecipe):
         super().check()
         if Path(self.output).suffix not in FEATURE_FILES:
             names = " or ".join(FEATURE_FILES)
-            raise UserError(f"output {self.output} is no name of a {names} file; give it such an ending")
+            raise UserError(f"output {self.output} is not the name of a {names} file; give it such an ending")

@@ -1,11 +1,19 @@
 """The keys of `hf-mae finetune`."""
 
+import logging
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from ..errors import UserError
 from . import ImageSize, data_key, evaluation_key, inherit, model_key, optimization_key
 from .run_keys import RunRecipe
+
+logger = logging.getLogger(__name__)
+
+Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
+# Keys that blend the classes of an image.
+CLASS_MIXING = ("mixup", "cutmix", "label_smoothing")
 
 
 @dataclass
@@ -33,8 +41,8 @@ class FinetuneRecipe(RunRecipe):
     cutmix: float = data_key(0.0, "parameter of cutmix's Beta distribution; 0 turns it off")
     label_smoothing: float = optimization_key(0.0, "fraction of each label that is spread evenly over all classes")
     model: str = model_key(help_text="folder or Hub id of a pretrained or fine-tuned model", metavar="DIR|ID")
-    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] = model_key(
-        "single_label_classification", "one class per image, any number of classes, or numbers"
+    problem_type: Problem = model_key(
+        "single_label_classification", "what labels are: one class per image, any number of classes, or numbers"
     )
     image_size: ImageSize | None = model_key(
         None, "size of the images in pixels, such as 224 or 208x320", "the model's"
@@ -62,6 +70,15 @@ class FinetuneRecipe(RunRecipe):
         None, "decay of a running average of the weights, such as 0.9999, which is evaluated and saved", "no average"
     )
 
+    @classmethod
+    def adapt(cls, values: dict[str, Any], typed: Collection[str]) -> None:
+        """Turn off a recipe's mixing of classes where an image doesn't have one class."""
+        problem = values.get("problem_type", cls.problem_type)
+        unfit = [name for name in CLASS_MIXING if values.get(name) and name not in typed]
+        if unfit and problem != "single_label_classification":
+            values |= dict.fromkeys(unfit, 0.0)
+            logger.warning("%s of recipe %s set to 0: not for %s", ", ".join(unfit), values["recipe"], problem)
+
     def check(self) -> None:
         super().check()
         self.check_range("eval_crop_pct", low=0.1, high=1)
@@ -69,6 +86,6 @@ class FinetuneRecipe(RunRecipe):
             raise UserError(f"blr {self.blr} is not positive; the paper's recipes have 5e-4 and 1e-3")
         self.check_range("mixup", "cutmix")
         self.check_range("random_erasing", "label_smoothing", "drop_path_rate", "layer_decay", "ema_decay", high=1)
-        mixed = [name for name in ("mixup", "cutmix", "label_smoothing") if getattr(self, name)]
+        mixed = [name for name in CLASS_MIXING if getattr(self, name)]
         if mixed and self.problem_type != "single_label_classification":
             raise UserError(f"{mixed[0]} is for one class an image, not for {self.problem_type}; pass --{mixed[0]} 0")

@@ -7,18 +7,18 @@ from . import ImageSize, key
 
 
 def _mae_key(default: Any, help_text: str, group: str = "model") -> Any:
-    """A key that is None when it is not given; the help shows the default of `MAEConfig`."""
+    """A key that is None unless it is given; the help shows the default of `MAEConfig`."""
     return key(None, help_text, group=group, shown=default)
 
 
 @dataclass
 class ModelKeys:
-    """The keys of `MAEConfig` that pretraining uses, in its order; None means that the key was not given."""
+    """The keys of `MAEConfig` that pretraining uses, in its order; None means that a key was not given."""
 
-    hidden_size: int | None = _mae_key(768, "width of the encoder's tokens, as model_size sets it")
-    num_hidden_layers: int | None = _mae_key(12, "number of encoder blocks, as model_size sets it")
-    num_attention_heads: int | None = _mae_key(12, "attention heads of an encoder block, as model_size sets it")
-    intermediate_size: int | None = _mae_key(3072, "hidden width of the encoder's MLPs, as model_size sets it")
+    hidden_size: int | None = _mae_key(768, "width of the encoder's tokens; overrides model_size")
+    num_hidden_layers: int | None = _mae_key(12, "number of encoder blocks; overrides model_size")
+    num_attention_heads: int | None = _mae_key(12, "attention heads of an encoder block; overrides model_size")
+    intermediate_size: int | None = _mae_key(3072, "hidden width of the encoder's MLPs; overrides model_size")
     hidden_act: str | None = _mae_key("gelu", "activation function of all MLPs, by transformers' name")
     layer_norm_eps: float | None = _mae_key(1e-6, "epsilon added to the variance in every LayerNorm")
     initializer_range: float | None = _mae_key(0.02, "standard deviation of the initial class and mask tokens")
@@ -60,7 +60,9 @@ class ModelKeys:
     )
     trainable_positions: bool | None = _mae_key(False, "train the position tables instead of keeping them fixed")
     position_resize: Literal["auto", "sincos", "interpolate"] | None = _mae_key(
-        "auto", "how positions adapt to a new image size: recompute, resample, or whichever fits the table"
+        "auto",
+        "how position tables adapt to another image size: sincos computes them anew, interpolate resizes them, auto "
+        "computes unchanged tables anew and resizes trained ones",
     )
 
     def given_model_keys(self) -> dict[str, Any]:

@@ -10,14 +10,14 @@ from .evaluation_keys import ModelInput
 
 Statistics = Literal["visible", "true", "raw"]
 Format = Literal["mae", "vit_mae", "vit", "timm", "original"]
-Graph = Literal["onnx", "torch_export"]
+ExportFormat = Literal["onnx", "torch_export"]
 
 
 @dataclass
-class Numbers(Recipe):
-    """What weights don't say about themselves; None: not given."""
+class SourceFacts(Recipe):
+    """Facts that files of weights don't state; None: not given."""
 
-    image_size: ImageSize | None = model_key(None, "move to another size in pixels, such as 224 or 208x320", "as it is")
+    image_size: ImageSize | None = model_key(None, "new image size in pixels, such as 224 or 208x320", "unchanged")
     num_attention_heads: int | None = model_key(
         None, "attention heads of the encoder in a .pth or .safetensors file", "by its width"
     )
@@ -33,13 +33,13 @@ class Numbers(Recipe):
 
 
 @dataclass
-class ConvertRecipe(Numbers):
+class ConvertRecipe(SourceFacts):
     """Keys of `hf-mae convert SRC DST`."""
 
     model: str = positional_key(".pth or .safetensors file, folder, or Hub id", metavar="SRC")
-    output_dir: str = positional_key("folder to write; missing or empty", metavar="DST")
+    output_dir: str = positional_key("folder to write; must not exist, or be empty", metavar="DST")
     to: Format = key("mae", "format of the model that is written")
-    num_channels: int | None = model_key(None, "move to another number of channels", "as it is")
+    num_channels: int | None = model_key(None, "new number of image channels, such as 1 or 3", "unchanged")
 
     def check(self) -> None:
         super().check()
@@ -51,8 +51,8 @@ class ExportRecipe(Recipe):
     """Keys of `hf-mae export SRC DST`."""
 
     model: str = positional_key("folder or Hub id of a model, or any other source of hf-mae convert", metavar="SRC")
-    output_dir: str = positional_key("folder to write; missing or empty", metavar="DST")
-    to: Graph = key("onnx", "kind of graph to write")
+    output_dir: str = positional_key("folder to write; must not exist, or be empty", metavar="DST")
+    to: ExportFormat = key("onnx", "kind of graph to write")
 
 
 @dataclass
@@ -124,7 +124,9 @@ class ReconstructRecipe(ModelInput):
 
     def check(self) -> None:
         if Path(self.output).suffix.lower() not in (".png", ".webp", ".jpg", ".jpeg"):
-            raise UserError(f"output {self.output} is no name of a picture; give it the ending .png, .webp or .jpg")
+            raise UserError(
+                f"output {self.output} is not the name of a picture; give it the ending .png, .webp or .jpg"
+            )
         self.check_least(max_images=1)
         self.check_range("cell", low=16, high=2048)
         self.check_seed()

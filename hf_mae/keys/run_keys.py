@@ -1,9 +1,9 @@
-"""The keys of a training run and of `hf-mae pretrain`, and what is derived from them."""
+"""The keys of a training run and of `hf-mae pretrain`, and what follows from them."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from ..errors import UserError
 from ..optim.batch import micro_batch
@@ -36,13 +36,17 @@ INTERVALS = {
 
 @dataclass
 class RunRecipe(SplitKeys):
-    """The keys that every training run has, and what is derived from them; the defaults are pretraining's."""
+    """The keys of every training run, and what follows from them; the defaults are pretraining's."""
 
     command: ClassVar[str]
     masks_per_image = 1  # a key of pretraining only
 
     recipe: str | None = key(
-        None, "recipe to start from: a name of the package, or a YAML file", free=True, card=False, metavar="NAME|FILE"
+        None,
+        "recipe with values for these keys: its name, such as quickstart, or a YAML file",
+        free=True,
+        card=False,
+        metavar="NAME|FILE",
     )
     dataset: str = inherit(SplitKeys, "dataset", "digits")
     split: str = inherit(SplitKeys, "split", "train", "split of the data to train on")
@@ -74,9 +78,13 @@ class RunRecipe(SplitKeys):
     gradient_checkpointing: bool = hardware_key(False, "save memory by computing activations twice")
     compile: bool = hardware_key(False, "compile the model with torch.compile")
     attn_implementation: str = hardware_key("sdpa", "attention kernel, such as eager, sdpa or flash_attention_2")
-    deterministic: bool = hardware_key(False, "repeat a run bit by bit on a GPU too, at some cost in speed")
+    deterministic: bool = hardware_key(False, "get the same bits in every run on a GPU too; slower")
     output_dir: str | None = checkpoint_key(
-        None, "folder for the run and its model", "outputs/RECIPE", card=False, metavar="DIR"
+        None,
+        "folder for the model, its checkpoints and its log; created if missing",
+        "outputs/ and the recipe's name",
+        card=False,
+        metavar="DIR",
     )
     resume: str = checkpoint_key(
         "none",
@@ -136,10 +144,10 @@ class RunRecipe(SplitKeys):
         """All keys, flat, as a recipe file has them."""
         return asdict(self)
 
-    def finish(self) -> Self:
+    def __post_init__(self) -> None:
         if self.output_dir is None:
             self.output_dir = f"outputs/{Path(self.recipe).stem if self.recipe else self.command}"
-        return super().finish()
+        super().__post_init__()
 
     def check(self) -> None:
         self.check_least(
@@ -161,7 +169,7 @@ class RunRecipe(SplitKeys):
 
 @dataclass
 class PretrainRunKeys(RunRecipe):
-    """The keys that pretraining adds to those of every run, except the model's."""
+    """The keys that only pretraining has, except those of the model's configuration."""
 
     model: str | None = model_key(None, "folder or Hub id of a model to start from", "from scratch", metavar="DIR|ID")
     masks_per_image: int = masking_key(1, "masks per decoded image in a step; total_batch_size counts every mask")
@@ -178,27 +186,31 @@ class PretrainRunKeys(RunRecipe):
         0.875, "fraction of the resized side that the evaluation crop keeps, e.g. 224 of 256", free=False
     )
     image_mean: list[float] | None = data_key(
-        None, "mean of each channel, for pixels in [0, 1]", "ImageNet's for 8-bit RGB, else measured"
+        None, "mean of each channel, for pixels in [0, 1]", "ImageNet's for 8-bit RGB, otherwise measured"
     )
     image_std: list[float] | None = data_key(
-        None, "standard deviation of each channel, for pixels in [0, 1]", "ImageNet's for 8-bit RGB, else measured"
+        None, "standard deviation of each channel, for pixels in [0, 1]", "ImageNet's for 8-bit RGB, otherwise measured"
     )
     quality_steps: int | None = evaluation_key(
         None,
         "optimizer steps between two measurements of kNN accuracy, linear accuracy and RankMe; 0 for none",
         INTERVALS["quality_steps"][1],
     )
-    quality_samples: int = evaluation_key(2000, "training images for these measurements; half as many are classified")
+    quality_samples: int = evaluation_key(
+        2000, "training images for kNN, linear accuracy and RankMe; half as many are classified"
+    )
     push_to_hub: str | None = checkpoint_key(
         None, "Hub repository that receives each checkpoint and the final model", card=False, metavar="USER/NAME"
     )
     hub_private_repo: bool = checkpoint_key(False, "require that the Hub repository is private", card=False)
-    model_size: Literal["tiny", "small", "base", "large", "huge"] = model_key("base", "row of the table of model sizes")
+    model_size: Literal["tiny", "small", "base", "large", "huge"] = model_key(
+        "base", "encoder size of a new model, as in ViT-Base: sets width, blocks, heads and, for huge, patches of 14"
+    )
 
 
 @dataclass
 class PretrainRecipe(ModelKeys, PretrainRunKeys):
-    """All keys of `hf-mae pretrain`; the bases in this order put `model_size` before what it sets."""
+    """All keys of `hf-mae pretrain`. This order of the bases lists `model_size` before the keys that it sets."""
 
     command: ClassVar[str] = "pretrain"
 
@@ -226,7 +238,7 @@ class PretrainRecipe(ModelKeys, PretrainRunKeys):
         if self.total_batch_size % self.masks_per_image:
             raise UserError(
                 f"total_batch_size {self.total_batch_size} is not a multiple of masks_per_image "
-                f"{self.masks_per_image}; it counts each image as often as it is masked"
+                f"{self.masks_per_image}; it counts an image once for each of its masks"
             )
         self.check_range("max_bad_fraction", high=1)
         self.check_range("quality_steps")

@@ -29,9 +29,15 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def adamw(model: nn.Module, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
-    """AdamW on `parameter_groups` (Table 8: betas 0.9 and 0.95); its learning rate is set before each step.
+    """AdamW on `parameter_groups`, with a fused kernel that can skip a step by a flag on the device.
 
-    The fused kernel needs one launch per step, reads nothing back, and can skip a step by a flag on the device.
+    Args:
+        model: the model; only parameters that require a gradient are used.
+        betas: decays of the running means of the gradient and of its square, in [0, 1); 0.9 and 0.95 in Table 8.
+        weight_decay: weight decay of all but one-dimensional parameters, 0 or more; 0.05 in Table 8.
+
+    Returns:
+        The optimizer, with learning rate 0: set each group's `lr` before each step.
     """
     return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=0.0, betas=betas, fused=True)
 
@@ -85,8 +91,10 @@ def train_last_blocks(model: Any, blocks: str) -> None:
 
     Args:
         model: a classifier.
-        blocks: "all" (freeze nothing), a number of blocks, or "0.5": only the last block's MLP and its LayerNorm. A
-            ValueError for anything else.
+        blocks: "all" (freeze nothing), a number of blocks, or "0.5": only the last block's MLP and its LayerNorm.
+
+    Raises:
+        ValueError: for anything else.
     """
     depth: int = model.config.num_hidden_layers
     if blocks == "all":

@@ -20,7 +20,7 @@ from ..image_processing_mae import MAEImageProcessor
 from ..keys.run_keys import PretrainRecipe, RunRecipe
 from ..modeling_mae import MAEForPreTraining
 from ..optim.schedule import stages
-from ..pretrained import loading
+from ..pretrained import loading, model_failure
 from .state import RunState
 
 logger = logging.getLogger(__name__)
@@ -61,9 +61,11 @@ def build_model(recipe: PretrainRecipe, stored: Path | None, num_channels: int) 
         UserError: if the recipe's model can't be loaded or built.
     """
     options = {"attn_implementation": recipe.attn_implementation, "dtype": torch.float32}
-    name = stored or (recipe.model and f"--model {recipe.model}")
-    with loading(describe_failure(f"{name} can't be loaded" if name else "the model can't be built", recipe)):
-        if name:
+    failure = f"{stored} can't be loaded" if stored else "the model can't be built"
+    if recipe.model and not stored:
+        failure = model_failure(recipe.model)
+    with loading(describe_failure(failure, recipe)):
+        if stored or recipe.model:
             changes = {} if stored else {"num_channels": num_channels, **recipe.given_model_keys()}
             # Only safetensors are loaded, never a pickle.
             options |= {"use_safetensors": True, **changes}
@@ -142,7 +144,7 @@ def make_training_specs(
         sized = copy.deepcopy(config)
         sized.image_size = size
         try:
-            sized._check()
+            sized.check()
             for _, ratio in recipe.mask_ratios:
                 sized.num_kept_patches(ratio)
         except ValueError as error:

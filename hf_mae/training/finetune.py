@@ -56,7 +56,6 @@ def finetune(recipe: FinetuneRecipe) -> dict[str, Any] | None:
     Raises:
         UserError: for anything the user can fix; one line with the remedy.
     """
-    recipe = recipe.finish()
     output_dir = Path(str(recipe.output_dir))
     check_folder(recipe, output_dir)
     folder = RunFolder(output_dir)
@@ -79,7 +78,7 @@ def trainer_parts(recipe: FinetuneRecipe) -> dict[str, Any]:
     Raises:
         UserError: as for `finetune`.
     """
-    return FinetuneRun(recipe.finish()).trainer_parts()
+    return FinetuneRun(recipe).trainer_parts()
 
 
 class FinetuneRun:

@@ -21,7 +21,7 @@ from ..image_processing_mae import MAEImageProcessor
 from ..keys import names_where
 from ..keys.finetune_keys import FinetuneRecipe
 from ..optim.groups import train_last_blocks
-from ..pretrained import loading
+from ..pretrained import loading, model_failure
 from ..run_folder import RunFolder
 from .build import describe_failure
 from .callbacks import EMA_FILE
@@ -125,7 +125,7 @@ def build_classifier(recipe: FinetuneRecipe, labels: Labels) -> MAEForImageClass
     # transformers would warn about the head's missing weights, which are expected.
     transformers_logging.set_verbosity_error()
     try:
-        with loading(describe_failure(f"--model {recipe.model} can't be loaded", recipe)):
+        with loading(describe_failure(model_failure(recipe.model), recipe)):
             known = MAEConfig.from_pretrained(str(recipe.model))
             fine_tuned = "MAEForImageClassification" in (known.architectures or [])
             classes = list(known.id2label.values())

@@ -49,7 +49,7 @@ def pretrain(recipe: PretrainRecipe) -> dict[str, Any]:
     Raises:
         UserError: for anything the user can fix; one line with the remedy.
     """
-    run = PretrainRun(recipe.finish())
+    run = PretrainRun(recipe)
     run.describe()
     if recipe.dry_run:
         return {"steps": run.state.total_steps, "model": None, "picture": None}

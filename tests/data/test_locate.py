@@ -12,7 +12,7 @@ from hf_mae.cli import main
 from hf_mae.data import locate as locate_module
 from hf_mae.data.locate import locate
 from hf_mae.data.sources import open_splits
-from hf_mae.errors import DataError
+from hf_mae.errors import DataError, SourceUnavailable
 from hf_mae.keys.data_keys import DataKeys, SplitKeys
 
 pytestmark = pytest.mark.usefixtures("own_caches")
@@ -112,3 +112,32 @@ def test_a_place_keeps_what_the_user_typed_of_its_columns(tmp_path):
     assert (place.label_column, place.image_column) == ("class", None)
     with pytest.raises(DataError, match="its labels are its class folders, not 'class'"):
         open_splits(SplitKeys(dataset=str(tmp_path / "d"), label_column="class"))
+
+
+def test_a_mistyped_path_is_answered_without_asking_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(locate_module, "_locate_on_hub", mock.Mock(side_effect=AssertionError))
+    (tmp_path / "images" / "train").mkdir(parents=True)
+    for name, hint in {
+        "images/trian": "; did you mean 'images/train'?",
+        "digit.npy": "; check the path",
+        "a/b/c": "; check the path",
+    }.items():
+        with pytest.raises(DataError) as caught:
+            locate(DataKeys(dataset=name))
+        assert str(caught.value) == f"there is no file or folder {name}{hint}"
+
+
+def test_without_a_network_the_message_says_that_there_is_no_local_folder_either(monkeypatch):
+    monkeypatch.setattr(locate_module, "_locate_on_hub", mock.Mock(side_effect=SourceUnavailable("no network")))
+    with pytest.raises(SourceUnavailable, match=r"^no network; no local file or folder is called user/name either$"):
+        locate(DataKeys(dataset="user/name"))
+
+
+def test_twenty_images_are_enough_to_hold_one_out(tmp_path):
+    for number in range(20):
+        Image.fromarray(np.full((4, 4), number, np.uint8)).save(tmp_path / f"{number:02d}.png")
+    rows, eval_rows, _ = open_splits(SplitKeys(dataset=str(tmp_path)))
+    assert len(rows) + len(eval_rows) == 20
+    assert len(eval_rows) >= 1
+    assert not set(rows.index) & set(eval_rows.index)

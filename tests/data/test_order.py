@@ -41,6 +41,12 @@ def test_the_held_out_part_is_about_its_fraction_everywhere_and_never_changes():
     assert [row for row in range(200) if obvious_hash(0, row) < 0.05] == [21, 53, 68, 70, 84, 100, 170, 177]
 
 
+def test_at_least_one_of_a_few_rows_is_held_out():
+    never = 1e-12  # a fraction for which the hash chooses no row
+    train, out = (memory_rows([3, 1], part=part, held_out_fraction=never) for part in ("train", "held_out"))
+    assert (train.index.tolist(), out.index.tolist()) == ([0, 1, 2], [3])
+
+
 @pytest.mark.parametrize("block", [None, 13])
 def test_training_and_held_out_rows_are_all_rows_once(block):
     sizes = [300, 100, 250]
@@ -87,7 +93,7 @@ def test_rows_are_read_in_the_order_asked_for_runs_of_a_shard_at_once():
 
 
 def test_no_rows_left_is_an_error_that_says_so():
-    with pytest.raises(DataError, match="none of the 3 rows in memory are left for held_out; give more data"):
+    with pytest.raises(DataError, match="of memory has 3 rows, too few to train on some and evaluate on others"):
         memory_rows([3], part="held_out", held_out_fraction=0.0)
 
 

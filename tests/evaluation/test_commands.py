@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from functools import partial
 
 import numpy as np
@@ -93,9 +94,20 @@ def test_repetitions_give_a_mean_and_a_range(folder, tmp_path):
     assert (result["protocol"]["seeds"], result["protocol"]["fraction"]) == (3, 0.5)
 
 
+def test_figures_of_few_images_name_their_number_and_a_k_above_the_bank_is_marked(folder, capsys):
+    assert start(*command("knn", folder, "--k", 20, 200, "--results", "none")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"  knn_top1_k20 +\d+\.\d\d % of 40 images", lines[2])
+    assert re.fullmatch(
+        r"  knn_top1_k200 +\d+\.\d\d % of 40 images \(k is larger than the bank: all 120 images vote\)", lines[3]
+    )
+    assert start(*command("knn", folder, "--k", 20, "--max_eval_samples", 100, "--results", "none")) == 0
+    assert re.search(r"  knn_top1_k20 +\d+\.\d\d %$", capsys.readouterr().out, re.MULTILINE)
+
+
 def test_no_results_are_written_where_none_are_wanted(folder, tmp_path, capsys):
     assert start(*command("knn", folder, "--results", "none")) == 0
-    assert "written nowhere" in capsys.readouterr().out
+    assert "not saved; pass --results FILE" in capsys.readouterr().out
     assert not (tmp_path / "model" / "results.json").exists()
 
 

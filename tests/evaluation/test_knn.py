@@ -8,7 +8,7 @@ import torch
 from features import clusters, random_features
 
 from hf_mae.evaluation.fast_linear import fast_linear_accuracy
-from hf_mae.evaluation.knn import knn_accuracy, nearest
+from hf_mae.evaluation.knn import knn_accuracy, nearest_rows
 from hf_mae.evaluation.table import Features
 
 
@@ -52,7 +52,7 @@ def test_knn_in_chunks_is_knn_the_obvious_way(query_chunk, bank_chunk):
 
 def test_neighbours_found_in_chunks_are_the_most_similar_rows():
     bank, queries = random_features(97, 0).values, random_features(11, 1).values
-    similarity, rows = nearest(queries, bank, 9, bank_chunk=10)
+    similarity, rows = nearest_rows(queries, bank, 9, bank_chunk=10)
     cosines = torch.cosine_similarity(queries.unsqueeze(1), bank.unsqueeze(0), dim=2)
     expected = cosines.topk(9, dim=1)
     torch.testing.assert_close(similarity, expected.values)

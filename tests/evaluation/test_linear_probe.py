@@ -64,7 +64,7 @@ def test_the_defaults_have_the_published_numbers():
 
 def test_recipes_of_probes_are_not_offered_for_pretraining():
     assert not any(name.startswith("linear_probe") for name in recipe_names())
-    assert len(recipe_names("linear_probe_")) == 3
+    assert len(recipe_names("evaluate linear-probe")) == 3
     words = ["--recipe", "linear_probe_vit_bse_in1k", "--model", "m"]
     with pytest.raises(UserError, match="did you mean 'linear_probe_vit_base_in1k'"):
         read_keys("evaluate linear-probe", words)

@@ -87,6 +87,8 @@ def test_without_labels_rankme_is_left_and_a_line_says_so(folder):
     assert found == {"rankme": with_labels["rankme"]}
     assert quality.notice.startswith("knn_top1 and linear_top1 are not measured: 60 of 60 images of split train")
     assert "--label_column" in quality.notice
+    assert quality.measure(MAEForPreTraining.from_pretrained(folder)) == found
+    assert quality.notice is None  # said once
 
 
 def test_one_class_is_not_measured(folder):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from runs import events, load_finetune_recipe, mistake, run, start, weights_hash
+from runs import events, load_finetune_recipe, mistake, recipe_names, run, start, weights_hash
 from safetensors.torch import load_file
 from tiny import tiny_config
 from transformers import AutoModelForImageClassification, Trainer, pipeline
@@ -216,6 +217,11 @@ def test_several_labels_an_image(colourful, tmp_path, capsys):
     assert again["protocol"]["name"] == "classification"
     assert again["figures"]["auroc"] == pytest.approx(figures["auroc"])
     assert again["data"]["evaluated_on"] == f"split validation of {data}"
+    # A configuration belongs to --dataset, so it isn't named with another set.
+    words += ["--dataset_config", "default", "--eval_dataset", data, "--eval_split", "validation"]
+    assert start("evaluate", "classification", *words) == 0
+    again = json.loads((Path(out) / "results.json").read_text())[-1]["data"]
+    assert (again["dataset"], again["config"], again["revision"]) == (data, None, None)
 
 
 def test_numbers_of_an_image(colourful, tmp_path, capsys):
@@ -225,7 +231,13 @@ def test_numbers_of_an_image(colourful, tmp_path, capsys):
                problem_type="regression")  # fmt: skip
     figures = results(out)["figures"]
     assert figures["mae"] < 0.12  # the mean alone would be off by 0.25
-    assert "1 numbers an image" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "1 numbers an image" in printed
+    use = printed.splitlines()[-1].removeprefix("use it   ")
+    assert "pipeline" not in use
+    names = {"image": Image.new("RGB", (12, 9), (100,) * 3)}
+    exec(use.replace("; model(", "; numbers = model("), names)
+    assert names["numbers"].shape == (1, 1)
     words = ["--model", out, "--dataset", data, "--label_column", "brightness", "--num_workers", 0]
     assert start("evaluate", "classification", *words) == 0
     assert json.loads((Path(out) / "results.json").read_text())[-1]["figures"]["mae"] == pytest.approx(
@@ -377,3 +389,21 @@ def test_determinism_is_asked_of_torch(pretrained, tmp_path):
     finally:
         torch.use_deterministic_algorithms(False)
         torch.backends.cuda.enable_mem_efficient_sdp(before)
+
+
+@pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
+@pytest.mark.parametrize("name", recipe_names("finetune"))
+def test_every_recipe_turns_off_mixing_of_classes_where_an_image_has_not_one_class(name, problem, caplog):
+    words = ["--recipe", name, "--model", "m", "--problem_type", problem]
+    recipe = load_finetune_recipe(words)
+    assert (recipe.mixup, recipe.cutmix, recipe.label_smoothing) == (0, 0, 0)
+    (line,) = caplog.messages
+    assert re.fullmatch(rf"[a-z_, ]*label_smoothing of recipe {name} set to 0: not for {problem}", line)
+    with pytest.raises(UserError, match=f"^label_smoothing is for one class an image, not for {problem}; pass --label"):
+        load_finetune_recipe([*words, "--label_smoothing", "0.1"])
+
+
+def test_a_recipe_for_one_class_an_image_keeps_its_mixing(caplog):
+    recipe = load_finetune_recipe(["--recipe", "finetune_vit_base_in1k", "--model", "m", "--mixup", "0.5"])
+    assert (recipe.mixup, recipe.cutmix, recipe.label_smoothing) == (0.5, 1.0, 0.1)
+    assert caplog.messages == []

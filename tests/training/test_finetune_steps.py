@@ -50,8 +50,8 @@ def test_the_official_recipes_have_the_originals_values(name):
 
 
 def test_all_recipes_of_fine_tuning_are_shipped_and_load():
-    assert recipe_names("finetune_") == ["finetune_cifar10_tiny", "finetune_quickstart", *sorted(OFFICIAL)]
-    for name in recipe_names("finetune_"):
+    assert recipe_names("finetune") == ["finetune_cifar10_tiny", "finetune_quickstart", *sorted(OFFICIAL)]
+    for name in recipe_names("finetune"):
         recipe = load_finetune_recipe(["--recipe", name, "--model", "m"])
         assert recipe.output_dir == f"outputs/{name}"
         flat = recipe.to_dict()
