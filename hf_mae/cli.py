@@ -25,7 +25,7 @@ from .keys.publishing_keys import (
 )
 from .keys.run_keys import PretrainRecipe
 
-# Extras, without which the package still loads and runs models, and their import names.
+# Extra of the package -> the modules that need it. Models load and run without any.
 EXTRAS = {
     "train": ["accelerate", "datasets", "evaluate", "fsspec", "jinja2", "pyarrow", "sklearn", "timm", "tqdm"],
     "export": ["onnx", "onnxruntime", "onnxscript"],
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a file's name need not be text
+            stream.reconfigure(errors="backslashreplace")  # file names may hold bytes that are not text
     try:
         return _answer(words)
     finally:
@@ -128,7 +128,7 @@ class Command:
 
 
 def find_command(words: list[str]) -> tuple[str, list[str]]:
-    """The name of a command in `COMMANDS`, and the words that follow it; a UserError if there is none of this name."""
+    """The name of a command in `COMMANDS`, and the words that follow it; a UserError for an unknown name."""
     name, *rest = words
     if name == "evaluate":
         if not rest or rest[0].startswith("-"):

@@ -42,8 +42,8 @@ def parse(
 
     Args:
         kind: the dataclass. If it has a key `recipe`, that names the recipe to start from, as does `--config`.
-        words: what was typed after the command, e.g. `["--recipe", "quickstart", "--seed", "1"]`. Of a flag that is
-            there twice the last one counts, so that words after those of a script (`"$@"`) override them.
+        words: what was typed after the command, e.g. `["--recipe", "quickstart", "--seed", "1"]`. If a flag is
+            given twice, the last one counts, so that words added to a script's command (`"$@"`) override it.
         prog: the command, e.g. "hf-mae pretrain".
         recipes: files of the recipes that can be given by name.
         description: what the command does, for the help.
@@ -88,7 +88,7 @@ def read_recipe(name: str, recipes: Mapping[str, Traversable]) -> dict[str, Any]
         name: one of `recipes` (files by name), or the path of a YAML file.
 
     Raises:
-        UserError: if there is none, naming the nearest, or the file is not a table of keys.
+        UserError: if there is no such recipe (it names the nearest), or the file is not a table of keys.
     """
     file = recipes.get(name) or Path(name)
     try:
@@ -108,7 +108,7 @@ def read_recipe(name: str, recipes: Mapping[str, Traversable]) -> dict[str, Any]
 
 
 class _Words(yaml.BaseLoader):
-    """Leaves every scalar the word that is written, so that `no` and `1e-6` mean what they mean when typed."""
+    """Keeps every scalar as it is written, so that `no` and `1e-6` mean the same as on the command line."""
 
 
 _NULL = "tag:yaml.org,2002:null"
@@ -159,7 +159,7 @@ def _parse_recipe(
     values = read_recipe(name, recipes)
     for unknown in (one for one in values if one not in keys):
         raise UserError(f"unknown key '{short(unknown)}' in recipe {name}{nearest(str(unknown), keys)}")
-    # A run's resolved recipe has every key, and may say where it came from.
+    # The resolved recipe of a run has every key, and may name the recipe that it came from.
     if "recipe" in values and not {one for one in keys if keys[one].default is not None} <= values.keys():
         raise UserError(f"recipe {name} names another recipe, which isn't read; leave the key recipe out of the file")
     try:
@@ -172,7 +172,7 @@ def _parse_recipe(
 
 
 def _name_positionals(keys: dict[str, Key], words: Sequence[str], prog: str) -> list[str]:
-    """Words that belong to no flag, as flags: `prepare SRC DST` as `prepare --dataset SRC --output_dir DST`."""
+    """Add the flags of positional keys: `prepare SRC DST` becomes `prepare --dataset SRC --output_dir DST`."""
     first = [one for one in keys.values() if one.metadata["positional"]]
     flags, free = _part_words(keys, words, bool(first))
     for one in first:
@@ -191,10 +191,10 @@ def _name_positionals(keys: dict[str, Key], words: Sequence[str], prog: str) -> 
 
 
 def _part_words(keys: dict[str, Key], words: Sequence[str], first: bool) -> tuple[list[str], list[str]]:
-    """Flags with their values, and the words that are left for the keys without a flag, if there are such (`first`).
+    """Split words into flags with their values, and words for positional keys.
 
-    A flag takes a word, one of several words takes all up to the next flag, and one of true or false takes a word only
-    if it is such a word.
+    A flag takes one word, the flag of a list all words up to the next flag. If the command has positional keys
+    (`first`), a true-or-false flag takes a word only if that is one of `BOOLEANS` or none.
     """
     by_flag = {flag: one for one in keys.values() for flag in one.flags}
     flags, free, room = [], [], 0

@@ -17,7 +17,7 @@ Model = TypeVar("Model", bound=MAEPreTrainedModel)
 
 @contextmanager
 def loading(failure: str, remedy: str | None = None) -> Iterator[None]:
-    """Report whatever a missing, broken or hostile model makes its readers raise as a UserError of one line.
+    """Report any error of reading a missing, broken or hostile model as a UserError of one line.
 
     Args:
         failure: how the line begins, e.g. "--model outputs/mine can't be loaded".
@@ -27,7 +27,7 @@ def loading(failure: str, remedy: str | None = None) -> Iterator[None]:
         yield
     except (UserError, ModuleNotFoundError):  # the command line names the extra of a package
         raise
-    except Exception as error:  # there is hardly a kind that transformers doesn't raise for a broken file
+    except Exception as error:  # transformers raises many kinds for a broken file
         why = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"{failure} ({why}); {remedy}" if remedy else f"{failure}: {why}") from error
 
@@ -52,7 +52,7 @@ def load_with_processor(kind: type[Model], path: str, **overrides: Any) -> tuple
     `overrides` are keys of its configuration. Raises a UserError if there is no model, or not all weights of its class.
     """
     with loading(model_failure(path)):
-        # Whatever precision it was saved in: figures of one model are to be the same everywhere.
+        # Always float32, so that a model gives the same figures in whatever precision it was saved.
         loaded: Any = kind.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **overrides
         )

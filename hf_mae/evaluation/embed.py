@@ -51,7 +51,7 @@ def embed(recipe: EmbedRecipe) -> dict[str, Any]:
         for batch, values in encoded_batches(encoder, batches):
             bad.extend(batch.bad)
             if batch.keys:
-                # The name of a file, or of a folder that is a label, need not be text.
+                # Names of files, and of folders that are labels, may hold bytes that are not text.
                 labels = [as_utf8(label) if isinstance(label, str) else label for label in batch.labels]
                 yield list(map(as_utf8, batch.keys)), labels, values.cpu().numpy()
         report_bad(rows, bad, recipe.max_bad_fraction)

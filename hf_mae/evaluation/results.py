@@ -22,7 +22,7 @@ PACKAGES = ("torch", "transformers", "datasets", "scikit-learn", "numpy", "pillo
 
 
 def check_results_file(recipe: ScoreRecipe) -> None:
-    """Raise a UserError, before hours are spent, if a result can't be added to the recipe's file."""
+    """Raise a UserError if a result can't be added to the recipe's file; call it before hours are spent."""
     if path := recipe.results_file:
         read_results(path)
 

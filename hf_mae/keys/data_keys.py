@@ -51,7 +51,7 @@ class SplitKeys(DataKeys):
     )
     eval_split: str | None = data_key(
         None,
-        "split to evaluate on",
+        "name of the split to evaluate on",
         "validation or test if there is one, otherwise 5% of split, held out from training",
         place=True,
         metavar="NAME",
