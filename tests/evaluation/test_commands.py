@@ -101,7 +101,12 @@ def test_figures_of_few_images_name_their_number_and_a_k_above_the_bank_is_marke
     assert re.fullmatch(
         r"  knn_top1_k200 +\d+\.\d\d % of 40 images \(k is larger than the bank: all 120 images vote\)", lines[3]
     )
-    assert start(*command("knn", folder, "--k", 20, "--max_eval_samples", 100, "--results", "none")) == 0
+    assert (
+        start(
+            *command("knn", folder, "--k", 20, "--eval_split", "train", "--max_eval_samples", 100, "--results", "none")
+        )
+        == 0
+    )
     assert re.search(r"  knn_top1_k20 +\d+\.\d\d %$", capsys.readouterr().out, re.MULTILINE)
 
 
