@@ -23,19 +23,21 @@ from ..keys.run_keys import PretrainRecipe, RunRecipe
 
 
 def prepare_process(recipe: RunRecipe) -> str:
-    """Set up this process, with deterministic steps if the recipe asks for them.
+    """Set up this process, for deterministic steps if the recipe says so.
 
     Returns:
         The precision that `mixed_precision` selects on this machine: "no", "bf16" or "fp16".
 
     Raises:
-        UserError: if the tracker is not installed.
+        UserError: if the tracker `log_with` is not installed.
     """
     trackers = [tracker.value for tracker in get_available_trackers()]
     if recipe.log_with not in (None, "all", *trackers):
-        raise UserError(f"log_with {recipe.log_with} is not installed; available: {', '.join(trackers) or 'none'}")
+        raise UserError(
+            f"log_with {recipe.log_with} is not installed; install it, or use one of: {', '.join(trackers) or 'none'}"
+        )
     if recipe.deterministic:
-        # cuBLAS and NCCL start later, and read these then.
+        # cuBLAS and NCCL read these variables when they start, which is later.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.setdefault("NCCL_ALGO", "Ring")
         torch.use_deterministic_algorithms(True)
@@ -71,7 +73,8 @@ def make_accelerator(recipe: PretrainRecipe) -> Accelerator:
     """One Accelerator for model and optimizer.
 
     Raises:
-        UserError: if processes or a strategy were requested but are missing; Accelerate would train without them.
+        UserError: if Accelerate would train with fewer processes or another strategy than requested, or the recipe
+            can't run on this machine.
     """
     precision = prepare_process(recipe)
     join_after_restart()
@@ -85,7 +88,8 @@ def make_accelerator(recipe: PretrainRecipe) -> Accelerator:
     check_precision(precision, accelerator.device.type == "cpu")
     if environment_flag("ACCELERATE_USE_FSDP") and accelerator.distributed_type != DistributedType.FSDP:
         raise UserError(
-            f"Accelerate chose {accelerator.distributed_type.value} instead of FSDP, which needs a GPU for each process"
+            f"Accelerate chose {accelerator.distributed_type.value} instead of FSDP, which needs a GPU for each "
+            "process; start as many processes as there are GPUs, or leave FSDP out"
         )
     check_processes(accelerator.num_processes)
     return accelerator

@@ -139,5 +139,5 @@ def test_a_key_press_ends_the_run_and_its_workers(tmp_path, monkeypatch, capfd, 
 
     monkeypatch.setattr(RunLog, "event", press)
     assert start(*arguments(tmp_path / "run", num_workers=1)) == 130
-    assert capfd.readouterr().err.splitlines()[-1] == "hf-mae: error: interrupted; go on with --resume auto"
+    assert capfd.readouterr().err.splitlines()[-1] == "hf-mae: error: interrupted; continue with --resume auto"
     assert multiprocessing.active_children() == []
