@@ -72,6 +72,7 @@ class EMACallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._swap(kwargs["model"])
+        self.swapped = False  # later evaluations leave the average in the model
 
     @torch.no_grad()
     def _swap(self, model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
 
 from ..data.labelled import Collator, LabelledImages, without_bad
 from ..data.labels import find_labels, labels_of
@@ -26,7 +26,7 @@ from ..keys.finetune_keys import FinetuneRecipe
 from ..optim.groups import layer_decay_groups
 from ..run_folder import RunFolder, add_result, read_results
 from .callbacks import EMACallback, EpochCallback, LogCallback
-from .checkpoint import remove_folder, write_model
+from .checkpoint import load_tensors, remove_folder, write_model
 from .describe import RunSetup, announce, derive_facts
 from .devices import prepare_process, tune_for_device
 from .finetune_setup import (
@@ -177,11 +177,30 @@ class FinetuneRun:
         log = LogCallback(trainer.accelerator, self.recipe.total_batch_size)
         trainer.add_callback(log)
         with one_line_errors(), closing(log):
-            trainer.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
+            if not self._restore_trained(trainer):
+                trainer.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
         result = self._save_final(log) if trainer.is_world_process_zero() else None
         trainer.accelerator.wait_for_everyone()
         trainer.accelerator.state.destroy_process_group()
         return result
+
+    def _restore_trained(self, trainer: Trainer) -> bool:
+        """Load and score a checkpoint of the last step, from which `Trainer.train` would take one step too many.
+
+        Returns:
+            Whether the run continues from such a checkpoint.
+        """
+        if self.stored is None:
+            return False
+        state = TrainerState.load_from_json(str(self.stored / "trainer_state.json"))
+        if state.global_step < self.args.max_steps:
+            return False
+        self.model.load_state_dict(load_tensors(self.stored / "model.safetensors"))
+        trainer.state, callbacks = state, trainer.callback_handler
+        callbacks.on_train_begin(self.args, state, trainer.control)
+        callbacks.on_train_end(self.args, state, trainer.control)  # averaged weights become the model's
+        trainer.evaluate()
+        return True
 
     def _save_final(self, log: LogCallback) -> dict[str, Any]:
         """Save model and scores; returns the entry of results.json. Deletes Trainer's checkpoints: they hold pickles.
