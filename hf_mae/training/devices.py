@@ -114,9 +114,9 @@ def describe_hardware(device: torch.device) -> str:
 
 
 def join_after_restart() -> None:
-    """After a restart by torchrun, meet the other processes under a fresh key prefix.
+    """After a restart by torchrun, rendezvous with the other processes under a fresh key prefix.
 
-    Their store still holds addresses of the previous attempt (torch 2.14). With the same keys, a process sometimes
+    The store still holds addresses of the previous attempt (torch 2.14). With the same keys, a process sometimes
     connects to a dead one, and fails or hangs.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -135,8 +135,8 @@ def join_after_restart() -> None:
 def tune_for_device(model: PreTrainedModel, device: torch.device, precision: str) -> None:
     """Set up the process and a model for fast training on a CPU; does nothing on other devices.
 
-    The C library then keeps the memory that a step frees. Otherwise each step requests it again, page by page: 200,000
-    pages, or 0.3 s of 11 s, for ViT-B and 16 images on one thread; 2 to 4 % of the time on two threads.
+    The C library then keeps the memory that a step frees. Otherwise each step requests it again, page by page: for
+    ViT-B and 16 images 200,000 pages, which take 0.3 s of 11 s on one thread, and 2 to 4 % of the time on two.
 
     Args:
         model: the model to train; under bf16, its attention becomes `float32_attention`.
@@ -159,7 +159,7 @@ def float32_attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' SDPA in float32, even under autocast.
 
-    On CPUs, PyTorch's forward and backward take 1.6 to 2.4 times as long in bfloat16 (torch 2.14, 50 and 197 tokens).
+    On CPUs, its forward and backward passes take 1.6 to 2.4 times as long in bfloat16 (torch 2.14, 50 and 197 tokens).
     """
     with torch.autocast(query.device.type, enabled=False):
         attended, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), *args, **kwargs)

@@ -1,7 +1,7 @@
-"""After each step, all processes agree whether to skip it, if a number is not finite, and whether to stop.
+"""At each step, all processes agree whether to skip it, because a number is not finite, and whether to stop after it.
 
-One small all-reduce sums the flags of all processes. The device decides at once from the sum whether the optimizer
-takes the step; the host of a GPU reads it one step later and never blocks.
+One small all-reduce sums the flags of all processes. From the sum, the device decides at once whether the optimizer
+takes the step. The host of a GPU reads the sum one step later and never blocks.
 """
 
 import signal
@@ -18,7 +18,7 @@ MOST_IN_A_ROW = 10
 
 
 class Verdict(NamedTuple):
-    """What the processes agreed on for a step."""
+    """What the processes agreed for a step."""
 
     step: int  # from 1
     skipped: bool  # by all processes

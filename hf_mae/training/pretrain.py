@@ -306,7 +306,9 @@ class PretrainRun:
             if verdict.skipped:
                 self.log.event(verdict.step, skipped=True, samples=verdict.samples)
                 some = ", ".join(verdict.samples[:3])
-                self.log.say(f"step {verdict.step} left out: its loss or gradient is not finite; samples {some}, ...")
+                self.log.say(
+                    f"step {verdict.step} is left out, because its loss or gradient is not finite; samples {some}, ..."
+                )
             self.guard.check()
         return stop
 
@@ -332,7 +334,7 @@ class PretrainRun:
         self.log.event(step, eval_loss=loss)
         if bad and step in (0, self.state.total_steps):
             some = ", ".join(f"{key} ({reason})" for key, reason in bad[:3])
-            self.log.say(f"{len(bad)} evaluation images can't be decoded and are left out: {some}")
+            self.log.say(f"{len(bad)} evaluation images can't be decoded and are left out, such as {some}")
         self.log.picture(step, self.held_out.picture(self.unwrapped, self.processor))
 
     def _measure_quality(self) -> None:
@@ -384,7 +386,8 @@ class PretrainRun:
         new, counts, file = self._count_bad(), self.state.bad["counts"], self.folder.bad_file
         bad = sum(counts.values())
         if new:
-            self.log.say(f"{bad} images skipped so far: {counts}; see {file}")
+            reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+            self.log.say(f"{bad} images could not be decoded so far ({reasons}); see {file}")
         # Counted against at least 1,000 images, because one bad file among the first ten means little.
         failed = bad / max(bad + self.state.images_seen, min(1000, len(self.data.rows)))
         most = self.recipe.max_bad_fraction
