@@ -29,12 +29,12 @@ def open_source(dataset: str, *, streaming: bool | None = None, **keys: Any) -> 
     """Find a data set and get ready to read one split of it, such as `open_source("digits")`.
 
     Args:
-        dataset: see `DataKeys`.
-        streaming: see `open_split`.
-        **keys: others of `DataKeys`, such as `split="test"`.
+        dataset: name of the data set, see `DataKeys`.
+        streaming: True reads files in place, False downloads and maps them; None streams what is remote.
+        **keys: other keys of `DataKeys`, such as `split="test"`.
 
     Raises:
-        DataError: as `locate` and `open_split`.
+        DataError: as from `locate` and `open_split`.
     """
     named = DataKeys(dataset=dataset, **keys)
     return open_split(locate(named), named.split, streaming)
@@ -78,7 +78,7 @@ def open_split(place: Place, split: str, streaming: bool | None = None) -> Sourc
     `streaming` True reads files in place, False downloads and maps them; None streams what is remote.
 
     Raises:
-        DataError: for what the user can mend; one line that names the remedy.
+        DataError: if there is no such split, a package is missing, or the files can't be read.
         SourceUnavailable: if the network failed at every try.
     """
     place, split = _with_split(place, split)
@@ -93,7 +93,7 @@ def open_split(place: Place, split: str, streaming: bool | None = None) -> Sourc
             missing_package = isinstance(error.__cause__, ImportError)
             if place.kind != "parquet" or streaming is not None or missing_package:
                 raise
-            # A corrupt page is the end of a table that `datasets` makes; read in place, it costs its own rows.
+            # `datasets` makes no table from a file with a corrupt page. Reading in place loses only that page's rows.
             logger.warning("%s; meanwhile they are read in place", error)
     if place.kind == "imagefolder":
         return _open_images(place, split)
@@ -105,7 +105,7 @@ def open_split(place: Place, split: str, streaming: bool | None = None) -> Sourc
 
 
 def _with_split(place: Place, split: str) -> tuple[Place, str]:
-    """The name under which the data has a split: "val" and "validation" are one, and a folder may be a split."""
+    """The name under which the data has a split: "val" and "validation" mean the same, and a folder may be a split."""
     if split in place.splits:
         return place, split
     aliases = [name for name in place.splits if {name, split} <= set(SPLIT_FOLDERS["validation"])]

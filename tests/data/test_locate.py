@@ -112,3 +112,31 @@ def test_a_place_keeps_what_the_user_typed_of_its_columns(tmp_path):
     assert (place.label_column, place.image_column) == ("class", None)
     with pytest.raises(DataError, match="its labels are its class folders, not 'class'"):
         open_splits(SplitKeys(dataset=str(tmp_path / "d"), label_column="class"))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "cannot read .*: Expecting value"),
+        ("[" * 100_000, "cannot read .* nested too deeply"),
+        ("[1]", "does not list the splits"),
+        ('"train"', "does not list the splits"),
+        ("{}", "does not list the splits"),
+        ('{"splits": "train"}', "does not list the splits"),
+        ('{"splits": [1]}', "does not list the splits"),
+        ('{"splits": []}', "does not list the splits"),
+    ],
+)
+def test_a_list_of_saved_splits_that_cannot_be_used_is_one_line(tmp_path, content, said):
+    (tmp_path / "dataset_dict.json").write_text(content)
+    with pytest.raises(DataError, match=rf"^[^\n]*{said}[^\n]*; save the data set again$") as caught:
+        locate(DataKeys(dataset=str(tmp_path)))
+    assert "dataset_dict.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("header", ["a: [", "- a", "configs: 3"])
+def test_a_readme_that_datasets_cannot_read_is_one_line(tmp_path, header):
+    folder = parquet_folder(tmp_path / "data")
+    (folder / "README.md").write_text(f"---\n{header}\n---\n")
+    with pytest.raises(DataError, match=rf"^{folder}: [^\n]*; [^\n]*$"):
+        locate(DataKeys(dataset=str(folder)))
