@@ -77,8 +77,8 @@ def decode_image(
 
     Args:
         data: the file's bytes, or an array (H, W), (C, H, W) or (H, W, C). The channel axis is the one with
-            `num_channels` entries; if both the first and the last have this many, it is the first. A `BadImage` from
-            a source, for an image that it can't read, is raised.
+            `num_channels` entries; if both the first and the last have this many, it is the first. If the source
+            can't read the image, `data` is its `BadImage`, which is raised.
         num_channels: number of channels of the result. A one-band array is repeated for 3.
         dtype: `uint8` in [0, 255], `uint16` in [0, 65535], or `float32` with the values of the file.
         min_pixels: a JPEG may be decoded with its sides reduced to 1/2, 1/4 or 1/8 if this many pixels remain, and may

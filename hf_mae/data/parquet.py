@@ -93,7 +93,7 @@ def image_of(value: Any) -> bytes | np.ndarray | BadImage:
     content = None if value is None else value.as_py()
     if isinstance(content, bytes):
         return content
-    # Don't follow a path in the data: a file from elsewhere must not make us open local files.
+    # Don't follow a path in the data: data from elsewhere must not be able to open local files.
     return BadImage("the row has no image bytes (if it has a path, it is not followed)", "NoBytes")
 
 

@@ -1,7 +1,7 @@
 """A data set that was found -> the rows of its splits, undecoded.
 
-`locate.py` finds a data set once. Here each split of it gets a reader: of the files in place where that is cheap or
-asked for, else of a table that `datasets` makes and maps.
+`locate.py` finds a data set once. Here each of its splits gets a reader. It reads the files in place if that is cheap,
+or if the user wants it; else it reads a table that `datasets` makes and maps.
 """
 
 import glob
@@ -245,7 +245,7 @@ def _fingerprint(place: Place, source: Source, files: Any = None) -> dict[str, A
 
 
 def _sizes(urls: list[str]) -> list[int | None]:
-    # A million local files are looked at faster than handed to threads.
+    # For local files, a call of `stat` costs less than handing it to a thread.
     return in_threads(_size, urls) if urls and is_remote(urls[0]) else [_size(url) for url in urls]
 
 

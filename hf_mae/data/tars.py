@@ -35,9 +35,9 @@ Members = dict[str, tuple[int, int]]  # part of a name after its first dot -> of
 class TarSource(BlockSource):
     """Samples of uncompressed tars, one shard each: neighbouring members that share the name up to its first dot.
 
-    `place.image_column` is the part of the image's member name after its first dot; None: the only image extension.
-    `place.label_column` is this part of a member with the label as text, else a key in the sample's `.json`; None:
-    `.cls`, else the key "label".
+    `place.image_column` is the part of the image's member name after its first dot. If it is None, a sample must have
+    only one member with the extension of an image. `place.label_column` is this part of a member that holds the label
+    as text, else a key in the sample's `.json`. If it is None, it is `.cls`, else the key "label".
 
     Raises:
         DataError: if a tar cannot be read, no sample has an image, or one has several and none is chosen.
