@@ -8,6 +8,7 @@
 
 import math
 import os
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -147,10 +148,30 @@ def to_bands(
     if rescale_factor is None:
         return bands
     if bands.dtype == torch.int32 and math.isclose(rescale_factor, 1 / 255, rel_tol=1e-3):
-        return ((bands + 128) // 257).to(torch.uint8)
+        return to_8_bits(bands).to(torch.uint8)
     if bands.dtype == torch.uint8 and math.isclose(rescale_factor, 1 / 65535, rel_tol=1e-3):
-        return bands.to(torch.int32) * 257
+        return to_16_bits(bands.to(torch.int32))
     return bands
+
+
+def to_8_bits(wide: Any) -> Any:
+    """0..65535 -> 0..255, rounded. For a tensor or an array of integers of more than 16 bits, whose dtype it keeps."""
+    return (wide + 128) // 257
+
+
+def to_16_bits(narrow: Any) -> Any:
+    """0..255 -> 0..65535; `to_8_bits` undoes it. For a tensor or an array of 16 bits or more, whose dtype it keeps."""
+    return narrow * 257
+
+
+def band_axis(shape: Sequence[int], counts: Iterable[int], axes: Sequence[int] = (0, 2)) -> int | None:
+    """The first of `axes` that holds the bands of an image, a three-dimensional array; None if none does.
+
+    `counts` are the numbers of bands that it may have, the preferred one first.
+    """
+    if len(shape) != 3:
+        return None
+    return next((axis for count in counts for axis in axes if shape[axis] == count), None)
 
 
 def _channels_first(
@@ -163,10 +184,9 @@ def _channels_first(
     elif input_data_format is not None:
         first = ChannelDimension(input_data_format) == ChannelDimension.FIRST
         axes, where = ((0,), "first") if first else ((2,), "last")
-    for count in (num_channels, 1, 4) if to_rgb else (num_channels,):
-        for axis in axes:
-            if image.ndim == 3 and image.shape[axis] == count:
-                return image.movedim(axis, 0)
+    axis = band_axis(image.shape, (num_channels, 1, 4) if to_rgb else (num_channels,), axes)
+    if axis is not None:
+        return image.movedim(axis, 0)
     remedy = "convert it to grey first, or set" if num_channels == 1 else "move the bands there, or set"
     raise ValueError(
         f"an image of shape {shape} does not have num_channels={num_channels} bands on its {where} axis; {remedy} "
@@ -187,8 +207,14 @@ def _composite_on_white(rgba: torch.Tensor) -> torch.Tensor:
     return rgb if white == 1 else rgb.round().to(rgba.dtype)
 
 
+def shortest_edge_size(height: int, width: int, edge: int) -> tuple[int, int]:
+    """(height, width) in pixels after a resize of the shorter side to `edge`; the other is rounded down."""
+    short = min(height, width)
+    return int(edge * height / short), int(edge * width / short)
+
+
 def resized_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
-    """(height, width) in pixels after a resize to `size`, rounded down on the long side as torchvision does.
+    """(height, width) in pixels after a resize to `size`; the longer side is rounded down, as torchvision does.
 
     Raises:
         ValueError: if `size` has other keys than "shortest_edge", or "height" and "width"; or if a very long, narrow
@@ -196,8 +222,7 @@ def resized_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
     """
     sides = dict(size)
     if sides.keys() == {"shortest_edge"}:
-        edge, short = sides["shortest_edge"], min(height, width)
-        resized = int(edge * height / short), int(edge * width / short)
+        resized = shortest_edge_size(height, width, sides["shortest_edge"])
         if Image.MAX_IMAGE_PIXELS is not None and resized[0] * resized[1] > Image.MAX_IMAGE_PIXELS:
             raise ValueError(
                 f"an image of {height} x {width} pixels would be resized to {resized[0]} x {resized[1]}, beyond "

@@ -32,8 +32,8 @@ class MAEImageProcessorPil(MAEImageProcessorBase, PilBackend):
 
     def resize(self, image: np.ndarray, size: SizeDict, resample: int, **kwargs: Any) -> np.ndarray:
         """Resize (C, H, W) by `resize_bands`."""
-        height_width = resized_size(image.shape[1], image.shape[2], size)
-        return np.moveaxis(resize_bands(np.moveaxis(image, 0, -1), height_width, resample), -1, 0)
+        resized = resized_size(image.shape[1], image.shape[2], size)
+        return np.moveaxis(resize_bands(np.moveaxis(image, 0, -1), resized, resample), -1, 0)
 
     def center_crop(self, image: np.ndarray, size: SizeDict, **kwargs: Any) -> np.ndarray:
         """Crop the centre of (C, H, W), padding an image that is too small with zeros."""

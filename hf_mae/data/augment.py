@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ..image_processing_base_mae import resize_bands
-from .transform import BICUBIC, RATIO, height_width
+from .transform import BICUBIC, RATIO, size_of
 
 
 def sample_rng(seed: int, epoch: int, shard: int, row: int) -> np.random.Generator:
@@ -84,7 +84,7 @@ def training_view(
     Returns:
         (C, H, W) in the image's dtype.
     """
-    height, width = height_width(image)
+    height, width = size_of(image)
     view = _crop_and_resize(image, size, random_resized_crop_box(rng, height, width, size, scale, one_draw=one_draw))
     if flip and rng.random() < 0.5:
         # PyTorch 2.11 can't flip uint16 on a CPU, so flip the same bytes as int16.

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ..errors import MissingPackage
-from ..image_processing_base_mae import to_opaque
+from ..image_processing_base_mae import band_axis, to_8_bits, to_16_bits, to_opaque
 
 try:
     import simplejpeg
@@ -77,8 +77,8 @@ def decode_image(
 
     Args:
         data: the file's bytes, or an array (H, W), (C, H, W) or (H, W, C). The channel axis is the one with
-            `num_channels` entries; if both the first and the last have this many, it is the first. A `BadImage` from
-            a source, for an image that it can't read, is raised.
+            `num_channels` entries; if both the first and the last have this many, it is the first. If the source
+            can't read the image, `data` is its `BadImage`, which is raised.
         num_channels: number of channels of the result. A one-band array is repeated for 3.
         dtype: `uint8` in [0, 255], `uint16` in [0, 65535], or `float32` with the values of the file.
         min_pixels: a JPEG may be decoded with its sides reduced to 1/2, 1/4 or 1/8 if this many pixels remain, and may
@@ -126,14 +126,13 @@ def load_image(data: bytes | np.ndarray | BadImage, least: int) -> Image.Image |
 def probe_image(data: bytes | np.ndarray | BadImage) -> tuple[int, str]:
     """The `num_channels` and `dtype` that fit a sample; `data` and errors are those of `decode_image`.
 
-    Every colour or palette image that Pillow reads has 3 channels, with or without transparency. The channels of an
-    array are the shorter one of its first and last axes. For most files, only the header is read.
+    Every colour or palette image that Pillow reads has 3 channels, with or without transparency; those of an array are
+    found by `bands_last`. For most files, only the header is read.
     """
     with as_bad_image():
         image = _read(data, None)
         if isinstance(image, np.ndarray):
-            channels = 1 if image.ndim == 2 else min(image.shape[0], image.shape[-1])
-            return channels, _natural_dtype(image)
+            return 1 if image.ndim == 2 else bands_last(image).shape[-1], _natural_dtype(image)
         if image.mode in ("1", "L"):
             return 1, "uint8"
         if image.mode == "F":
@@ -333,16 +332,18 @@ def _from_array(array: np.ndarray, num_channels: int, dtype: str) -> Image.Image
 
 def _to_channels_last(array: np.ndarray, num_channels: int) -> np.ndarray:
     """(H, W), (C, H, W) or (H, W, C) -> (H, W, C)."""
-    for channels in (num_channels, 1) if num_channels == 3 else (num_channels,):
-        if array.ndim == 2 and channels == 1:
-            banded = array[:, :, None]
-        elif array.ndim == 3 and channels in (array.shape[0], array.shape[-1]):
-            banded = np.moveaxis(array, 0, -1) if array.shape[0] == channels else array
-        else:
-            continue
-        return np.broadcast_to(banded, (*banded.shape[:2], num_channels))
-    message = f"shape {array.shape} has no axis of {num_channels} channels: set num_channels to the data's"
-    raise BadImage(message, "WrongChannels")
+    banded, axes = (array[:, :, None], (2,)) if array.ndim == 2 else (array, (0, 2))
+    axis = band_axis(banded.shape, (3, 1) if num_channels == 3 else (num_channels,), axes)
+    if axis is None:
+        message = f"shape {array.shape} has no axis of {num_channels} channels: set num_channels to the data's"
+        raise BadImage(message, "WrongChannels")
+    banded = np.moveaxis(banded, axis, -1)
+    return np.broadcast_to(banded, (*banded.shape[:2], num_channels))
+
+
+def bands_last(array: np.ndarray) -> np.ndarray:
+    """(C, H, W) or (H, W, C) -> (H, W, C); C is the shorter one of the first and the last axis."""
+    return np.moveaxis(array, 0, -1) if array.shape[0] <= array.shape[-1] else array
 
 
 def to_native(array: np.ndarray) -> np.ndarray:
@@ -365,9 +366,9 @@ def _to_dtype(array: np.ndarray, dtype: str) -> np.ndarray:
     if dtype == "float32":
         return array.astype(np.float32)
     if array.dtype == np.uint8 and dtype == "uint16":
-        return array.astype(np.uint16) * 257
+        return to_16_bits(array.astype(np.uint16))
     if array.dtype == np.uint16 and dtype == "uint8":
-        return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        return to_8_bits(array.astype(np.uint32)).astype(np.uint8)
     # Wider integers, such as the int64 of plain lists, are not scaled: their values already fit `dtype`, or are bad.
     low, high = int(array.min()), int(array.max())
     if low < 0 or high > np.iinfo(dtype).max:

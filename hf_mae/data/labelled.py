@@ -11,12 +11,12 @@ from ..errors import DataError
 from ..image_processing_mae import MAEImageProcessor
 from ..run_folder import append_line
 from .augment import sample_rng, training_view
-from .decode import BadImage, BadSample, decode_image
+from .decode import BadImage, BadSample
 from .loader import each_batch, ignore_termination
 from .mix import Mixing, RandAugment, RandomErasing
 from .order import Rows
 from .shards import Row
-from .transform import ImageSpec, evaluation_view, make_normalizer
+from .transform import ImageSpec, make_normalizer
 
 # A data set with few bad images won't give this many of them in a row.
 TRIES = 10
@@ -33,7 +33,7 @@ class LabelledImages(Dataset):
         targets: (n, ...) targets of these rows.
         spec: size, channels, dtype and crops of the images.
         processor: gives the mean and standard deviation for normalisation.
-        seed: seed of the training view; None for the evaluation view.
+        seed: seed of all random changes; None for the evaluation view, which has none.
         rand_augment: applied to the training view.
         random_erasing: probability of erasing in the training view, in [0, 1].
         bad_file: gets one JSON line for each bad image.
@@ -78,8 +78,7 @@ class LabelledImages(Dataset):
         index = int(self.order[index])
         row = self.rows.read_one(index)
         if self.seed is None:
-            image = decode_image(row.image, self.spec.num_channels, self.spec.dtype)
-            pixels = evaluation_view(image, self.spec.eval_resize, self.spec.size, self.spec.resample)
+            pixels = self.spec.evaluation_view(self.spec.decode(row.image))
             return {"pixel_values": self.normalize(torch.from_numpy(pixels)), "labels": self.targets[index]}
         rng = sample_rng(self.seed, self.epoch, row.shard, row.row)
         image, index = self._decode_or_replace(row, index, rng)
@@ -92,11 +91,11 @@ class LabelledImages(Dataset):
         return {"pixel_values": pixel_values, "labels": self.targets[index], "rng": rng}
 
     def _decode_or_replace(self, row: Row, index: int, rng: np.random.Generator) -> tuple[Any, int]:
-        """The decoded image, or a random other one, and its index."""
+        """The decoded image, or a random other one if it can't be decoded, and the index of the row it comes from."""
         message = ""
         for _ in range(TRIES):
             try:
-                return decode_image(row.image, self.spec.num_channels, self.spec.dtype, self.spec.min_pixels), index
+                return self.spec.decode(row.image, for_crops=True), index
             except BadImage as error:
                 message = f"{row.key}: {error}"
                 if self.bad_file and self.epoch == 0:
@@ -111,7 +110,7 @@ class Collator:
     """Collates samples of `LabelledImages` into batches, and mixes those of the training view.
 
     Args:
-        mixing: mixup, cutmix and label smoothing; None for none.
+        mixing: mixup, cutmix and label smoothing of a training batch; None leaves its images and labels unchanged.
     """
 
     def __init__(self, mixing: Mixing | None = None):
@@ -138,7 +137,7 @@ class _Reasons(Dataset):
     def __getitem__(self, index: int) -> BadSample | None:
         row = self.rows.read_one(index)
         try:
-            decode_image(row.image, self.spec.num_channels, self.spec.dtype)
+            self.spec.decode(row.image)
         except BadImage as error:
             return row.key, error.reason
         return None
@@ -156,8 +155,7 @@ def without_bad(rows: Rows, spec: ImageSpec, num_workers: int = 0) -> list[BadSa
     loader = DataLoader(
         _Reasons(rows, spec), 64, num_workers=num_workers, collate_fn=list, worker_init_fn=ignore_termination
     )
-    batches: Any = each_batch(loader)
-    reasons: list[BadSample | None] = [reason for batch in batches for reason in batch]
+    reasons: list[BadSample | None] = [reason for batch in each_batch(loader) for reason in batch]
     bad = [reason for reason in reasons if reason]
     if len(bad) == len(rows):
         key, reason = bad[0]

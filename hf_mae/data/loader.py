@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from ..errors import DataError, MissingPackage
+from ..errors import DataError, UserError
 from .augment import sample_rng, training_view
-from .decode import BadImage, decode_image
+from .decode import BadImage, BadSample
 from .order import EpochOrder, LogicalStream, Rows, StreamPlan
 from .shards import Row
-from .transform import ImageSpec, evaluation_view
+from .transform import ImageSpec
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Batch:
         keys: (b,) readable places of the samples in the source.
         labels: (b,) as the source stores them; None for an image without a label.
         positions: stream number -> rows read so far, for the streams in this batch.
-        bad: (key, reason) of each skipped sample.
+        bad: (key, reason) of each sample that could not be decoded.
     """
 
     images: torch.Tensor
@@ -40,7 +40,7 @@ class Batch:
     keys: list[str]
     labels: list[Any]
     positions: dict[int, int] = field(default_factory=dict)
-    bad: list[tuple[str, str]] = field(default_factory=list)
+    bad: list[BadSample] = field(default_factory=list)
 
     def pin_memory(self) -> "Batch":
         self.images, self.noise = self.images.pin_memory(), self.noise.pin_memory()
@@ -50,7 +50,7 @@ class Batch:
 Sample = tuple[np.ndarray, np.ndarray, Row]  # pixels, mask noise and the row they come from
 
 
-def _collate(spec: ImageSpec, samples: list[Sample], positions: dict[int, int], bad: list[tuple[str, str]]) -> Batch:
+def _collate(spec: ImageSpec, samples: list[Sample], positions: dict[int, int], bad: list[BadSample]) -> Batch:
     # Not np.stack, which refuses an empty list: a batch may have no sample.
     images = np.array([pixels for pixels, _, _ in samples], spec.dtype).reshape(-1, spec.num_channels, *spec.size)
     noise = np.array([mask_noise for _, mask_noise, _ in samples], np.float32).reshape(-1, spec.num_patches)
@@ -59,20 +59,27 @@ def _collate(spec: ImageSpec, samples: list[Sample], positions: dict[int, int], 
 
 
 class TrainingStream(IterableDataset):
-    """One rank's batches of the steps [first_step, last_step), for a DataLoader that doesn't batch.
+    """One rank's batches of the steps [first_step, last_step), for a DataLoader that doesn't batch (`make_loader`).
+
+    A step gives `items_per_step` items of type `Batch`, of equal size. A sample that can't be decoded is listed in
+    `Batch.bad`, and the next row of its stream takes its place.
 
     Args:
         rows: the training rows.
         plan: how batches are assembled.
         spec: size, dtype, crop and number of masks of the images.
         seed: seed of order, crop, flip and mask noise.
-        positions: (L,) number of rows that each stream has read before `first_step`.
+        positions: (L,) number of rows that each of the plan's L streams has read before `first_step`.
         first_step: step of the first batch, from 0.
         last_step: the step after the last batch's.
         rank: rank of this process, from 0.
         ranks: number of processes.
-        items_per_step: number of items that a rank's share of a step is split into.
+        items_per_step: number of items that a rank's share of a step is split into, see `StreamPlan.items_per_step`.
         later_specs: (step, spec) pairs in order of their steps; each spec applies from its step on.
+
+    Raises:
+        DataError: while iterating, if a stream has no image that can be decoded.
+        SourceUnavailable: while iterating, if the network failed at every try.
     """
 
     def __init__(
@@ -109,7 +116,7 @@ class TrainingStream(IterableDataset):
             spec = [spec for start, spec in self.specs if start <= step][-1]
             samples: list[Sample] = []
             positions: dict[int, int] = {}
-            bad: list[tuple[str, str]] = []
+            bad: list[BadSample] = []
             for stream in range(first, first + self.chunks_per_item):
                 if stream not in streams:
                     streams[stream] = LogicalStream(order, stream, self.plan.num_streams, self.positions[stream])
@@ -117,13 +124,13 @@ class TrainingStream(IterableDataset):
                 positions[stream] = streams[stream].position
             yield _collate(spec, samples, positions, bad)
 
-    def _chunk(self, stream: LogicalStream, spec: ImageSpec, bad: list[tuple[str, str]]) -> list[Sample]:
+    def _chunk(self, stream: LogicalStream, spec: ImageSpec, bad: list[BadSample]) -> list[Sample]:
         samples: list[Sample] = []
         failed = 0
         while len(samples) < self.chunk_size:
             epoch, row = stream.next(self.chunk_size - len(samples))
             try:
-                image = decode_image(row.image, spec.num_channels, spec.dtype, spec.min_pixels)
+                image = spec.decode(row.image, for_crops=True)
                 rng = sample_rng(self.seed, epoch, row.shard, row.row)
                 pixels = training_view(image, rng, spec.size, spec.crop_scale, spec.flip, spec.one_draw)
                 samples.append((pixels, rng.random((spec.masks, spec.num_patches), dtype=np.float32), row))
@@ -156,25 +163,30 @@ class EvaluationSet(IterableDataset):
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         for start in range(number * self.batch_size, len(self.index), workers * self.batch_size):
             samples: list[Sample] = []
-            bad: list[tuple[str, str]] = []
+            bad: list[BadSample] = []
             for row in self.rows.read(self.index[start : start + self.batch_size]):
                 try:
-                    image = decode_image(row.image, self.spec.num_channels, self.spec.dtype)
+                    image = self.spec.decode(row.image)
                 except BadImage as error:
                     bad.append((row.key, error.reason))
                     continue
                 noise = sample_rng(self.mask_seed, 0, row.shard, row.row).random(self.spec.num_patches, np.float32)
-                view = evaluation_view(image, self.spec.eval_resize, self.spec.size, self.spec.resample)
-                samples.append((view, noise, row))
+                samples.append((self.spec.evaluation_view(image), noise, row))
             yield _collate(self.spec, samples, {}, bad)
 
 
 def ignore_termination(worker_id: int) -> None:
-    """Start-up of a loader worker: only the training process reacts to the signals; it saves, then ends its workers."""
+    """Start-up of a loader worker. It ignores signals: the training process saves first, and then ends its workers."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     # A worker decodes on one core; more threads would only slow down the other workers.
     torch.set_num_threads(1)
+
+
+def check_bad(bad: int, count: int, most: float, message: str) -> None:
+    """Raise a DataError that starts with `message` if more than the fraction `most` of `count` images are bad."""
+    if bad / count > most:
+        raise DataError(f"{message}, more than max_bad_fraction {most:.1%}; check the data, or raise the limit")
 
 
 def make_loader(
@@ -200,16 +212,22 @@ def make_loader(
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Cut errors from loader workers down to one line: their message is the worker's whole traceback."""
+    """Cut UserErrors from loader workers, whose message is a whole traceback, down to one line."""
     try:
         yield
-    except (DataError, MissingPackage) as error:
+    except UserError as error:
         last_line = str(error).strip().rpartition("\n")[2]
         raise type(error)(last_line.removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")) from error
 
 
-def each_batch(loader: DataLoader) -> Generator[Batch]:
-    """Yield the batches of a loader (from `make_loader`). Its workers always end, and their errors have one line."""
+def each_batch(loader: DataLoader) -> Generator[Any]:
+    """Yield what a loader yields, such as the batches of `make_loader`, and end its workers however the loop ends.
+
+    Close the generator (`contextlib.closing`) if the loop may stop early.
+
+    Raises:
+        UserError: as the data set raises it; one from a worker is cut down to one line.
+    """
     batches = iter(loader)
     try:
         with one_line_errors():

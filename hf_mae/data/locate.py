@@ -1,7 +1,6 @@
 """The name of a data set -> its files, their kind and its splits. No row is read."""
 
 import glob
-import json
 import logging
 import os
 import posixpath
@@ -16,7 +15,7 @@ import fsspec
 from huggingface_hub import HfApi
 
 from ..errors import DataError, SourceUnavailable, one_line
-from ..files import missing_path
+from ..files import missing_path, read_json
 from ..keys.data_keys import SourceKeys
 from .remote import is_remote, with_retries
 
@@ -128,7 +127,7 @@ def _kind(file: str) -> str | None:
 
 
 def _kind_of_folder(names: Iterable[str]) -> str | None:
-    """The kind of a folder with these files. One parquet file outweighs images, which may belong to a README."""
+    """The most frequent kind of a folder's files; parquet if there is any, since images may belong to a README."""
     kinds = Counter(_kind(name) for name in names if posixpath.basename(name) != "metadata.parquet")
     kinds.pop(None, None)
     if "parquet" in kinds:
@@ -137,9 +136,9 @@ def _kind_of_folder(names: Iterable[str]) -> str | None:
 
 
 def _locate_folder(dataset: str, path: str, config_name: str | None) -> Place:
-    if os.path.isfile(os.path.join(path, "dataset_dict.json")):
-        splits = json.loads(Path(path, "dataset_dict.json").read_text())["splits"]
-        return Place(dataset, "disk", {split: [] for split in splits}, root=path)
+    index = Path(path, "dataset_dict.json")
+    if index.is_file():
+        return Place(dataset, "disk", {split: [] for split in _saved_splits(index)}, root=path)
     if all(os.path.isfile(os.path.join(path, name)) for name in ("dataset_info.json", "state.json")):
         return Place(dataset, "disk", {"train": []}, root=path)
     names = sorted(_walk(path))
@@ -150,8 +149,20 @@ def _locate_folder(dataset: str, path: str, config_name: str | None) -> Place:
     return _from_builder(dataset, load_builder(dataset, os.path.abspath(path), name=config_name))
 
 
+def _saved_splits(index: Path) -> list[str]:
+    """The splits that the `dataset_dict.json` of `save_to_disk` lists."""
+    try:
+        content = read_json(index)
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {index}: {one_line(error)}; save the data set again") from error
+    splits = content.get("splits") if isinstance(content, dict) else None
+    if not isinstance(splits, list) or not splits or not all(isinstance(split, str) for split in splits):
+        raise DataError(f"{index} does not list the splits of a data set; save the data set again")
+    return splits
+
+
 def _walk(root: str) -> Iterable[str]:
-    """Relative paths of a folder's files, without hidden ones. Follows links, but not in circles."""
+    """Relative paths of a folder's files, without hidden ones. Follows links, except to a folder that contains them."""
     for folder, subfolders, files in os.walk(root, followlinks=True):
         prefix = "" if folder == root else Path(folder).relative_to(root).as_posix() + "/"
         yield from (prefix + file for file in files if not file.startswith("."))
@@ -262,7 +273,7 @@ def _locate_on_hub(dataset: str, repo: str, config_name: str | None, revision: s
 
 
 def load_builder(dataset: str, path: str, **options: Any) -> Any:
-    """Call `datasets.load_dataset_builder(path)`; its many exceptions become DataErrors about `dataset`.
+    """Call `datasets.load_dataset_builder(path)`; all its exceptions become DataErrors about `dataset`.
 
     `path` is an absolute local path, a Hub id, or the name of a builder.
     """
@@ -274,10 +285,10 @@ def load_builder(dataset: str, path: str, **options: Any) -> Any:
         return with_retries(lambda: datasets.load_dataset_builder(path, **options), dataset)
     except DataError:
         raise
-    except (ValueError, RuntimeError, KeyError) as error:
+    except Exception as error:  # any: it lets those of its parsers through, for YAML among others
         text = one_line(error).split(" Example of usage", 1)[0]
-        remedy = "; choose one with --dataset_config NAME" if "onfig" in text else ""
-        raise DataError(f"{dataset}: {text}{remedy}") from error
+        remedy = "choose one with --dataset_config NAME" if "onfig" in text else "check its README and files"
+        raise DataError(f"{dataset}: {text}; {remedy}") from error
 
 
 def _from_builder(dataset: str, builder: Any) -> Place:

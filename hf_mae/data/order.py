@@ -48,13 +48,21 @@ def spread(index: np.ndarray, most: int, source: Source) -> np.ndarray:
 
 
 class Rows:
-    """The subset of a source used for training or for evaluation; a DataError if it is empty.
+    """The rows of a source that are used for training or for evaluation.
 
     Args:
         source: the source to read.
-        part: "all"; or, if the source has no evaluation split, "train" or "held_out".
+        part: "all" rows; or, if the source has no evaluation split, "held_out" ones or "train", the rest.
         held_out_fraction: share of the rows that are held out, in [0, 1).
         max_samples: maximum number of rows, chosen by `spread`; all rows when omitted.
+
+    Attributes:
+        index: (n,) numbers of these rows in the whole source, from 0, in rising order.
+        shard_starts: number of the first row of each shard; then the number of all rows in the source.
+        blocks: (b, 2) start and stop in `index` of the blocks that are read as one; one block for random access.
+
+    Raises:
+        DataError: if no row is left.
     """
 
     def __init__(
@@ -100,7 +108,10 @@ class Rows:
         return next(self.read(self.index[number : number + 1]))
 
     def read(self, index: np.ndarray) -> Iterator[Row]:
-        """Undecoded rows, in the order of `index`, numbers in the whole source. Reads runs within a shard at once."""
+        """Undecoded rows in the order of `index`, which holds numbers in the whole source; errors of `Source.read`.
+
+        Neighbours in `index` that lie in one shard are read together.
+        """
         shards, rows = self.place(index)
         for run in np.split(np.arange(len(index)), np.flatnonzero(np.diff(shards)) + 1):
             yield from self.source.read(int(shards[run[0]]), rows[run].tolist())
@@ -132,7 +143,7 @@ class EpochOrder:
 
 
 class LogicalStream:
-    """Stream `number` of `count`: reads its part of each epoch, epoch after epoch without end.
+    """Stream `number` of `count`: reads its part of every epoch, without end.
 
     `position` counts the rows read since the start of the run. A checkpoint saves nothing else.
     """
@@ -145,7 +156,7 @@ class LogicalStream:
         self._buffer: deque[Row] = deque()
 
     def next(self, count: int) -> tuple[int, Row]:
-        """The epoch and the next undecoded row; `count` is the number of rows that the caller still needs."""
+        """The next undecoded row and its epoch, as (epoch, row); `count` is how many rows the caller still needs."""
         epoch, offset = divmod(self.position, self.length)
         if not self._buffer:
             # A block from the network is fetched once; cheap rows are fetched when they are needed.
@@ -178,10 +189,20 @@ class StreamPlan:
     def choose(
         cls, total_batch_size: int, ranks: int, workers: int, num_samples: int, random_access: bool
     ) -> "StreamPlan":
-        """Choose a plan for these ranks and workers that also fits other numbers of them; a DataError if none fits.
+        """Choose a plan for these ranks and workers that also fits as many other numbers of them as possible.
 
         Chunks of local data cost nothing, so there are many; a chunk from the network keeps a block in memory.
         Streams of 100 rows or more differ in length by 1 % at most, so all images are seen about equally often.
+
+        Args:
+            total_batch_size: number of images that a step decodes, over all ranks.
+            ranks: number of processes.
+            workers: loader processes of each rank; 0 if it loads its own data.
+            num_samples: number of training rows.
+            random_access: as in `Source`.
+
+        Raises:
+            DataError: if the ranks don't divide the batch, or there are fewer rows than streams.
         """
         most = max(ranks, 64 if random_access else 16)
         fitting = [c for c in _divisors(total_batch_size) if c % ranks == 0 and c <= most]
@@ -198,6 +219,8 @@ class StreamPlan:
 
     def items_per_step(self, ranks: int, workers: int, grad_accum_steps: int) -> int:
         """Number of items that a rank's share of a step is split into: one per micro-batch, if the chunks allow it.
+
+        `ranks` and `workers` are as in `choose`; `grad_accum_steps` is the number of micro-batches of a rank's share.
 
         Raises:
             DataError: if ranks or workers don't divide the streams; it lists the numbers that do.

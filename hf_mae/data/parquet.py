@@ -20,7 +20,7 @@ from datasets.table import embed_table_storage
 from ..errors import DataError, nearest, one_line
 from .decode import BadImage
 from .locate import Place
-from .remote import is_remote, open_bytes
+from .remote import is_remote, open_bytes, reading
 from .shards import BlockSource, Row, Source, in_threads
 
 logger = logging.getLogger(__name__)
@@ -40,19 +40,21 @@ def find_columns(features: datasets.Features, place: Place) -> tuple[str, str | 
     Raises:
         DataError: if a named column doesn't exist or can't hold images, or if several columns fit.
     """
-    where, image_column, label_column = place.name, place.image_column, place.label_column
+    image_column, label_column = place.image_column, place.label_column
     for flag, name in (("--image_column", image_column), ("--label_column", label_column)):
         if name is not None and name not in features:
             hint = nearest(name, features) or ";"
-            raise DataError(f"{where} has no column {name!r} for {flag}{hint} its columns: {', '.join(features)}")
+            raise DataError(f"{place.name} has no column {name!r} for {flag}{hint} its columns: {', '.join(features)}")
     ranks = {name: rank for name, feature in features.items() if (rank := _image_rank(feature)) is not None}
     best = [name for name, rank in ranks.items() if rank == min(ranks.values())]
     if image_column is not None and image_column not in ranks:
-        message = f"column {image_column!r} of {where} holds {features[image_column]}, which is not an image"
+        message = f"column {image_column!r} of {place.name} holds {features[image_column]}, which is not an image"
         raise DataError(f"{message}; choose another --image_column of {', '.join(features)}")
     if image_column is None and len(best) != 1:
         candidates = f"several columns of images ({', '.join(best)})" if best else "no column of images"
-        raise DataError(f"{where} has {candidates} among {', '.join(features)}; choose one with --image_column NAME")
+        raise DataError(
+            f"{place.name} has {candidates} among {', '.join(features)}; choose one with --image_column NAME"
+        )
     if label_column is None:
         classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
         usual = [name for name in LABEL_NAMES if name in (classes or features)]
@@ -91,7 +93,7 @@ def image_of(value: Any) -> bytes | np.ndarray | BadImage:
     content = None if value is None else value.as_py()
     if isinstance(content, bytes):
         return content
-    # Don't follow a path in the data: a file from elsewhere must not make us open local files.
+    # Don't follow a path in the data: data from elsewhere must not be able to open local files.
     return BadImage("the row has no image bytes (if it has a path, it is not followed)", "NoBytes")
 
 
@@ -137,7 +139,8 @@ class ArrowSource(Source):
             return []
         table = self._table[list(rows)]
         if self._follow_paths:
-            table = embed_table_storage(table)
+            with reading(self.name):
+                table = embed_table_storage(table)
         images = table[self._image]
         labels = table[self._label].to_pylist() if self._label else [None] * len(rows)
         return [self._row(shard, row, image_of(images[i]), labels[i]) for i, row in enumerate(rows)]

@@ -14,6 +14,8 @@ import hashlib
 import io
 import json
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,30 +29,31 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..errors import DataError, one_line
+from ..errors import DataError, UserError, one_line, short
 from ..files import as_utf8, sha256, write_bytes, write_json, write_text
 from ..image_processing_base_mae import resize_bands
 from ..keys.data_keys import PrepareRecipe
 from ..run_folder import RunFolder
-from .decode import BadImage, BadSample, as_bad_image, load_image, to_native
-from .loader import each_batch, ignore_termination
+from .decode import BadImage, BadSample, as_bad_image, bands_last, load_image, to_native
+from .loader import check_bad, each_batch, ignore_termination
 from .locate import locate
 from .order import Rows
+from .remote import reading
 from .sources import open_split
-from .transform import BICUBIC, height_width
+from .transform import BICUBIC, size_of
 
 ROW_GROUP = 100  # rows; streaming fetches this many at once
-TYPE_ROWS = 100  # the type of a label column is found from these
+TYPE_ROWS = 100  # rows that the type of a label column is found from
 
 
 def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
-    """Write the data set that the recipe describes to its `output_dir`. Finished shards already there are kept.
+    """Write the data set that the recipe describes to its `output_dir`; finished shards that it holds are kept.
 
     Returns:
         The content of manifest.json.
 
     Raises:
-        DataError: for anything a user can fix; one line with the remedy.
+        UserError: if a key is out of range, the data can't be read, or the folder can't be written or holds other data.
     """
     folder = Path(recipe.output_dir)
     place = locate(recipe)
@@ -58,24 +61,32 @@ def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
     features = _find_features(splits)
     manifest: dict[str, Any] = {"shortest_edge": recipe.shortest_edge, "quality": recipe.quality, "splits": {}}
     bad: list[dict[str, str]] = []
-    try:
-        parts = [_Shards(rows, features, folder, recipe) for rows in splits]
+    parts = [_Shards(rows, features, folder, recipe) for rows in splits]
+    with _writing(folder):
         _make_room(folder / "data", {name for shards in parts for name in shards.names})
-        for shards in parts:
-            name, records = shards.rows.source.split, _write_all(shards, recipe.num_workers)
-            left_out = [sample for record in records for sample in record.pop("bad")]
-            _check_bad(left_out, len(shards.rows), recipe)
-            reasons = Counter(reason for _, reason in left_out)
-            count = sum(record["rows"] for record in records)
-            manifest["splits"][name] = {"rows": count, "bad": dict(sorted(reasons.items())), "shards": records}
-            bad += [{"split": name, "key": key, "reason": reason} for key, reason in left_out]
+    for shards in parts:
+        name, records = shards.rows.source.split, _write_all(shards, recipe.num_workers)
+        left_out = [sample for record in records for sample in record.pop("bad")]
+        _check_bad(left_out, shards.rows, recipe)
+        reasons = Counter(reason for _, reason in left_out)
+        count = sum(record["rows"] for record in records)
+        manifest["splits"][name] = {"rows": count, "bad": dict(sorted(reasons.items())), "shards": records}
+        bad += [{"split": name, "key": key, "reason": reason} for key, reason in left_out]
+    with _writing(folder):
         RunFolder(folder).write_bad_samples(bad)
         write_text(folder / "README.md", _card(manifest, features))
         write_json(manifest, folder / "manifest.json")
-    except OSError as error:
-        message = f"{folder} can't be written: {one_line(error)}"
-        raise DataError(f"{message}; free disk space, or name another folder") from error
     return manifest
+
+
+@contextmanager
+def _writing(place: Path) -> Iterator[None]:
+    """Report that a place can't be written. Only writing belongs inside: reading errors are not about this place."""
+    try:
+        yield
+    except OSError as error:
+        message = f"{place} can't be written: {one_line(error)}"
+        raise UserError(f"{message}; free disk space, or name another folder") from error
 
 
 def _make_room(folder: Path, names: set[str]) -> None:
@@ -111,13 +122,11 @@ def _mixed_labels(rows: Rows, error: Exception) -> DataError:
     return DataError(f"labels of {rows.name} are of different types ({one_line(error)}); choose a --label_column")
 
 
-def _check_bad(bad: list[BadSample], count: int, recipe: PrepareRecipe) -> None:
-    if len(bad) > recipe.max_bad_fraction * count:
+def _check_bad(bad: list[BadSample], rows: Rows, recipe: PrepareRecipe) -> None:
+    if bad:
         key, reason = bad[0]
-        raise DataError(
-            f"{len(bad)} of {count} images of {recipe.dataset} can't be decoded (the first is {key}: {reason}), more "
-            f"than max_bad_fraction {recipe.max_bad_fraction}; check the data, or raise the limit"
-        )
+        message = f"{len(bad)} of {len(rows)} images of {rows.name} can't be decoded (the first is {key}: {reason})"
+        check_bad(len(bad), len(rows), recipe.max_bad_fraction, message)
 
 
 # ------------------------------------------------------------------------------------------ an image
@@ -135,8 +144,8 @@ def reencode(data: bytes | np.ndarray | BadImage, shortest_edge: int, quality: i
     image = load_image(data, 2 * shortest_edge)
     with as_bad_image():
         if isinstance(image, np.ndarray):
-            image = _as_picture(_bands_last(image))
-        height, width = height_width(image)
+            image = _as_picture(_without_one_band_axis(image))
+        height, width = size_of(image)
         short = min(height, width)
         if short <= shortest_edge:
             return data if isinstance(data, bytes) else _encoded(image, None)
@@ -155,12 +164,13 @@ def reencode(data: bytes | np.ndarray | BadImage, shortest_edge: int, quality: i
         return _encoded(image.resize((size[1], size[0]), BICUBIC), quality if plain else None)
 
 
-def _bands_last(array: np.ndarray) -> np.ndarray:
+def _without_one_band_axis(array: np.ndarray) -> np.ndarray:
     """(H, W), (C, H, W) or (H, W, C) -> (H, W) for one band, (H, W, C) for more."""
     array = to_native(array)
-    if array.ndim == 3 and array.shape[0] <= array.shape[-1]:  # the rule of `probe_image`
-        array = np.moveaxis(array, 0, -1)
-    return array[:, :, 0] if array.ndim == 3 and array.shape[-1] == 1 else array
+    if array.ndim == 2:
+        return array
+    array = bands_last(array)
+    return array[:, :, 0] if array.shape[-1] == 1 else array
 
 
 def _as_picture(array: np.ndarray) -> Image.Image | np.ndarray:
@@ -211,23 +221,33 @@ class _Shards(Dataset):
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         path = self.folder / "data" / self.names[number]
-        bad = self._bad_of_finished(path)
+        with reading(path):
+            bad = self._bad_of_finished(path)
         if bad is None:
             bad = self._write(path, number)
-        facts = {"rows": pq.read_metadata(path).num_rows, "bytes": path.stat().st_size, "sha256": sha256(path)}
+        with reading(path):
+            facts = {"rows": pq.read_metadata(path).num_rows, "bytes": path.stat().st_size, "sha256": sha256(path)}
         return {"file": f"data/{path.name}", **facts, "bad": bad}
 
     def _bad_of_finished(self, path: Path) -> list[BadSample] | None:
         """The bad images of a finished shard; None if it has to be written."""
         try:
-            record = json.loads(pq.read_schema(path).metadata[b"hf_mae"])
+            text = pq.read_schema(path).metadata[b"hf_mae"]
         except (FileNotFoundError, pa.ArrowInvalid, KeyError, TypeError):
             return None
+        remedy = "name another folder, or remove this one"
+        try:
+            record = json.loads(text)
+            settings, bad = dict(record["settings"]), [(str(key), str(reason)) for key, reason in record["bad"]]
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise DataError(
+                f"{path} was not written by hf-mae prepare: its metadata can't be read; {remedy}"
+            ) from error
         for key, value in self.settings.items():
-            if record["settings"][key] != value:
-                what = "another source" if key == "source" else f"{key} {record['settings'][key]}, not {value}"
-                raise DataError(f"{path} was prepared with {what}; name another folder, or remove this one")
-        return record["bad"]
+            if settings.get(key) != value:
+                what = "another source" if key == "source" else f"{key} {short(settings.get(key))}, not {value}"
+                raise DataError(f"{path} was prepared with {what}; {remedy}")
+        return bad
 
     def _write(self, path: Path, number: int) -> list[BadSample]:
         start = number * self.recipe.rows_per_shard
@@ -253,7 +273,8 @@ class _Shards(Dataset):
         stream = io.BytesIO()
         # The images are already compressed.
         pq.write_table(table, stream, row_group_size=ROW_GROUP, compression="none", write_page_checksum=True)
-        write_bytes(path, stream.getbuffer())
+        with _writing(path):
+            write_bytes(path, stream.getbuffer())
         return bad
 
 
@@ -263,8 +284,7 @@ def _write_all(shards: _Shards, num_workers: int) -> list[dict[str, Any]]:
     loader = DataLoader(
         shards, batch_size=None, num_workers=num_workers, worker_init_fn=ignore_termination, prefetch_factor=ahead
     )
-    records: Any = each_batch(loader)
-    return list(tqdm(records, shards.rows.name, total=len(shards), unit="shard", disable=None))
+    return list(tqdm(each_batch(loader), shards.rows.name, total=len(shards), unit="shard", disable=None))
 
 
 def _card(manifest: dict[str, Any], features: Any) -> str:

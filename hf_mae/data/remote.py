@@ -9,6 +9,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
@@ -111,6 +112,15 @@ def open_bytes(url: str, *, read_ahead: bool = False) -> BinaryIO:
         return open(url, "rb")
     except OSError as error:
         raise DataError(f"cannot open {url}: {error.strerror}; it was there when the data set was listed") from error
+
+
+@contextmanager
+def reading(name: object) -> Iterator[None]:
+    """Report an error of the disk as a DataError; `name` is the file or data set that is read."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"cannot read {name}: {one_line(error)}; check the disk") from error
 
 
 def read_whole(fs: Any, url: str) -> bytes:

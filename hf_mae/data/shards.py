@@ -17,7 +17,7 @@ import numpy as np
 from ..errors import DataError
 from .decode import BadImage
 from .locate import Place, short_names
-from .remote import is_remote, open_bytes, read_whole
+from .remote import is_remote, open_bytes, read_whole, reading
 
 FILES_BLOCK = 64  # remote image files
 THREADS = 16  # maximum number of requests at the same time
@@ -79,7 +79,7 @@ class Source:
 
         Raises:
             SourceUnavailable: if the network failed at every try.
-            DataError: if a file no longer exists.
+            DataError: if a file no longer exists, or can't be read.
         """
         raise NotImplementedError
 
@@ -129,7 +129,7 @@ class FileSource(Source):
 
 
 def _read_local(path: str) -> bytes:
-    with open_bytes(path) as file:
+    with open_bytes(path) as file, reading(path):
         return file.read()
 
 

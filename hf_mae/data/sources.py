@@ -1,7 +1,7 @@
 """A data set that was found -> the rows of its splits, undecoded.
 
-`locate.py` finds a data set once. Here each split of it gets a reader: of the files in place where that is cheap or
-asked for, else of a table that `datasets` makes and maps.
+`locate.py` finds a data set once. Here each of its splits gets a reader. It reads the files in place if that is cheap,
+or if the user wants it; else it reads a table that `datasets` makes and maps.
 """
 
 import glob
@@ -29,12 +29,12 @@ def open_source(dataset: str, *, streaming: bool | None = None, **keys: Any) -> 
     """Find a data set and get ready to read one split of it, such as `open_source("digits")`.
 
     Args:
-        dataset: see `DataKeys`.
-        streaming: see `open_split`.
-        **keys: others of `DataKeys`, such as `split="test"`.
+        dataset: name of the data set, see `DataKeys`.
+        streaming: True reads files in place, False downloads and maps them; None streams what is remote.
+        **keys: other keys of `DataKeys`, such as `split="test"`.
 
     Raises:
-        DataError: as `locate` and `open_split`.
+        DataError: as from `locate` and `open_split`.
     """
     named = DataKeys(dataset=dataset, **keys)
     return open_split(locate(named), named.split, streaming)
@@ -75,7 +75,7 @@ def open_split(place: Place, split: str, streaming: bool | None = None) -> Sourc
     `streaming` True reads files in place, False downloads and maps them; None streams what is remote.
 
     Raises:
-        DataError: for what the user can mend; one line that names the remedy.
+        DataError: if there is no such split, a package is missing, or the files can't be read.
         SourceUnavailable: if the network failed at every try.
     """
     place, split = _with_split(place, split)
@@ -90,7 +90,7 @@ def open_split(place: Place, split: str, streaming: bool | None = None) -> Sourc
             missing_package = isinstance(error.__cause__, ImportError)
             if place.kind != "parquet" or streaming is not None or missing_package:
                 raise
-            # A corrupt page is the end of a table that `datasets` makes; read in place, it costs its own rows.
+            # `datasets` makes no table from a file with a corrupt page. Reading in place loses only that page's rows.
             logger.warning("%s; meanwhile they are read in place", error)
     if place.kind == "imagefolder":
         return _open_images(place, split)
@@ -102,7 +102,7 @@ def open_split(place: Place, split: str, streaming: bool | None = None) -> Sourc
 
 
 def _with_split(place: Place, split: str) -> tuple[Place, str]:
-    """The name under which the data has a split: "val" and "validation" are one, and a folder may be a split."""
+    """The name under which the data has a split: "val" and "validation" mean the same, and a folder may be a split."""
     if split in place.splits:
         return place, split
     aliases = [name for name in place.splits if {name, split} <= set(SPLIT_FOLDERS["validation"])]
@@ -242,7 +242,7 @@ def _fingerprint(place: Place, source: Source, files: Any = None) -> dict[str, A
 
 
 def _sizes(urls: list[str]) -> list[int | None]:
-    # A million local files are looked at faster than handed to threads.
+    # For local files, a call of `stat` costs less than handing it to a thread.
     return in_threads(_size, urls) if urls and is_remote(urls[0]) else [_size(url) for url in urls]
 
 

@@ -31,12 +31,17 @@ def probe_rows(rows: Rows, most: int = 16) -> tuple[int, str]:
     if not kinds:
         raise DataError(f"none of the first images of {rows.source.name} can be decoded ({last_error}); check the data")
     channels, dtypes = {c for c, _ in kinds}, {d for _, d in kinds}
-    if len(channels) > 1 and channels != {1, 3}:
+    if not all(channels_fit(c, max(channels)) for c in channels):
         raise DataError(
             f"images of {rows.source.name} have {' and '.join(map(str, sorted(channels)))} channels; keep only one "
             "kind, or pass --num_channels: images with another number are then skipped as bad"
         )
     return max(channels), next(d for d in ("float32", "uint16", "uint8") if d in dtypes)
+
+
+def channels_fit(have: int, wanted: int) -> bool:
+    """Whether images of `have` channels can be decoded to `wanted` ones: the same number, or gray and colour."""
+    return have == wanted or {have, wanted} == {1, 3}
 
 
 def channel_stats(rows: Rows, num_channels: int, dtype: str, max_samples: int = 2048) -> dict[str, Any]:
@@ -59,13 +64,14 @@ def channel_stats(rows: Rows, num_channels: int, dtype: str, max_samples: int = 
             bad, last_error = bad + 1, f"{row.key}: {error}"
             continue
         pixels = image.reshape(-1, num_channels) * RESCALE_FACTORS[dtype]
-        # Merged image by image (Chan et al.), since sums of squares of 16-bit data lose precision.
+        # Merged image by image (Chan et al.), because a sum of squares of 16-bit pixels would lose precision.
         delta, total = pixels.mean(axis=0) - mean, count + len(pixels)
         squares += pixels.var(axis=0) * len(pixels) + delta**2 * count * len(pixels) / total
         mean += delta * len(pixels) / total
         count = total
     if count == 0:
-        raise DataError(f"none of {len(index)} images of {rows.source.name} can be decoded ({last_error})")
+        name = rows.source.name
+        raise DataError(f"none of {len(index)} images of {name} can be decoded ({last_error}); check the data")
     std = np.sqrt(squares / count)
     if not (np.isfinite(mean).all() and np.isfinite(std).all()):
         raise DataError(f"{rows.source.name} has pixels that are not finite numbers; replace them before training")

@@ -20,7 +20,7 @@ from ..errors import DataError, one_line
 from ..files import replaced
 from .decode import BadImage
 from .locate import IMAGE_EXTENSIONS, Place
-from .remote import is_remote, open_bytes, with_retries
+from .remote import is_remote, open_bytes, reading, with_retries
 from .shards import BlockSource, Row, in_threads
 
 logger = logging.getLogger(__name__)
@@ -35,18 +35,18 @@ Members = dict[str, tuple[int, int]]  # part of a name after its first dot -> of
 class TarSource(BlockSource):
     """Samples of uncompressed tars, one shard each: neighbouring members that share the name up to its first dot.
 
-    `place.image_column` is the part of the image's member name after its first dot; None: the only image extension.
-    `place.label_column` is this part of a member with the label as text, else a key in the sample's `.json`; None:
-    `.cls`, else the key "label".
+    `place.image_column` is the part of the image's member name after its first dot. If it is None, a sample must have
+    only one member with the extension of an image. `place.label_column` is this part of a member that holds the label
+    as text, else a key in the sample's `.json`. If it is None, it is `.cls`, else the key "label".
 
     Raises:
         DataError: if a tar cannot be read, no sample has an image, or one has several and none is chosen.
     """
 
     def __init__(self, place: Place, split: str):
-        urls, columns = place.splits[split], (place.image_column, place.label_column)
+        urls = place.splits[split]
         self._label_key = place.label_column or "label"
-        self._indices = in_threads(lambda url: _load_index(url, *columns), urls)
+        self._indices = in_threads(lambda url: _load_index(url, place.image_column, place.label_column), urls)
         if place.image_column and not any(map(len, self._indices)):
             message = f"no sample of {place.name} has a member .{place.image_column}"
             raise DataError(f"{message}; choose another --image_column")
@@ -76,8 +76,9 @@ class TarSource(BlockSource):
         if file is None:
             start, block = self._block(shard, row)
             return block[offset - start : offset - start + size]
-        file.seek(offset)
-        content = file.read(size)
+        with reading(self._urls[shard]):
+            file.seek(offset)
+            content = file.read(size)
         if len(content) != size:
             raise DataError(f"{self._urls[shard]} has become shorter since the start of the run; restore the file")
         return content
@@ -114,7 +115,7 @@ def _parse_label(text: bytes, key: str | None) -> Any:
             return json.loads(text)[key]
         word = text.decode().strip()
         return int(word) if word.lstrip("+-").isdecimal() else word
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -136,7 +137,7 @@ def _load_index(url: str, image_column: str | None, label_column: str | None) ->
     return index
 
 
-def _cache_path(url: str, *columns: str | None) -> Path | None:
+def _cache_path(url: str, image_column: str | None, label_column: str | None) -> Path | None:
     """The cache file for the index of this version of a remote file; None if its versions can't be told apart."""
     if not is_remote(url):
         return None
@@ -150,7 +151,8 @@ def _cache_path(url: str, *columns: str | None) -> Path | None:
         version = next((info[key] for key in ("ETag", "etag", "LastModified", "mtime") if info.get(key)), None)
     if version is None:
         return None
-    digest = hashlib.sha256(repr((url, str(version), columns)).encode()).hexdigest()
+    key = url, str(version), (image_column, label_column)
+    digest = hashlib.sha256(repr(key).encode()).hexdigest()
     return Path(config.HF_DATASETS_CACHE) / "hf_mae_tar_indices" / f"{digest}.npy"
 
 
@@ -162,7 +164,7 @@ def _make_index(url: str, image_column: str | None, label_column: str | None) ->
         that ends early has one more row, with image size -1, for everything that is missing.
     """
     places = []
-    with open_bytes(url, read_ahead=True) as file:
+    with open_bytes(url, read_ahead=True) as file, reading(url):
         for members in _samples(file, url):
             if members is None:
                 # At the offset of the previous sample, so that the block doesn't grow.

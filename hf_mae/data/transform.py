@@ -2,7 +2,7 @@
 
     crop_settings, rescale_settings    what an image processor stores of a model's images
     move_crop                          the same crop at another size of the model
-    evaluation_spec                    the same, read back for a batch; ImageSpec
+    evaluation_spec                    the same, read back from a processor as an ImageSpec
     evaluation_view                    one image, resized and cropped, in the source's pixel type
     make_normalizer                    batches -> pixel_values, on the device
 
@@ -23,18 +23,19 @@ from transformers.image_utils import SizeDict
 
 from ..configuration_mae import MAEConfig
 from ..errors import UserError
-from ..image_processing_base_mae import center_spans, per_channel, resize_bands
+from ..image_processing_base_mae import center_spans, per_channel, resize_bands, shortest_edge_size
 from ..image_processing_mae import MAEImageProcessor
+from .decode import BadImage, decode_image
 
 BICUBIC = Image.Resampling.BICUBIC
 LONGEST = 100  # times the shorter side
 RATIO = (3 / 4, 4 / 3)  # width/height of training crops, relative to the output's
-# What brings each pixel type to about [0, 1]; float images are left as they are.
+# Integer pixels times their factor lie in [0, 1]; float images keep their values.
 RESCALE_FACTORS = {"uint8": 1 / 255, "uint16": 1 / 65535, "float32": 1.0}
 
 
 def default_crop_pct(size: tuple[int, int]) -> float:
-    """The original's crop: 224 of 256 pixels, and the whole image above 224 pixels."""
+    """The original's share of a resized side, for a crop to `size`: 224 of 256 pixels, and all of it above 224."""
     return 0.875 if max(size) <= 224 else 1.0
 
 
@@ -50,7 +51,15 @@ def resize_before_crop(size: tuple[int, int], crop_pct: float) -> int | tuple[in
 
 
 def crop_settings(size: tuple[int, int], crop_pct: float) -> dict[str, Any]:
-    """An image processor's settings of the evaluation crop; arguments of `resize_before_crop`."""
+    """An image processor's settings of the evaluation crop.
+
+    Args:
+        size: (height, width) of the crop in pixels.
+        crop_pct: share of a resized side that the crop keeps, in (0, 1].
+
+    Returns:
+        `size` (what to resize to, see `resize_before_crop`) and `crop_size`.
+    """
     resize = resize_before_crop(size, crop_pct)
     return {
         "size": {"shortest_edge": resize} if isinstance(resize, int) else {"height": resize[0], "width": resize[1]},
@@ -59,7 +68,10 @@ def crop_settings(size: tuple[int, int], crop_pct: float) -> dict[str, Any]:
 
 
 def stored_crop_pct(processor: MAEImageProcessor) -> float:
-    """The crop's share of the resized side: a usual or else the shortest one that gives the sizes a processor has."""
+    """The share of a resized side that a processor's crop keeps, in (0, 1].
+
+    Of all shares that give the processor's sizes, it is a usual one, else the one with the fewest digits.
+    """
     size: Any = processor.size
     crop = _crop(processor)
     resize = size.shortest_edge or (size.height, size.width)
@@ -75,7 +87,7 @@ def _crop(processor: MAEImageProcessor) -> tuple[int, int]:
 
 
 def move_crop(processor: MAEImageProcessor, size: tuple[int, int]) -> None:
-    """Crop to another (height, width), in place: the same share of the resized side. Its own size changes nothing."""
+    """Make a processor crop to another (height, width) in pixels, the same share of a resized side. Works in place."""
     if size != _crop(processor):
         for name, sides in crop_settings(size, stored_crop_pct(processor)).items():
             setattr(processor, name, SizeDict(**sides))
@@ -106,7 +118,7 @@ def normalization(processor: MAEImageProcessor) -> tuple[list[float], list[float
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """What becomes of an image on the way into a batch.
+    """What a batch's images are like, and how they are cropped.
 
     Args:
         size: (height, width) in pixels.
@@ -115,9 +127,10 @@ class ImageSpec:
         num_patches: N, for the mask noise.
         crop_scale: smallest and largest fraction of the area that a training crop keeps.
         flip: mirror half of the training crops.
-        masks: of each training image.
-        eval_resize, resample: for the evaluation view, see `evaluation_view`.
-        one_draw: how a training crop is drawn, see `random_resized_crop_box`.
+        masks: number of masks drawn for each training image.
+        eval_resize: pixels of the shorter side, or (height, width), before the evaluation crop.
+        resample: the `PIL.Image.Resampling` filter of the evaluation view.
+        one_draw: whether a training crop is drawn only once, see `random_resized_crop_box`.
     """
 
     size: tuple[int, int]
@@ -131,10 +144,14 @@ class ImageSpec:
     resample: int = BICUBIC
     one_draw: bool = False
 
-    @property
-    def min_pixels(self) -> int:
-        """Pixels that an image has to keep for training crops, see `pixels_needed`."""
-        return pixels_needed(self.size, self.crop_scale)
+    def decode(self, data: bytes | np.ndarray | BadImage, for_crops: bool = False) -> Image.Image | np.ndarray:
+        """`decode_image` with these channels and this dtype; `for_crops` lets it reduce JPEGs (see `pixels_needed`)."""
+        least = pixels_needed(self.size, self.crop_scale) if for_crops else None
+        return decode_image(data, self.num_channels, self.dtype, least)
+
+    def evaluation_view(self, image: Image.Image | np.ndarray) -> np.ndarray:
+        """The evaluation view (C, H, W) of a decoded image."""
+        return evaluation_view(image, self.eval_resize, self.size, self.resample)
 
 
 def pixels_needed(size: tuple[int, int], scale: Sequence[float]) -> int:
@@ -166,10 +183,10 @@ def evaluation_spec(config: MAEConfig, processor: MAEImageProcessor) -> ImageSpe
 def evaluation_view(
     image: Image.Image | np.ndarray, resize: int | tuple[int, int], size: tuple[int, int], resample: int = BICUBIC
 ) -> np.ndarray:
-    """Resize and centre crop, pixel by pixel as the Pillow image processor.
+    """Resize and centre crop, with exactly the pixels of the Pillow image processor.
 
-    Of an image more than `LONGEST` times as long as it is wide, the middle alone is resized. The crop shows no more,
-    and the whole of a line of 65,535 pixels would become one of 256 x 16,776,960.
+    If an image is more than `LONGEST` times as long as it is wide, only its middle is resized. The crop doesn't show
+    the rest, and a line of 65,535 x 1 pixels would become 16,776,960 x 256.
 
     Args:
         image: as `decode_image` returns it.
@@ -180,22 +197,19 @@ def evaluation_view(
     Returns:
         (C, H, W) in the image's dtype, contiguous and writable.
     """
-    height, width = height_width(image)
+    height, width = size_of(image)
     left = upper = 0
     if isinstance(resize, int):
         left, upper = max(0, (width - LONGEST * height) // 2), max(0, (height - LONGEST * width) // 2)
         height, width = height - 2 * upper, width - 2 * left
-        short = min(height, width)
-        resize = (
-            resize if height == short else int(resize * height / width),
-            resize if width == short else int(resize * width / height),
-        )
+        resize = shortest_edge_size(height, width, resize)
     view = _resize(image, resize, (left, upper, left + width, upper + height), resample)
     (rows, columns), zeros = center_spans(*resize, SizeDict(height=size[0], width=size[1]))
     return np.pad(view[rows, columns].transpose(2, 0, 1), ((0, 0), *zeros))
 
 
-def height_width(image: Image.Image | np.ndarray) -> tuple[int, int]:
+def size_of(image: Image.Image | np.ndarray) -> tuple[int, int]:
+    """(height, width) of an image in pixels."""
     return image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)  # type: ignore[return-value]
 
 
@@ -216,7 +230,7 @@ def make_normalizer(
     # In the images' own units, so that scaling and normalising are one pass.
     factor = processor.rescale_factor if processor.do_rescale else 1.0
     mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) / factor for values in normalization(processor))
-    # A partial, which can be sent to a spawned worker.
+    # Not a closure: a partial can be sent to a spawned worker.
     return partial(_normalize, mean=mean, std=std)
 
 

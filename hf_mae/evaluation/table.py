@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from ..data.labels import class_numbers, common_classes
-from ..data.loader import Batch, EvaluationSet, each_batch, make_loader
+from ..data.loader import Batch, EvaluationSet, check_bad, each_batch, make_loader
 from ..data.order import Rows
 from ..data.transform import ImageSpec
 from ..errors import DataError
@@ -144,8 +144,7 @@ def report_bad(rows: Rows, bad: list[tuple[str, str]], most: float) -> None:
     reasons = ", ".join(f"{reason} {n}" for reason, n in Counter(reason for _, reason in bad).most_common())
     named = f"({reasons}; the first is {bad[0][0]})"
     line = f"{len(bad)} of the {len(rows)} images of {rows.name} can't be decoded {named}"
-    if len(bad) > most * len(rows):
-        raise DataError(f"{line}, more than max_bad_fraction {most:.1%}; check the data, or raise the limit")
+    check_bad(len(bad), len(rows), most, line)
     if len(bad) == len(rows):
         raise DataError(f"{line}; check the data")
     logger.warning("%s; they are left out", line)

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from ..errors import DataError
 from . import Recipe, data_key, evaluation_key, hardware_key, inherit, output_key
 
 
@@ -79,12 +78,11 @@ class PrepareRecipe(SourceKeys):
     max_bad_fraction: float = data_key(0.01, "fail when a larger fraction of the images can't be decoded")
 
     def check(self) -> None:
-        for name, low, high in (
-            ("shortest_edge", 1, 65_535), ("quality", 1, 95), ("rows_per_shard", 1, 10**9), ("num_workers", 0, 1000),
-            ("max_bad_fraction", 0, 1),
-        ):  # fmt: skip
-            if not low <= getattr(self, name) <= high:
-                raise DataError(f"{name} {getattr(self, name)} is out of range; give {low} to {high}")
+        self.check_range("shortest_edge", low=1, high=65_535)
+        self.check_range("quality", low=1, high=95)
+        self.check_range("rows_per_shard", low=1, high=10**9)
+        self.check_range("num_workers", high=1000)
+        self.check_range("max_bad_fraction", high=1)
 
 
 @dataclass

@@ -14,7 +14,7 @@ from .. import __version__
 from ..configuration_mae import SIZES, MAEConfig
 from ..data.order import Rows, StreamPlan
 from ..data.sources import open_splits
-from ..data.stats import channel_stats, probe_rows
+from ..data.stats import channel_stats, channels_fit, probe_rows
 from ..data.transform import ImageSpec, crop_settings, evaluation_spec, rescale_settings
 from ..errors import CheckpointError, DataError, UserError, one_line
 from ..image_processing_mae import MAEImageProcessor
@@ -47,7 +47,7 @@ def open_data(recipe: PretrainRecipe) -> PretrainData:
     rows, eval_rows, evaluated_on = open_splits(recipe, streaming=recipe.streaming)
     num_channels, dtype = probe_rows(rows)
     configured = num_channels if recipe.num_channels is None else recipe.num_channels
-    if configured != num_channels and {configured, num_channels} != {1, 3}:
+    if not channels_fit(num_channels, configured):
         raise DataError(
             f"images of {recipe.dataset} have {num_channels} channels, but num_channels is {configured}; pass "
             f"--num_channels {num_channels}"

@@ -14,7 +14,7 @@ from ..configuration_mae import MAEConfig
 from ..data.labels import Labels
 from ..data.mix import RandAugment
 from ..data.order import Rows
-from ..data.stats import probe_rows
+from ..data.stats import channels_fit, probe_rows
 from ..data.transform import BICUBIC, ImageSpec, crop_settings, default_crop_pct
 from ..errors import CheckpointError, DataError, UserError, one_line
 from ..image_processing_mae import MAEImageProcessor
@@ -199,7 +199,7 @@ def build_rand_augment(recipe: FinetuneRecipe, spec: ImageSpec, processor: MAEIm
 def check_images(rows: Rows, spec: ImageSpec) -> None:
     """Raise a DataError if images and model differ in their number of channels."""
     num_channels, _ = probe_rows(rows)
-    if num_channels != spec.num_channels and {num_channels, spec.num_channels} != {1, 3}:
+    if not channels_fit(num_channels, spec.num_channels):
         raise DataError(
             f"images of {rows.source.name} have {num_channels} channels, but the model has {spec.num_channels}; "
             f"continue its pretraining on such images first: hf-mae pretrain --model ... --num_channels {num_channels}"

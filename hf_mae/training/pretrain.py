@@ -13,9 +13,9 @@ from accelerate.utils import set_seed
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..data.loader import TrainingStream
+from ..data.loader import TrainingStream, check_bad
 from ..data.transform import make_normalizer
-from ..errors import CheckpointError, DataError
+from ..errors import CheckpointError
 from ..evaluation.online import OnlineEvaluator
 from ..hub.push import BackgroundPush
 from ..keys.run_keys import PretrainRecipe
@@ -388,10 +388,6 @@ class PretrainRun:
             reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
             self.log.say(f"{bad} images could not be decoded so far ({reasons}); see {file}")
         # Counted against at least 1,000 images, because one bad file among the first ten means little.
-        failed = bad / max(bad + self.state.images_seen, min(1000, len(self.data.rows)))
-        most = self.recipe.max_bad_fraction
-        if failed > most:
-            raise DataError(
-                f"{failed:.1%} of the images can't be decoded, more than max_bad_fraction {most:.1%}; see {file}, and "
-                "repair the data or raise --max_bad_fraction"
-            )
+        count = max(bad + self.state.images_seen, min(1000, len(self.data.rows)))
+        message = f"{bad / count:.1%} of the images can't be decoded (see {file})"
+        check_bad(bad, count, self.recipe.max_bad_fraction, message)

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..data.decode import BadImage, decode_image
+from ..data.decode import BadImage
 from ..data.order import Rows
 from ..data.sources import open_source
-from ..data.transform import evaluation_spec, evaluation_view, make_normalizer, move_crop, normalization
+from ..data.transform import evaluation_spec, make_normalizer, move_crop, normalization
 from ..errors import DataError, UserError
 from ..keys import height_width
 from ..keys.publishing_keys import ReconstructRecipe
@@ -49,11 +49,8 @@ class Reconstructor:
         Raises:
             BadImage: if one can't be decoded.
         """
-        views = []
-        for image in images:
-            if not isinstance(image, Image.Image):
-                image = decode_image(image, self.spec.num_channels, self.spec.dtype)
-            views.append(evaluation_view(image, self.spec.eval_resize, self.spec.size, self.spec.resample))
+        decoded = (image if isinstance(image, Image.Image) else self.spec.decode(image) for image in images)
+        views = [self.spec.evaluation_view(image) for image in decoded]
         return self.normalize(torch.from_numpy(np.stack(views)).to(self.device))
 
 

@@ -141,3 +141,31 @@ def test_twenty_images_are_enough_to_hold_one_out(tmp_path):
     assert len(rows) + len(eval_rows) == 20
     assert len(eval_rows) >= 1
     assert not set(rows.index) & set(eval_rows.index)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "cannot read .*: Expecting value"),
+        ("[" * 100_000, "cannot read .* nested too deeply"),
+        ("[1]", "does not list the splits"),
+        ('"train"', "does not list the splits"),
+        ("{}", "does not list the splits"),
+        ('{"splits": "train"}', "does not list the splits"),
+        ('{"splits": [1]}', "does not list the splits"),
+        ('{"splits": []}', "does not list the splits"),
+    ],
+)
+def test_a_list_of_saved_splits_that_cannot_be_used_is_one_line(tmp_path, content, said):
+    (tmp_path / "dataset_dict.json").write_text(content)
+    with pytest.raises(DataError, match=rf"^[^\n]*{said}[^\n]*; save the data set again$") as caught:
+        locate(DataKeys(dataset=str(tmp_path)))
+    assert "dataset_dict.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("header", ["a: [", "- a", "configs: 3"])
+def test_a_readme_that_datasets_cannot_read_is_one_line(tmp_path, header):
+    folder = parquet_folder(tmp_path / "data")
+    (folder / "README.md").write_text(f"---\n{header}\n---\n")
+    with pytest.raises(DataError, match=rf"^{folder}: [^\n]*; [^\n]*$"):
+        locate(DataKeys(dataset=str(folder)))

@@ -17,6 +17,7 @@ from runs import run, spawn, start
 
 pytest.importorskip("datasets")
 import datasets
+import pyarrow.parquet as pq
 
 from hf_mae.data.decode import BadImage, decode_image, probe_image
 from hf_mae.data.order import Rows
@@ -248,11 +249,32 @@ def test_a_folder_of_another_preparation_is_refused(folder, tmp_path):
         prepare(options(folder, tmp_path / "out"))
 
 
+@pytest.mark.parametrize(
+    "record", ["", "[1]", "{}", '"text"', "[" * 100_000, '{"settings": 3, "bad": []}', '{"settings": {}, "bad": [1]}']
+)
+def test_a_shard_with_the_metadata_of_another_program_is_refused(folder, tmp_path, record):
+    prepare(options(folder, tmp_path / "out"))
+    shard = tmp_path / "out" / "data" / "train-00001-of-00004.parquet"
+    pq.write_table(pq.read_table(shard).replace_schema_metadata({"hf_mae": record}), shard)
+    with pytest.raises(DataError, match=rf"^{shard} was not written by hf-mae prepare: .*; name another folder, or re"):
+        prepare(options(folder, tmp_path / "out"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="reading it is an error of the kind that a disk has")
+def test_an_image_that_the_disk_cannot_read_is_not_reported_as_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").symlink_to("/proc/self/mem")
+    with pytest.raises(
+        DataError, match=rf"^cannot read {tmp_path}/images/a.png: .*Input/output error; check the disk$"
+    ):
+        prepare(options(tmp_path / "images", tmp_path / "out"))
+
+
 def test_faults_of_the_user_are_told_in_one_line(folder, tmp_path, capfd):
     assert start("prepare", folder, tmp_path / "out", "--num_workers", 0) == 2
     assert "1 of 23 images" in capfd.readouterr().err
     assert start("prepare", folder, tmp_path / "out", "--quality", 101) == 2
-    assert "quality 101 is out of range; give 1 to 95" in capfd.readouterr().err
+    assert "quality 101 is out of range; give a number in [1, 95]" in capfd.readouterr().err
     assert start("prepare", folder) == 2
     assert "--output_dir is missing" in capfd.readouterr().err
     (tmp_path / "file").write_text("")

@@ -174,6 +174,9 @@ def test_tar_labels_come_from_json_and_from_named_members(tmp_path):
     path = str(write_tar(tmp_path / "b.tar", samples(range(5), lambda i: ("txt", b"word"))))
     assert {row.label for row in read_all(open_source(path))} == {None}
     assert {row.label for row in read_all(open_source(path, label_column="txt"))} == {"word"}
+    for content in (b"", b"3", b"[1]", b"{}", b"[" * 100_000):
+        path = str(write_tar(tmp_path / "c.tar", samples(range(2), lambda i, content=content: ("json", content))))
+        assert {row.label for row in read_all(open_source(path))} == {None}
 
 
 def test_a_tar_with_several_images_a_sample_needs_the_name_of_one(tmp_path):

@@ -124,19 +124,19 @@ def test_a_final_model_that_cannot_be_written_is_one_line_and_written_by_a_resum
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["training_view", "evaluation_view"])
-def test_a_process_whose_loader_workers_fail_ends(tmp_path, where):
+@pytest.mark.parametrize(("module", "view"), [("loader", "training_view"), ("transform", "evaluation_view")])
+def test_a_process_whose_loader_workers_fail_ends(tmp_path, module, view):
     """Also with an error that nobody expects, whose traceback holds on to everything."""
     script = tmp_path / "script.py"
     script.write_text(
-        "import sys, hf_mae.cli, hf_mae.data.loader as loader\n"
-        f"good, calls = loader.{where}, []\n"
+        f"import sys, hf_mae.cli, hf_mae.data.{module} as module\n"
+        f"good, calls = module.{view}, []\n"
         "def sometimes(*args, **kwargs):\n"
         "    calls.append(1)\n"
         "    if len(calls) > 40:\n"
         "        raise ZeroDivisionError('a bug')\n"
         "    return good(*args, **kwargs)\n"
-        f"loader.{where} = sometimes\n"
+        f"module.{view} = sometimes\n"
         "sys.exit(hf_mae.cli.main(sys.argv[1:]))\n"
     )
     command = arguments(tmp_path / "run", num_workers=2, per_device_batch_size=16)
