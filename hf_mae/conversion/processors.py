@@ -10,6 +10,7 @@ from ..configuration_mae import MAEConfig
 from ..data.transform import crop_settings, default_crop_pct, stored_crop_pct
 from ..files import read_json
 from ..image_processing_mae import MAEImageProcessor
+from ..run_folder import PROCESSOR_NAME
 
 # What ours, and ViTImageProcessor, may say besides sizes.
 SETTINGS = ("do_resize", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "resample")
@@ -45,7 +46,7 @@ def read_processor(folder: Path, config: MAEConfig) -> MAEImageProcessor:
 
     transformers' ViTMAE squeezes images to 224 x 224 where the original's evaluation resizes and crops them.
     """
-    file = folder / "preprocessor_config.json"
+    file = folder / PROCESSOR_NAME
     stored = read_json(file) if file.exists() else {}
     if str(stored.get("image_processor_type", "")).startswith("MAE"):
         return MAEImageProcessor.from_pretrained(folder)

@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..files import write_json
 from ..image_processing_mae import MAEImageProcessor
 from ..modeling_mae import MAEForPreTraining
+from ..run_folder import CONFIG_NAME, WEIGHTS_NAME
 from .compare import Run, run_original, run_ours, run_timm, run_transformers
 from .layouts import PEERS, peer_options, shared_settings, to_layout
 from .processors import timm_settings, write_transformers_processor
@@ -106,7 +107,7 @@ def write_timm(model: Any, processor: MAEImageProcessor, folder: Path) -> Run:
             "classifier": "head",
         },
     }
-    write_json(settings, folder / "config.json")
+    write_json(folder / CONFIG_NAME, settings)
     _save(model, folder, {})
     return partial(run_timm, timm.create_model(f"local-dir:{folder}", pretrained=True).eval())
 
@@ -122,7 +123,7 @@ def write_original(model: Any, processor: MAEImageProcessor, folder: Path) -> Ru
         metadata["norm_pix_loss"] = str(config.norm_pix_loss).lower()
     _save(model, folder, metadata)
     processor.save_pretrained(folder)
-    return partial(run_original, load_file(folder / "model.safetensors"), config)
+    return partial(run_original, load_file(folder / WEIGHTS_NAME), config)
 
 
 def _refuse_cross_attention(model: Any, name: str) -> None:
@@ -141,8 +142,8 @@ def _save(model: nn.Module, folder: Path, metadata: dict[str, str]) -> None:
     """Weights by the original's names. The library writes metadata in another order each time, so it is sorted here."""
     weights = to_layout(model.state_dict(), "original")
     contiguous = {key: value.detach().contiguous() for key, value in weights.items()}
-    save_file(contiguous, folder / "model.safetensors", {"format": "pt", **metadata})
-    with (folder / "model.safetensors").open("rb+") as file:
+    save_file(contiguous, folder / WEIGHTS_NAME, {"format": "pt", **metadata})
+    with (folder / WEIGHTS_NAME).open("rb+") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -177,7 +178,7 @@ def describe_use(target: str, model: Any, dest: str) -> str:
     if target == "timm":
         return f'import timm; model = timm.create_model("local-dir:{dest}", pretrained=True)'
     if target == "original":
-        return f"from safetensors.torch import load_file; model.load_state_dict(load_file('{dest}/model.safetensors'))"
+        return f"from safetensors.torch import load_file; model.load_state_dict(load_file('{dest}/{WEIGHTS_NAME}'))"
     if target == "mae":
         name = next(auto for auto, kind in AUTO_CLASSES.items() if kind is type(model))
         return f"import hf_mae; from transformers import {name}; model = {name}.from_pretrained({dest!r})"

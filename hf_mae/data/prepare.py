@@ -28,10 +28,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..errors import DataError, one_line
-from ..files import as_utf8, sha256, write_bytes, write_json, write_text
+from ..files import as_utf8, cannot_write, sha256, write_bytes, write_json, write_text
 from ..image_processing_base_mae import resize_bands
 from ..keys.data_keys import PrepareRecipe
-from ..run_folder import RunFolder
+from ..run_folder import RunFolder, write_lines
 from .decode import BadImage, BadSample, as_bad_image, load_image, to_native
 from .loader import each_batch, ignore_termination
 from .locate import locate
@@ -70,12 +70,11 @@ def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
             count = sum(record["rows"] for record in records)
             manifest["splits"][name] = {"rows": count, "bad": dict(sorted(reasons.items())), "shards": records}
             bad += [{"split": name, "key": key, "reason": reason} for key, reason in left_out]
-        RunFolder(folder).write_bad_samples(bad)
+        write_lines(RunFolder(folder).bad_file, bad)
         write_text(folder / "README.md", _card(manifest, features))
-        write_json(manifest, folder / "manifest.json")
+        write_json(folder / "manifest.json", manifest)
     except OSError as error:
-        message = f"{folder} can't be written: {one_line(error)}"
-        raise DataError(f"{message}; free disk space, or name another folder") from error
+        raise cannot_write(folder, error, "--output_dir") from error
     return manifest
 
 

@@ -15,8 +15,8 @@ from accelerate import Accelerator
 from ..data.locate import locate
 from ..data.order import Rows
 from ..data.sources import open_split
-from ..errors import UserError
-from ..files import as_utf8, replaced
+from ..errors import DataError, UserError, one_line
+from ..files import as_utf8, cannot_write, replaced
 from ..keys.evaluation_keys import EmbedRecipe
 from .encoder import FrozenEncoder
 from .table import encoded_batches, report_bad
@@ -48,6 +48,12 @@ def embed(recipe: EmbedRecipe) -> dict[str, Any]:
     bad: list[tuple[str, str]] = []
 
     def batches() -> Batches:
+        try:
+            yield from read()
+        except OSError as error:  # only of reading: the caller's errors don't come in here
+            raise DataError(f"cannot read {rows.name}: {one_line(error)}; check the data") from error
+
+    def read() -> Batches:
         loading = recipe.batch_size, recipe.num_workers, accelerator
         for batch, values in encoded_batches(encoder, rows, encoder.spec, *loading, "features"):
             bad.extend(batch.bad)
@@ -62,7 +68,7 @@ def embed(recipe: EmbedRecipe) -> dict[str, Any]:
         path.parent.mkdir(parents=True, exist_ok=True)
         WRITERS[path.suffix](path, batches(), origin)
     except (OSError, pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise UserError(f"{path} can't be written: {' '.join(str(error).split())[:300]}") from error
+        raise cannot_write(path, error, "--output") from error
     width = [encoder.spec.num_patches] if recipe.pooling == "patches" else []
     return {"path": str(path), "images": len(rows) - len(bad), "width": [*width, encoder.width]}
 

@@ -15,7 +15,7 @@ from ..data.order import Rows, StreamPlan
 from ..data.sources import open_splits
 from ..data.stats import channel_stats, probe_rows
 from ..data.transform import ImageSpec, crop_settings, evaluation_spec, rescale_settings
-from ..errors import CheckpointError, DataError, UserError
+from ..errors import CheckpointError, DataError, UserError, one_line
 from ..image_processing_mae import MAEImageProcessor
 from ..keys.run_keys import PretrainRecipe, RunRecipe
 from ..modeling_mae import MAEForPreTraining
@@ -184,4 +184,4 @@ def model_config_of(recipe: PretrainRecipe, num_channels: int) -> MAEConfig:
     try:
         return MAEConfig(**{**SIZES[recipe.model_size], "num_channels": num_channels, **recipe.given_model_keys()})
     except Exception as error:
-        raise UserError(" ".join(str(error).split())) from error
+        raise UserError(one_line(error)) from error

@@ -46,9 +46,10 @@ def write_checkpoint(
         DiskFullError: if there is no room.
         CheckpointError: if `check` says no.
     """
-    final = output_dir / f"checkpoint-{step}"
-    temporary = output_dir / f".tmp-checkpoint-{step}"
-    for leftover in output_dir.glob(".tmp-checkpoint-*"):
+    run = RunFolder(output_dir)
+    final = run.checkpoint(step)
+    temporary = final.with_name(f".tmp-{final.name}")
+    for leftover in run.unfinished_checkpoints():
         shutil.rmtree(leftover)
     try:
         temporary.mkdir(parents=True)
@@ -62,14 +63,11 @@ def write_checkpoint(
         raise
     if check and not check(temporary):
         raise CheckpointError(f"{temporary} does not hold what was written into it; check the disk")
-    if final.is_file():
-        final.unlink()
-    elif final.exists():
-        shutil.rmtree(final)
+    files.remove(final)
     temporary.rename(final)
     files.fsync(output_dir)
-    for old in RunFolder(output_dir).checkpoints(last_step=step)[:-keep]:
-        shutil.rmtree(old)
+    for old in run.checkpoints(last_step=step)[:-keep]:
+        files.remove(old)
     return final
 
 

@@ -41,6 +41,7 @@ def derive_facts(
         classes: names of the classes, in fine-tuning; trained parameters are then counted separately.
     """
     micro_batch, grad_accum_steps = recipe.micro_batch(processes)
+    places = {key: getattr(recipe, key) for key in ("dataset", "eval_dataset", "model")}
     facts = {
         "version": __version__,
         "torch": str(torch.__version__),
@@ -56,6 +57,8 @@ def derive_facts(
         "training_images": images[0],
         "evaluation_images": images[1],
         "evaluated_on": evaluated_on,
+        # A card can't tell a relative path such as my/images from a Hub id.
+        "local_keys": [key for key, place in places.items() if place and Path(place).expanduser().exists()] or None,
         "classes": classes,
         "parameters": model.num_parameters(),
         "trained_parameters": None if classes is None else model.num_parameters(only_trainable=True),

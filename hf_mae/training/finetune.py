@@ -5,7 +5,6 @@
 is what `hf-mae finetune` runs, with our log instead of Trainer's, and a model folder at the end.
 """
 
-import shutil
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from ..data.sources import open_splits
 from ..data.transform import evaluation_spec
 from ..evaluation.metrics import make_compute_metrics
 from ..evaluation.results import make_result, named_data
-from ..files import replace_files
+from ..files import remove, replace_files
 from ..keys.finetune_keys import FinetuneRecipe
 from ..optim.groups import layer_decay_groups
 from ..run_folder import RunFolder, add_result, read_results
@@ -192,9 +191,9 @@ class FinetuneRun:
             "classes": len(self.labels.names),
         }
         result = make_result(protocol, data, str(output_dir), [log.figures])
-        add_result(result, self.folder.results_file)
+        add_result(self.folder.results_file, result)
         for checkpoint in self.folder.checkpoints():
-            shutil.rmtree(checkpoint)
+            remove(checkpoint)
         return result
 
     def _bad_samples(self) -> int:

@@ -16,7 +16,7 @@ from ..data.mix import RandAugment
 from ..data.order import Rows
 from ..data.stats import probe_rows
 from ..data.transform import BICUBIC, ImageSpec, crop_settings, default_crop_pct
-from ..errors import CheckpointError, DataError, UserError
+from ..errors import CheckpointError, DataError, UserError, one_line
 from ..image_processing_mae import MAEImageProcessor
 from ..keys import names_where
 from ..keys.finetune_keys import FinetuneRecipe
@@ -172,7 +172,7 @@ def build_processor(recipe: FinetuneRecipe, config: MAEConfig) -> MAEImageProces
     try:
         return MAEImageProcessor.from_pretrained(str(recipe.model), **settings)
     except (OSError, ValueError) as error:
-        why = " ".join(str(error).split())[:200]
+        why = one_line(error)
         raise UserError(f"--model {recipe.model} has no image processor: {why}; save one with it") from error
 
 

@@ -11,10 +11,11 @@ from ..errors import DiskFullError
 from ..files import replace_files
 from ..image_processing_mae import MAEImageProcessor
 from ..modeling_mae import MAEForPreTraining
+from ..run_folder import WEIGHTS_NAME
 from .checkpoint import full_state_dict, load_tensors, optimizer_tensors, same_tensors, save_tensors, write_checkpoint
 from .state import RunState
 
-MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+OPTIMIZER = "optimizer.safetensors"
 
 
 @dataclass
@@ -53,7 +54,7 @@ class Saver:
             state.write(folder)
 
         def read_back(folder: Path) -> bool:
-            written = ((weights, MODEL), (moments, OPTIMIZER))
+            written = ((weights, WEIGHTS_NAME), (moments, OPTIMIZER))
             same = all(same_tensors(tensors, load_tensors(folder / name)) for tensors, name in written)
             return same and RunState.read(folder) == state
 

@@ -53,15 +53,15 @@ def write_all(model, optimizer):
         model.save_pretrained(folder, state_dict=full_state_dict(model))
         MAEImageProcessor(num_channels=3).save_pretrained(folder)
         save_tensors(optimizer_tensors(model, optimizer), folder / "optimizer.safetensors")
-        write_json({"step": 2}, folder / "trainer.json")
-        write_json({"positions": [1, 2]}, folder / "data.json")
+        write_json(folder / "trainer.json", {"step": 2})
+        write_json(folder / "data.json", {"positions": [1, 2]})
 
     return write
 
 
 def write_small(folder):
     save_tensors({"weight": torch.arange(3.0)}, folder / "model.safetensors")
-    write_json({"step": 1}, folder / "trainer.json")
+    write_json(folder / "trainer.json", {"step": 1})
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +223,7 @@ def test_a_run_that_dies_while_it_saves_leaves_no_checkpoint(tmp_path, monkeypat
 
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
     write_checkpoint(tmp_path, 1, write_small, keep=2)
-    folder = write_checkpoint(tmp_path, 1, lambda folder: write_json("new", folder / "only.json"), keep=2)
+    folder = write_checkpoint(tmp_path, 1, lambda folder: write_json(folder / "only.json", "new"), keep=2)
     assert sorted(path.name for path in folder.iterdir()) == ["COMPLETE", "only.json"]
     verify_checkpoint(folder)
 
