@@ -299,7 +299,7 @@ def append_line(path: Path, value: dict[str, Any]) -> None:
     """Append a line to a JSON lines file, even if its last line was cut off. Other processes may append too."""
     with path.open("ab+") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
-        whole = file.read() in (b"", b"\n")
+        whole = file.read(1) in (b"", b"\n")
         # A single write of a short line doesn't mix with the lines of other processes.
         file.write((b"" if whole else b"\n") + json.dumps(value).encode() + b"\n")
 

@@ -120,9 +120,9 @@ def test_a_new_folder_without_room_is_one_line_with_the_remedy(tmp_path):
 def test_an_error_of_reading_inside_a_new_folder_is_not_reported_as_one_of_writing(tmp_path):
     with pytest.raises(FileNotFoundError, match="source"), files.new_folder(tmp_path / "out"):
         (tmp_path / "source").read_text()
-    with pytest.raises(UserError, match=r"out can't be written \(.*Is a directory"):
-        with files.new_folder(tmp_path / "out") as folder:
-            folder.write_text("")
+    message = r"out can't be written \(.*Is a directory"
+    with pytest.raises(UserError, match=message), files.new_folder(tmp_path / "out") as folder:
+        folder.write_text("")
     assert names(tmp_path) == []
 
 

@@ -311,6 +311,17 @@ def test_a_file_in_the_place_of_a_checkpoint_is_replaced(tmp_path):
     assert find_checkpoint(tmp_path, str(write_checkpoint(tmp_path, 5, write_small, keep=2)))
 
 
+def test_a_link_in_the_place_of_a_checkpoint_is_replaced_or_removed_and_its_target_stays(tmp_path):
+    elsewhere = write_checkpoint(tmp_path / "elsewhere", 7, write_small, keep=2)
+    for step in (1, 5):
+        (tmp_path / f"checkpoint-{step}").symlink_to(elsewhere)
+    for step in (5, 6):
+        write_checkpoint(tmp_path, step, write_small, keep=2)
+    verify_checkpoint(elsewhere)
+    assert [path.name for path in RunFolder(tmp_path).checkpoints()] == ["checkpoint-5", "checkpoint-6"]
+    assert not any(path.is_symlink() for path in tmp_path.iterdir())
+
+
 def test_a_named_checkpoint_is_taken_or_refused_never_replaced_by_another(tmp_path):
     one, two = (write_checkpoint(tmp_path, number, write_small, keep=9) for number in (1, 2))
     assert find_checkpoint(tmp_path, str(one)) == one
