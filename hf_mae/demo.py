@@ -264,12 +264,12 @@ app_file: app.py
 license: apache-2.0
 ---
 
-Hide part of a photo and see how the masked autoencoder `{name}` fills it in. Written by `hf-mae demo --output_dir`.
+Hide part of a photo and see how the masked autoencoder `{name}` fills it in. Made by `hf-mae demo --output_dir`.
 """
 
 
 def space_requirements() -> list[str]:
-    """What the package needs with its extra [train], for pip."""
+    """The requirements of the package with its extra [train], in pip's format."""
     needed = [Requirement(line) for line in importlib.metadata.requires("hf-mae") or []]
     needed = [one for one in needed if one.marker is None or one.marker.evaluate({"extra": "train"})]
     return [str(one).split(";")[0].strip() for one in needed]

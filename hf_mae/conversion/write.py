@@ -1,4 +1,4 @@
-"""Models of ours -> folders of other packages, each read back by its own implementation to be checked."""
+"""Write our models as folders of other packages, and read each back with its own implementation to check it."""
 
 import json
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from .layouts import PEERS, peer_options, shared_settings, to_layout
 from .processors import timm_settings, write_transformers_processor
 from .reference import EPS
 
-# Writes the model and its processor into the folder; gives the run of what a reader finds there.
+# Writes the model and its processor into the folder; returns the `Run` of the model that is read back from it.
 Writer = Callable[[Any, MAEImageProcessor, Path], Run]
 
 
@@ -90,7 +90,7 @@ def write_timm(model: Any, processor: MAEImageProcessor, folder: Path) -> Run:
         "mlp_ratio": config.intermediate_size / config.hidden_size,
         "qkv_bias": config.qkv_bias,
     }
-    # Any name of a plain ViT would do: the arguments say everything.
+    # Any name of a plain ViT works here, because the arguments set everything.
     names = {1024: "vit_large_patch16_224", 1280: "vit_huge_patch14_224"}
     settings = {
         "architecture": names.get(config.hidden_size, "vit_base_patch16_224"),
@@ -139,7 +139,7 @@ def _refuse_other_activations(model: Any, name: str) -> None:
 
 
 def _save(model: nn.Module, folder: Path, metadata: dict[str, str]) -> None:
-    """Weights by the original's names. The library writes metadata in another order each time, so it is sorted here."""
+    """Write weights under the original's names. safetensors writes metadata in random order, so sort it here."""
     weights = to_layout(model.state_dict(), "original")
     contiguous = {key: value.detach().contiguous() for key, value in weights.items()}
     save_file(contiguous, folder / WEIGHTS_NAME, {"format": "pt", **metadata})
@@ -159,22 +159,22 @@ WRITERS: dict[str, Writer] = {
 
 
 def part_for(model: Any, target: str) -> tuple[Any, list[str]]:
-    """What a target holds of a model, all of it or the encoder alone; and what had to change for it, in words."""
+    """The part of a model that a target format holds, all or the encoder alone, and the changes made, in words."""
     if target in ("vit", "timm") and isinstance(model, MAEForPreTraining):
         model = model.mae
     eps = model.config.layer_norm_eps
-    # These two fix the epsilon of their LayerNorms; transformers' ViTMAE has 1e-12 by default.
+    # These two formats fix the epsilon of their LayerNorms; the default of transformers' ViTMAE is 1e-12.
     if target not in ("timm", "original") or eps == EPS:
         return model, []
     model.config.layer_norm_eps = EPS
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = EPS
-    return model, [f"layer_norm_eps {eps:g} -> {EPS:g}, which {target} always has, and the MAE paper's code"]
+    return model, [f"layer_norm_eps {eps:g} -> {EPS:g}, the fixed value of {target}"]
 
 
 def describe_use(target: str, model: Any, dest: str) -> str:
-    """The line of Python that loads what was written."""
+    """The line of Python that loads the written model."""
     if target == "timm":
         return f'import timm; model = timm.create_model("local-dir:{dest}", pretrained=True)'
     if target == "original":

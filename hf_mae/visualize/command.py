@@ -1,4 +1,4 @@
-"""`hf-mae reconstruct`: draw a model's reconstructions of any images, with the model's evaluation crop."""
+"""`hf-mae reconstruct`: draw a model's reconstructions of images, with the model's evaluation crop."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -106,7 +106,7 @@ def _arrange(columns: Sequence[Column], captions: bool, footer: str | None, pair
         for index, picture in enumerate(pictures):
             left, top = index % pairs * step + MARGIN + number * across, HEADER + index // pairs * down
             if index < pairs:
-                draw.text((left, 5), title, fill="black", font_size=12)
+                draw.text((left, 5), title, fill="black", font_size=11)
             grid.paste(picture, (left, top))
             if captions and texts:
                 draw.text((left, top + height + 1), texts[index], fill="black", font_size=11)
