@@ -36,6 +36,6 @@ def _is_command_line() -> bool:
     return Path(program).stem == "hf-mae" or (program == "-m" and "hf_mae.cli" in sys.orig_argv)
 
 
-# `hf-mae --help` must not wait for the import of torch; a command registers the classes when it starts its work.
+# `hf-mae --help` must not wait for the import of torch, so each command registers the classes when its work starts.
 if not _is_command_line():
     register()

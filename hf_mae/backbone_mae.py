@@ -48,10 +48,14 @@ class MAERescale(nn.Module):
 class MAEBackbone(BackboneMixin, MAEPreTrainedModel):
     """The encoder as a source of feature maps for dense heads; its stages are the transformer blocks.
 
-    `out_indices=[4, 6, 8, 12]` gives the maps after blocks 4, 6, 8 and 12 (0 is the embedding), all with the patch's
-    stride and without a final LayerNorm. `pyramid_scales=[4, 2, 1, 0.5]` gives them strides 4, 8, 16 and 32 (with
-    patches of 16 pixels) by new, untrained layers. With a single one of `out_indices`, all maps come from that block.
-    The image size can be any multiple of the patch size.
+    For a model of 12 blocks, `out_indices=[4, 6, 8, 12]` gives the maps after blocks 4, 6, 8 and 12 (0 is the
+    embedding). Without it, there is one map, after the last block. All maps have the patch's stride and no final
+    LayerNorm. `pyramid_scales=[4, 2, 1, 0.5]` gives them strides 4, 8, 16 and 32 (with patches of 16 pixels) by new,
+    untrained layers; with a single index, all maps come from that block. The image size can be any multiple of the
+    patch size.
+
+    Raises:
+        ValueError: if `pyramid_scales` has another length than `out_indices`, or `reshape_hidden_states` is False.
     """
 
     _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^(mae\.)?norm\."]
@@ -77,7 +81,7 @@ class MAEBackbone(BackboneMixin, MAEPreTrainedModel):
 
     @property
     def channels(self) -> list[int]:
-        """Width of each feature map."""
+        """Width D of each feature map."""
         return [self.config.hidden_size] * (len(self.pyramid) or len(self.out_features))
 
     @merge_with_config_defaults
@@ -85,13 +89,19 @@ class MAEBackbone(BackboneMixin, MAEPreTrainedModel):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, pixel_values: torch.Tensor, **kwargs: Unpack[MAEKwargs]
     ) -> BackboneOutput:
-        """Feature maps (B, D, H/P, W/Q), one for each of `out_features` (tokens with `reshape_hidden_states=False`).
-
-        With `pyramid_scales` they are (B, D, scale * H/P, scale * W/Q), one for each scale.
+        """Encode images; no patch is removed.
 
         Args:
             pixel_values: (B, C, H, W) normalised pixels, H and W multiples of the patch.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
+
+        Returns:
+            `feature_maps`: one (B, D, h, w) for each of `out_indices`; with `pyramid_scales`, one
+            (B, D, scale * h, scale * w) for each scale; with `reshape_hidden_states=False`, tokens (B, 1 + N, D).
+
+        Raises:
+            ValueError: if channels or sizes don't fit; the message names both values and the remedy.
+            TypeError: for an unknown argument.
         """
         self._refuse_unknown(kwargs)
         grid_size = self.config.patch_grid(pixel_values.shape, any_size=True)

@@ -55,14 +55,14 @@ class MAEForImageClassification(MAEPreTrainedModel):
 
         Args:
             pixel_values: (B, C, H, W) normalised pixels.
-            labels: (B,) class indices, or (B, classes) float rows that sum to 1 (mixup, cutmix). With
-                `config.problem_type` "multi_label_classification": (B, classes) of 0 and 1; "regression": (B,) or
-                (B, num_labels) numbers.
+            labels: (B,) class indices, or (B, num_labels) float rows that sum to 1 (mixup, cutmix). With
+                `config.problem_type` "multi_label_classification": (B, num_labels) of 0 and 1. With "regression":
+                (B, num_labels) numbers, or (B,) if `num_labels` is 1.
             interpolate_pos_encoding: accept images whose size differs from `config.image_size`.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Raises:
-            ValueError: if the labels have none of these forms.
+            ValueError: if the labels have none of these forms, or channels or sizes don't fit.
             TypeError: for an unknown argument, `mask_ratio` among them.
         """
         self._refuse_unknown(kwargs)
@@ -74,24 +74,43 @@ class MAEForImageClassification(MAEPreTrainedModel):
         )
 
     def classification_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy (hard or soft labels), binary cross-entropy or squared error, by `config.problem_type`."""
-        logits, problem = logits.float(), self.config.problem_type
-        if problem in ("regression", "multi_label_classification"):
-            rows = labels.unsqueeze(1) if problem == "regression" and labels.ndim == 1 else labels
-            if rows.shape != logits.shape:
-                # The losses would broadcast the shapes instead of failing.
-                raise ValueError(
-                    f"labels of shape {tuple(labels.shape)} don't fit {tuple(logits.shape)} (images, num_labels) that "
-                    f'problem_type "{problem}" needs; give {logits.shape[1]} values per image, or change num_labels'
-                )
-            loss = F.mse_loss if problem == "regression" else F.binary_cross_entropy_with_logits
-            return loss(logits, rows.float())
-        classes = labels.ndim == 1 and not labels.is_floating_point()
-        rows = labels.shape == logits.shape and labels.is_floating_point()
-        if classes or (rows and torch.allclose(labels.sum(dim=1), labels.new_ones(len(labels)), atol=1e-2)):
+        """() float32 mean loss: cross-entropy, binary cross-entropy or squared error, by `config.problem_type`.
+
+        Args:
+            logits: (B, num_labels) outputs of the classifier.
+            labels: as for `forward`.
+
+        Raises:
+            ValueError: if the labels have none of these forms.
+        """
+        logits = logits.float()
+        if self.config.problem_type == "regression":
+            rows = labels.unsqueeze(1) if labels.ndim == 1 and logits.shape[1] == 1 else labels
+            return F.mse_loss(logits, self._one_value_per_logit(rows, logits))
+        if self.config.problem_type == "multi_label_classification":
+            return F.binary_cross_entropy_with_logits(logits, self._one_value_per_logit(labels, logits))
+        are_classes = labels.ndim == 1 and not labels.is_floating_point()
+        if are_classes or _are_probabilities(labels, logits):
             return F.cross_entropy(logits, labels)
         raise ValueError(
             f"labels of shape {tuple(labels.shape)} and type {labels.dtype} are neither class indices (B,) nor rows of "
             f"{logits.shape[1]} that sum to 1; for several labels or numbers set config.problem_type to "
             '"multi_label_classification" or "regression"'
         )
+
+    def _one_value_per_logit(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Labels as float (B, num_labels); the losses would broadcast another shape instead of failing."""
+        if labels.shape != logits.shape:
+            raise ValueError(
+                f"labels of shape {tuple(labels.shape)} don't fit {tuple(logits.shape)} (images, num_labels) that "
+                f'problem_type "{self.config.problem_type}" needs; give {logits.shape[1]} values per image, or change '
+                "num_labels"
+            )
+        return labels.float()
+
+
+def _are_probabilities(labels: torch.Tensor, logits: torch.Tensor) -> bool:
+    """Whether labels are float rows that sum to 1."""
+    if labels.shape != logits.shape or not labels.is_floating_point():
+        return False
+    return torch.allclose(labels.sum(dim=1), labels.new_ones(len(labels)), atol=1e-2)

@@ -34,7 +34,7 @@ EXTRAS = {
 }
 # What to do after an interruption.
 REPEATS = {
-    **dict.fromkeys(("pretrain", "finetune"), "go on with --resume auto"),
+    **dict.fromkeys(("pretrain", "finetune"), "continue with --resume auto"),
     "push": "the same command repeats the upload",
 }
 USAGE = """usage: hf-mae COMMAND [--key value ...]

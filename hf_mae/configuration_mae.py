@@ -32,11 +32,11 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
     Keys have the names of transformers' `ViTMAEConfig` wherever it has the same setting.
 
     Args:
-        hidden_size: encoder width D, a multiple of 4 (sin-cos positions) and of the heads.
+        hidden_size: encoder width D, a multiple of 4 (for the sin-cos positions) and of `num_attention_heads`.
         num_hidden_layers: number of encoder blocks.
         num_attention_heads: number of attention heads in each encoder block.
         intermediate_size: width of the encoder's MLPs (4 D in the paper).
-        hidden_act: activation of all MLPs, by its name in transformers.
+        hidden_act: activation function of all MLPs, by its name in transformers.
         layer_norm_eps: epsilon of every LayerNorm (1e-6 in the original).
         initializer_range: standard deviation of the initial class and mask tokens.
         qkv_bias: whether the attention's query, key and value projection has a bias.
@@ -45,7 +45,7 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
         image_size: size in pixels, one side or (height, width).
         patch_size: size in pixels, one side or (height, width); must divide `image_size`.
         num_channels: C, number of image channels, 1 or more.
-        decoder_hidden_size: decoder width E, a multiple of 4 and of the decoder's heads (Table 1b).
+        decoder_hidden_size: decoder width E, a multiple of 4 and of `decoder_num_attention_heads` (Table 1b).
         decoder_num_hidden_layers: number of decoder blocks (Table 1a).
         decoder_num_attention_heads: number of attention heads in each decoder block.
         decoder_intermediate_size: width of the decoder's MLPs.
@@ -115,19 +115,24 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
     def __post_init__(self, **kwargs: Any):
         out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
         super().__post_init__(**kwargs)
-        # JSON has no tuples: without this a config would differ from itself after a round trip.
+        # JSON turns tuples into lists, and a config must be equal to itself after saving and loading.
         for key in ("image_size", "patch_size", "pyramid_scales"):
             if isinstance(value := getattr(self, key), tuple):
                 setattr(self, key, list(value))
-        self._check()
+        self.check()
         self.stage_names = ["stem"] + [f"stage{i}" for i in range(1, self.num_hidden_layers + 1)]
         self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
 
     @classmethod
     def of_checkpoint(cls, place: Any, **loading: Any) -> "MAEConfig":
-        """The configuration of a model in a folder or Hub repository; `loading` are keywords of its `from_pretrained`.
+        """The configuration of a saved model.
+
+        Args:
+            place: the model's folder or Hub id.
+            **loading: keyword arguments of the model's `from_pretrained`, such as `revision`.
 
         Raises:
+            OSError: if there is no configuration.
             ValueError: if the model isn't an MAE of this package.
         """
         options = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -151,7 +156,7 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def grid_size(self) -> tuple[int, int]:
-        """Patches from top to bottom and from left to right."""
+        """(h, w) patches from top to bottom and from left to right."""
         (H, W), (P, Q) = self.image_height_width, self.patch_height_width
         return H // P, W // Q
 
@@ -160,7 +165,12 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
         """N, patches per image."""
         return self.grid_size[0] * self.grid_size[1]
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Check all values; call it after changing some.
+
+        Raises:
+            ValueError: if a value is out of range or contradicts another; the message names the values and the remedy.
+        """
         sizes = [f"{part}{name}" for part in ("", "decoder_") for name in ("hidden_size", "num_hidden_layers")]
         for key in (*sizes, "intermediate_size", "decoder_intermediate_size", "num_channels"):
             if getattr(self, key) < 1:
@@ -214,10 +224,14 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
             )
 
     def patch_grid(self, shape: Sequence[int], any_size: bool) -> tuple[int, int]:
-        """The patch grid (h, w) of a batch of this shape (B, C, H, W); `any_size` accepts others than `image_size`.
+        """The patch grid (h, w) of a batch of images.
+
+        Args:
+            shape: (B, C, H, W) of the images.
+            any_size: accept every multiple of the patch size; otherwise only `image_size`.
 
         Raises:
-            ValueError: if the shape has other dimensions or channels, or its size doesn't fit.
+            ValueError: if the dimensions, the channels or the size don't fit the model.
         """
         if len(shape) != 4:
             raise ValueError(f"pixel_values have shape {tuple(shape)}; pass (batch, channels, height, width)")
@@ -237,11 +251,11 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
         return H // P, W // Q
 
     def num_kept_patches(self, mask_ratio: float, grid_size: tuple[int, int] | None = None) -> int:
-        """K, the patches that the encoder sees of each image: `int(N * (1 - mask_ratio))`, in whole cells.
+        """K, the number of patches of each image that the encoder sees: `int(N * (1 - mask_ratio))`, in whole cells.
 
         Args:
-            mask_ratio: fraction removed, in [0, 1).
-            grid_size: patches from top to bottom and from left to right; the config's own when omitted.
+            mask_ratio: fraction of patches removed, in [0, 1).
+            grid_size: (h, w) patches; the config's own when omitted.
 
         Raises:
             ValueError: if the ratio lies outside [0, 1) or keeps nothing, or cells don't fit the grid.
@@ -256,7 +270,7 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"mask_ratio {mask_ratio} lies outside [0, 1); the paper uses 0.75")
         kept = int(cells * (1 - mask_ratio))
         if kept == 0:
-            # Tried one by one: 10 * (1 - 0.9) is below 1 in floating point, so that 0.9 keeps none of 10.
+            # Tried one by one, because a formula would round: 10 * (1 - 0.9) is below 1 in floating point.
             largest = max(ratio / 1000 for ratio in range(1000) if int(cells * (1 - ratio / 1000)))
             raise ValueError(
                 f"mask_ratio {mask_ratio} keeps none of the {cells} {'cells' if self.mask_cell > 1 else 'patches'} "

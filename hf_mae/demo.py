@@ -189,7 +189,8 @@ def build(demo: Demo) -> gr.Blocks:
         return [*show(demo.toggle(session, patch), statistics), gr.skip()]
 
     with gr.Blocks(title="Masked autoencoder", analytics_enabled=False) as page:
-        gr.Markdown(f"# Masked autoencoder\n`{Path(demo.name).name}` predicts the hidden patches of a photo from the visible ones.")
+        name = Path(demo.name).name
+        gr.Markdown(f"# Masked autoencoder\n`{name}` predicts the hidden patches of a photo from the visible ones.")
         session = gr.State()
         with gr.Row():
             with gr.Column(scale=1, min_width=260):

@@ -1,4 +1,4 @@
-"""The layers in the order of the data flow: embedding, encoder blocks, decoders; then their initial values."""
+"""The layers in the order of the data flow: positions, embedding, blocks, decoders; then their initial values."""
 
 # Shape letters in this file
 #   B images   C channels   H, W pixels   P, Q patch height and width in pixels   V = P*Q*C numbers in a patch
@@ -29,6 +29,7 @@ def sincos_table(grid_size: tuple[int, int], width: int, device: torch.device | 
     Args:
         grid_size: (h, w) patches.
         width: width of the tokens, a multiple of 4.
+        device: device of the table.
 
     Returns:
         (1 + h*w, width) float32, values in [-1, 1].
@@ -61,7 +62,7 @@ class MAEPositions(nn.Module):
             self.register_buffer("table", table)
 
     def forward(self, grid_size: tuple[int, int]) -> torch.Tensor:
-        """The table for a patch grid: its own, or one made for that grid (`config.position_resize`)."""
+        """(1 + h*w, width) table for a patch grid (h, w); for a grid not its own, by `config.position_resize`."""
         return self.table if grid_size == self.grid_size else self._resized(grid_size)
 
     def follow(self, config: MAEConfig) -> None:
@@ -100,11 +101,11 @@ class MAEPatchEmbed(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """(B, K, V) -> (B, K, D). Works on patches, not on images, so removed patches cost nothing."""
+        """(B, K, V) patches -> (B, K, D) tokens. It takes patches, not images, so removed patches cost nothing."""
         return F.linear(patches, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
 
     def follow(self, config: MAEConfig) -> None:
-        """Change permanently to the channels of `config`: each gets the mean filter, scaled to keep their sum."""
+        """Change permanently to the channels of `config`: each gets the mean filter, scaled to keep the sum."""
         old, new = self.weight.shape[1], config.num_channels
         if old != new:
             mean = self.weight.data.mean(1, keepdim=True) * (old / new)
@@ -128,7 +129,10 @@ class MAEEmbeddings(nn.Module):
     def forward(
         self, pixel_values: torch.Tensor, grid_size: tuple[int, int], ids_keep: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """(B, C, H, W) of h x w patches -> (B, 1 + K, D); all patches are kept without `ids_keep` (B, K)."""
+        """(B, C, H, W) images of h x w patches -> (B, 1 + K, D) tokens, the class token first.
+
+        `ids_keep` (B, K) are the indices of the kept patches; all patches are kept when omitted.
+        """
         # Cast to the parameters' dtype, so that the residual stream stays float32 under autocast.
         dtype = self.cls_token.dtype
         positions = self.position_embeddings(grid_size).to(dtype)
@@ -144,14 +148,22 @@ class MAEEmbeddings(nn.Module):
 def eager_attention_forward(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None, scaling: float, **_: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention in plain operations; also returns its weights (B, heads, queries, keys)."""
+    """Attention in plain operations, with `query`, `key` and `value` (B, heads, tokens, head_dim).
+
+    Returns:
+        (B, queries, heads, head_dim) attended values.
+        (B, heads, queries, keys) weights in [0, 1].
+    """
     scores = query @ key.transpose(-2, -1) * scaling
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
 class MAEAttention(nn.Module):
-    """Multi-head attention: to the tokens themselves or, with `memory_width`, to a memory (B, tokens, memory_width)."""
+    """Multi-head attention: among the tokens, or with `memory_width` from the tokens to a memory.
+
+    The tokens are (B, tokens, width), a memory (B, other tokens, memory_width).
+    """
 
     is_causal = False
 
@@ -213,7 +225,7 @@ class MAEDropPath(nn.Module):
 
 
 class MAELayer(GradientCheckpointingLayer):
-    """Pre-norm transformer block of the encoder or a decoder; `sizes` are its width, its heads and the MLP's width."""
+    """Pre-norm transformer block of the encoder or a decoder; `sizes` are (width, number of heads, MLP width)."""
 
     def __init__(
         self, config: MAEConfig, sizes: tuple[int, int, int], drop_path_rate: float, memory_width: int | None = None
@@ -261,9 +273,15 @@ class MAEDecoder(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, ids_restore: torch.Tensor, grid_size: tuple[int, int]
     ) -> torch.Tensor:
-        """(B, 1 + K, D) class token and visible tokens, in shuffled order -> (B, N, V) pixels, in image order.
+        """Predict the pixels of all patches.
 
-        `ids_restore` (B, N) puts a shuffled sequence back in image order.
+        Args:
+            hidden_states: (B, 1 + K, D) class token and visible tokens, in shuffled order.
+            ids_restore: (B, N) index that puts a shuffled sequence back in image order.
+            grid_size: (h, w) patches of the images.
+
+        Returns:
+            (B, N, V) predicted patches in image order.
         """
         tokens = self.decoder_embed(hidden_states)
         class_token, visible = tokens[:, :1], tokens[:, 1:]
@@ -297,13 +315,13 @@ class MAEFeatureFusion(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) for _ in self.weight)
 
     def forward(self, features: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-        """(B, 1 + K, D) of the embedding and of each encoder block -> one for each decoder block."""
+        """Outputs (B, 1 + K, D) of the embedding and of each encoder block -> one (B, 1 + K, D) per decoder block."""
         fused = self.weight @ torch.stack(features).flatten(1)
         return [norm(memory.view_as(features[0])) for norm, memory in zip(self.norms, fused, strict=True)]
 
 
 class MAECrossDecoder(MAEDecoder):
-    """Predict each requested patch by itself, by cross-attention to the visible tokens (CrossMAE, arXiv:2401.14391).
+    """Predict each requested patch alone, by cross-attention to the visible tokens (CrossMAE, arXiv:2401.14391).
 
     A query is a mask token with its position. Queries don't see each other, so each prediction is independent.
     """
@@ -315,9 +333,16 @@ class MAECrossDecoder(MAEDecoder):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, memory: torch.Tensor | tuple[torch.Tensor, ...], ids: torch.Tensor, grid_size: tuple[int, int]
     ) -> torch.Tensor:
-        """(B, 1 + K, D) class token and visible tokens, in any order -> (B, N, V) pixels, zero in patches not in `ids`.
+        """Predict the pixels of the requested patches.
 
-        With `config.decoder_fusion` the memory is a tuple: the encoder's embedding, then the output of each block.
+        Args:
+            memory: (B, 1 + K, D) class token and visible tokens, in any order. With `config.decoder_fusion`, a tuple of
+                them: the outputs of the encoder's embedding and of each block.
+            ids: (B, M) indices of the patches to predict.
+            grid_size: (h, w) patches of the images.
+
+        Returns:
+            (B, N, V) predicted patches in image order; zeros in patches that are not in `ids`.
         """
         shape = (ids.shape[0], grid_size[0] * grid_size[1], self.decoder_pred.out_features)
         if ids.shape[1] == 0:
@@ -332,15 +357,15 @@ class MAECrossDecoder(MAEDecoder):
 
 
 def initialize(module: nn.Module, config: MAEConfig) -> None:
-    """Give one layer the original's initial values, through transformers' `init`, which leaves loaded weights alone."""
+    """Give one layer the original's initial values; transformers' `init` leaves loaded weights unchanged."""
     if isinstance(module, MAEPatchEmbed):
-        # Xavier on (D, V), because it is a linear layer; the bias like a convolution's, as in the original.
+        # As in the original: Xavier on (D, V), as for a linear layer, but the bias of a convolution.
         fan_in, fan_out = module.weight[0].numel(), module.weight.shape[0]
         bound = (6 / (fan_in + fan_out)) ** 0.5
         init.uniform_(module.weight, -bound, bound)
         init.uniform_(module.bias, -(fan_in**-0.5), fan_in**-0.5)
     elif isinstance(module, nn.ConvTranspose2d):
-        # Stride and kernel are equal, so each pixel is the output of a linear layer, and gets its Xavier values.
+        # Stride and kernel are equal, so each pixel is the output of a linear layer: Xavier for that layer.
         bound = (6 / (module.in_channels + module.out_channels)) ** 0.5
         init.uniform_(module.weight, -bound, bound)
         if module.bias is not None:

@@ -1,4 +1,4 @@
-"""Images as patches, and which of them are removed."""
+"""Images become patches, and a mask says which of them are removed."""
 
 # Shape letters in this file
 #   B images   C channels   H, W pixels   P, Q patch height and width in pixels   V = P*Q*C numbers in a patch
@@ -32,7 +32,19 @@ def patchify(pixel_values: torch.Tensor, patch_size: tuple[int, int], ids: torch
 
 
 def unpatchify(patches: torch.Tensor, patch_size: tuple[int, int], grid_size: tuple[int, int]) -> torch.Tensor:
-    """Put patches (B, N, P*Q*C) back together as images (B, C, H, W); the inverse of `patchify`."""
+    """Put patches back together as images; the inverse of `patchify`.
+
+    Args:
+        patches: (B, N, P*Q*C) patches from left to right, top to bottom; in each patch: row, column, channel.
+        patch_size: (height, width) of a patch in pixels.
+        grid_size: (h, w) patches of an image.
+
+    Returns:
+        (B, C, H, W) images, in the unit of the patches.
+
+    Raises:
+        ValueError: if N differs from h * w.
+    """
     (B, N, V), (P, Q), (h, w) = patches.shape, patch_size, grid_size
     if N != h * w:
         raise ValueError(f"{N} patches don't fill a {h}x{w} grid of {h * w}; pass the grid_size of these images")
@@ -41,7 +53,7 @@ def unpatchify(patches: torch.Tensor, patch_size: tuple[int, int], grid_size: tu
 
 
 def gather_tokens(tokens: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Pick tokens (B, M, D) of (B, N, D) by their indices (B, M)."""
+    """(B, N, D) tokens and (B, M) indices -> the (B, M, D) tokens at these indices."""
     return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
@@ -52,9 +64,9 @@ def normalize_patches(patches: torch.Tensor) -> torch.Tensor:
 
 
 def hashed_noise(seed: int, count: int, device: torch.device) -> torch.Tensor:
-    """(count,) numbers in [0, 1) that depend only on the seed and their index, so they are equal on every device.
+    """(count,) float32 in [0, 1) that depend only on the seed and their index, so they are equal on every device.
 
-    It hashes a counter (github.com/skeeto/hash-prospector), because torch.compile can't create a torch.Generator.
+    A hash of the index (github.com/skeeto/hash-prospector), because torch.compile can't create a torch.Generator.
     """
     bits = (torch.arange(count, device=device) + seed * 0x9E3779B9 % 2**32) % 2**32
     for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
@@ -63,13 +75,13 @@ def hashed_noise(seed: int, count: int, device: torch.device) -> torch.Tensor:
 
 
 def eval_noise(config: MAEConfig, pixel_values: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
-    """(B, N) from U[0, 1), the same at every call: row i belongs to the i-th image of a batch."""
+    """(B, N) noise in [0, 1), the same at every call: row i is for the i-th image of a batch."""
     B, N = pixel_values.shape[0], grid_size[0] * grid_size[1]
     return hashed_noise(config.eval_mask_seed, B * N, pixel_values.device).view(B, N)
 
 
 def cell_noise(noise: torch.Tensor, grid_size: tuple[int, int], cell: int) -> torch.Tensor:
-    """Give all patches of a square cell (cell x cell) the key of the cell's first patch, (B, N) -> (B, N)."""
+    """(B, N) -> (B, N): all patches of a cell of `cell` x `cell` patches get the sort key of the cell's first patch."""
     h, w = grid_size
     keys = noise.reshape(-1, h, w)[:, ::cell, ::cell]
     return keys.repeat_interleave(cell, dim=1).repeat_interleave(cell, dim=2).flatten(1)
@@ -78,14 +90,21 @@ def cell_noise(noise: torch.Tensor, grid_size: tuple[int, int], cell: int) -> to
 def block_noise(noise: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
     """Sort keys that remove random rectangles first ("block" in Table 1f, after BEiT, arXiv:2106.08254).
 
-    Each image gets up to 16 rectangles of 8 to 40 % of its area and aspect 0.3 to 3.3. They are drawn from the
-    image's noise, so one (B, N) tensor repeats a mask of either kind. The rectangles are removed in order; inside a
-    rectangle, and outside all of them, the noise decides.
+    Each image gets up to 16 rectangles of 8 to 40 % of its area, with aspect ratios of 0.3 to 3.3. Their sizes and
+    places come from the image's noise, so the same noise gives the same mask here too. The rectangles are removed in
+    order; inside a rectangle, and outside all of them, the noise decides.
+
+    Args:
+        noise: (B, N) from U[0, 1).
+        grid_size: (h, w) patches of the images.
+
+    Returns:
+        (B, N) sort keys; the largest are removed.
     """
     h, w = grid_size
     blocks = min(16, noise.shape[1] // 4)
     if blocks == 0:
-        return noise  # too few numbers and patches for a rectangle
+        return noise  # a rectangle needs four numbers
     area, aspect, top, left = noise[:, : 4 * blocks].reshape(-1, blocks, 4, 1, 1).unbind(2)
     area = (0.08 + 0.32 * area) * h * w
     aspect = 0.3 * (3.3 / 0.3) ** aspect
@@ -110,7 +129,7 @@ class ChosenPatches(NamedTuple):
 
 
 def random_masking(noise: torch.Tensor, len_keep: int, grid_size: tuple[int, int]) -> ChosenPatches:
-    """Keep a random subset of every image's patches (arXiv:2111.06377, Sec. 3, "Masking").
+    """Keep the patches with the smallest noise of every image (arXiv:2111.06377, Sec. 3, "Masking").
 
     Args:
         noise: (B, N) sort keys; the smallest are kept, and ties go to the first patch.
@@ -124,14 +143,22 @@ def random_masking(noise: torch.Tensor, len_keep: int, grid_size: tuple[int, int
 
 
 def one_mask(mask: torch.Tensor | None, bool_masked_pos: torch.Tensor | None) -> torch.Tensor | None:
-    """The caller's mask, passed under either of its two names."""
+    """The caller's mask, from either of its two names; None if neither was passed.
+
+    Raises:
+        ValueError: if both were passed.
+    """
     if mask is not None and bool_masked_pos is not None:
         raise ValueError("mask and bool_masked_pos are two names for one argument, and both were passed; pass one")
     return mask if bool_masked_pos is None else bool_masked_pos
 
 
 def count_kept(mask: torch.Tensor) -> int:
-    """K, the number of zeros in each row of a caller's mask (B, N); a ValueError if rows differ or keep nothing."""
+    """K, the number of zeros in each row of a caller's mask (B, N).
+
+    Raises:
+        ValueError: if rows keep different numbers of patches, or none.
+    """
     counts = (mask == 0).sum(dim=1)
     fewest, most = int(counts.min()), int(counts.max())
     if fewest != most:
@@ -152,9 +179,16 @@ def choose_patches(
     mask: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> ChosenPatches:
-    """Which patches of images (B, C, H, W) the encoder sees; the arguments are those of `MAEModel`.
+    """Choose the patches that the encoder sees: all of them, unless a ratio, noise, mask or generator is passed.
 
-    It sees all patches unless a ratio, noise, mask or generator is passed.
+    Args:
+        config: the model's configuration.
+        pixel_values: (B, C, H, W) images.
+        grid_size: (h, w) patches of the images.
+        mask_ratio: fraction of patches to remove, in [0, 1); `config.mask_ratio` when omitted.
+        noise: (B, N) sort keys, the smallest are kept; drawn from U[0, 1) when omitted.
+        mask: (B, N) the caller's own choice, 1 = removed, 0 = kept; all rows keep the same number.
+        generator: random generator that draws the noise.
 
     Raises:
         ValueError: if mask, noise or ratio don't fit the images or can't be combined.

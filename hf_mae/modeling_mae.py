@@ -53,10 +53,12 @@ class MAEModelOutput(ModelOutput):
         pooler_output: (B, D) mean of the patch tokens, or the class token (`config.pooling`).
         mask: (B, N) 1 = removed, 0 = kept; None without masking.
         ids_restore: (B, N) index that puts a shuffled sequence back in image order; None without masking.
-        hidden_states: inputs of all layers and the last one's output, with `output_hidden_states`.
-        attentions: (B, heads, 1 + K, 1 + K) of all layers, with `output_attentions` and the eager attention.
-        features: with `config.decoder_fusion` and a mask, what the decoder reads: (B, 1 + K, D) inputs of all layers,
-            then `last_hidden_state`.
+        hidden_states: with `output_hidden_states`, one more tensor than there are layers, each shaped like
+            `last_hidden_state`: the input of every layer, then the output of the last, before the last LayerNorm.
+        attentions: with `output_attentions` and the eager attention, one tensor for each layer: (B, heads, 1 + N,
+            1 + N) weights in [0, 1], with K instead of N if patches were removed.
+        features: with `config.decoder_fusion` and a mask, what the decoder reads: the input of every layer, then
+            `last_hidden_state`, each (B, 1 + K, D).
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -80,8 +82,8 @@ class MAEForPreTrainingOutput(ModelOutput):
             `config.prediction_ratio` leaves out.
         mask: (B, N) 1 = removed, 0 = kept.
         ids_restore: (B, N) index that puts a shuffled sequence back in image order.
-        hidden_states: the encoder's, with `output_hidden_states`.
-        attentions: the encoder's, with `output_attentions` and the eager attention.
+        hidden_states: those of the encoder, as in `MAEModelOutput`: each (B, 1 + K, D).
+        attentions: those of the encoder, as in `MAEModelOutput`: each (B, heads, 1 + K, 1 + K).
     """
 
     loss: torch.Tensor | None = None
@@ -108,7 +110,7 @@ class MAEPreTrainedModel(SavedWithCode, PreTrainedModel):  # pyright: ignore[rep
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": MAELayer, "attentions": MAEAttention}
     _input_embed_layer = "patch_embed"
-    # An encoder, classifier or backbone skips the decoder in the file, without a warning.
+    # Encoder, classifier and backbone ignore the decoder's weights in the file, without a warning.
     _keys_to_ignore_on_load_unexpected = [r"^decoder\."]
 
     @torch.no_grad()
@@ -119,9 +121,19 @@ class MAEPreTrainedModel(SavedWithCode, PreTrainedModel):  # pyright: ignore[rep
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: Any, *model_args: Any, config: Any = None, **kwargs: Any
     ) -> Any:
-        """Load like any transformers model, or at another `image_size` or with other `num_channels`.
+        """Load like any transformers model, optionally at another `image_size` or with other `num_channels`.
 
-        The checkpoint is loaded at its own size and then moved by `resize_input`, so that no weights are dropped.
+        The checkpoint is loaded at its own size and then changed by `resize_input`, so all weights are kept.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub id of the model.
+            *model_args: as in transformers.
+            config: configuration to use instead of the stored one.
+            **kwargs: as in transformers; keys of the configuration override the stored ones.
+
+        Raises:
+            OSError: if there is no model.
+            ValueError: if the model isn't an MAE of this package, or a key is out of range.
         """
         if pretrained_model_name_or_path is None or kwargs.get("state_dict") is not None:
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
@@ -140,7 +152,7 @@ class MAEPreTrainedModel(SavedWithCode, PreTrainedModel):  # pyright: ignore[rep
     def resize_input(
         self, image_size: int | list[int] | tuple[int, int] | None = None, num_channels: int | None = None
     ) -> None:
-        """Move the model to another image size or channel count, in place.
+        """Change the model to another image size or number of channels, in place.
 
         Position tables follow `config.position_resize`. Each new channel starts with the mean of the old channels'
         filters, scaled to keep the sum over channels. For each, the decoder predicts the mean of its predictions for
@@ -151,14 +163,15 @@ class MAEPreTrainedModel(SavedWithCode, PreTrainedModel):  # pyright: ignore[rep
             num_channels: number of image channels, 1 or more; unchanged when omitted.
 
         Raises:
-            ValueError: if the size is not a multiple of the patch size.
+            ValueError: if the size is not a multiple of the patch size, doesn't fit the mask settings, or
+                `num_channels` is below 1.
         """
         new = copy.deepcopy(self.config)
         if image_size is not None:
             new.image_size = list(image_size) if isinstance(image_size, tuple) else image_size
         if num_channels is not None:
             new.num_channels = num_channels
-        new._check()
+        new.check()
         self.config.image_size, self.config.num_channels = new.image_size, new.num_channels
         for module in self.modules():
             if isinstance(module, MAEPositions | MAEPatchEmbed | MAEDecoder):
@@ -288,7 +301,7 @@ class MAEForPreTraining(MAEPreTrainedModel):
             if noise is None and generator is None and not self.training:
                 noise = eval_noise(self.config, pixel_values, grid_size)
         chosen = choose_patches(self.config, pixel_values, grid_size, mask_ratio, noise, mask, generator)
-        # return_dict=True even if the config says False
+        # return_dict=True also overrides a False in the config.
         encoded = self.mae(pixel_values, chosen=chosen, return_dict=True, **kwargs)
         ids = self.predicted_patches(chosen, partly=self.training and mask is None)
         logits = self.decode(encoded, chosen, ids)
@@ -303,21 +316,39 @@ class MAEForPreTraining(MAEPreTrainedModel):
         )
 
     def decode(self, encoded: MAEModelOutput, chosen: ChosenPatches, ids: torch.Tensor) -> torch.Tensor:
-        """(B, N, V) predicted patches in image order: all of them, or with the "cross" decoder only `ids` (B, M)."""
+        """Predict pixels from the encoder's output.
+
+        Args:
+            encoded: output of `MAEModel` for these patches.
+            chosen: the patches that were encoded.
+            ids: (B, M) indices of the patches that the "cross" decoder predicts; the "self" decoder predicts all.
+
+        Returns:
+            (B, N, V) predicted patches in image order; zeros in patches that are not predicted.
+        """
         if self.config.decoder_attention == "cross":
             return self.decoder(encoded.features or encoded.last_hidden_state, ids, chosen.grid_size)
         return self.decoder(encoded.last_hidden_state, chosen.ids_restore, chosen.grid_size)
 
     def patch_target(self, pixel_values: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
-        """The true patches (B, N, V) float32, or (B, M, V) for `ids`; normalised if `config.norm_pix_loss`."""
+        """What the decoder should predict.
+
+        Args:
+            pixel_values: (B, C, H, W) normalised pixels.
+            ids: (B, M) indices of patches; all patches when omitted.
+
+        Returns:
+            (B, N, V) float32 true patches, or (B, M, V) with `ids`; each has mean 0 and variance 1 with
+            `config.norm_pix_loss`.
+        """
         target = patchify(pixel_values.float(), self.config.patch_height_width, ids)
         return normalize_patches(target) if self.config.norm_pix_loss else target
 
     def predicted_patches(self, chosen: ChosenPatches, partly: bool = False) -> torch.Tensor:
         """(B, M) indices of the patches that the loss covers: all removed ones.
 
-        With `partly`, only the fraction `config.prediction_ratio` of all patches: the removed ones with the smallest
-        noise, so that the noise of a mask selects them too.
+        With `partly`, M is only the fraction `config.prediction_ratio` of N: the removed patches with the smallest
+        noise, so one noise tensor determines both the mask and these patches.
         """
         assert chosen.ids_shuffle is not None
         kept, end = chosen.ids_keep.shape[1], chosen.ids_shuffle.shape[1]
@@ -326,9 +357,17 @@ class MAEForPreTraining(MAEPreTrainedModel):
         return chosen.ids_shuffle[:, kept:end]
 
     def reconstruction_loss(self, pixel_values: torch.Tensor, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Mean squared error over the pixels of the patches `ids` (B, M), in float32 (Sec. 3).
+        """() float32 mean squared error over the pixels of the patches `ids` (Sec. 3, "Reconstruction target").
 
         Other patches are dropped before anything is computed, so they cost nothing and get no gradient.
+
+        Args:
+            pixel_values: (B, C, H, W) normalised pixels.
+            logits: (B, N, V) predicted patches.
+            ids: (B, M) indices of the patches that count.
+
+        Raises:
+            ValueError: if M is 0.
         """
         if ids.shape[1] == 0:
             raise ValueError("mask_ratio 0 removes no patch, so there is nothing to predict; use e.g. 0.75")

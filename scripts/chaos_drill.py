@@ -1,4 +1,4 @@
-"""A drill to watch: a run that is killed, stopped and has a checkpoint damaged ends like an undisturbed run.
+"""A drill to watch: a run that is killed, stopped and loses a checkpoint ends with the weights of an undisturbed run.
 
     python scripts/chaos_drill.py                  about two minutes on two cores
     python scripts/chaos_drill.py --processes 2    the same with two processes under torchrun

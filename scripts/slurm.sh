@@ -17,12 +17,12 @@ srun torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "$SLURM_GPUS_ON_NODE" --
     --rdzv_id "$SLURM_JOB_ID" --rdzv_backend c10d --rdzv_endpoint "$first:${PORT:-29500}" \
     -m hf_mae.cli pretrain --resume auto "$@" &
 
-# Three minutes before the limit: torchrun stops every rank, which saves its current step, and the job is queued again.
-told=""
-trap 'told=yes; kill -TERM $!' USR1 TERM
+# Three minutes before the limit, torchrun stops every rank. Each saves its current step, and the job is queued again.
+signalled=""
+trap 'signalled=yes; kill -TERM $!' USR1 TERM
 wait $!
 code=$?
-if [ -n "$told" ]; then
+if [ -n "$signalled" ]; then
     wait $!
     scontrol requeue "$SLURM_JOB_ID"
     exit 0

@@ -470,8 +470,8 @@ def test_a_model_of_transformers_is_answered_with_the_command_that_converts_it(m
 @pytest.mark.parametrize(
     ("command", "remedy"),
     [
-        ("pretrain", "go on with --resume auto"),
-        ("finetune", "go on with --resume auto"),
+        ("pretrain", "continue with --resume auto"),
+        ("finetune", "continue with --resume auto"),
         ("push", "the same command repeats the upload"),
         ("convert", "the same command starts anew"),
     ],

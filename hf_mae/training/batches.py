@@ -12,7 +12,7 @@ from ..data.loader import Batch, TrainingStream, each_batch, make_loader
 
 @dataclass
 class MicroBatches:
-    """An iterator over this process's micro-batches. Loader workers start with the first one and stop at `close`."""
+    """An iterator over this process's micro-batches. Loader workers start at the first `next` and stop at `close`."""
 
     stream: TrainingStream  # this process's share of the data
     images: int  # decoded images per micro-batch
@@ -29,6 +29,7 @@ class MicroBatches:
         return next(self._batches)
 
     def close(self) -> None:
+        """Stop the loader workers."""
         self._batches.close()
 
     def _generate(self) -> Generator[Batch]:
@@ -45,11 +46,11 @@ class MicroBatches:
                     yield Batch(images, noise, item.keys[part], item.labels[part])
 
     def positions(self) -> dict[int, int]:
-        """Stream number -> rows read, for the streams that any process has read; every process must call it."""
+        """Number of a stream -> rows read, for the streams that any process has read. Every process must call it."""
         return {stream: rows for process in gather_object([self._read_up_to]) for stream, rows in process.items()}
 
     def take_bad(self) -> list[tuple[str, str]]:
-        """(key, reason) of samples that failed to decode since the last call, on any process; all processes call it."""
+        """(key, reason) of samples that failed to decode since the last call, on any process. All must call it."""
         bad = gather_object(self._bad)
         self._bad = []
         return bad

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .. import __version__
@@ -41,7 +42,7 @@ def open_data(recipe: PretrainRecipe) -> PretrainData:
     """Open the training and evaluation rows of a recipe.
 
     Raises:
-        DataError: if the data is missing, or its number of channels is not the recipe's.
+        DataError: if the data is missing, or its number of channels differs from `num_channels`.
     """
     rows, eval_rows, evaluated_on = open_splits(recipe, streaming=recipe.streaming)
     num_channels, dtype = probe_rows(rows)
@@ -55,10 +56,15 @@ def open_data(recipe: PretrainRecipe) -> PretrainData:
 
 
 def build_model(recipe: PretrainRecipe, stored: Path | None, num_channels: int) -> MAEForPreTraining:
-    """The model of a run: from its checkpoint, from another model (at the recipe's size and channels), or new.
+    """The model of a run, in float32 and training mode.
+
+    Args:
+        recipe: the run's recipe. Its `model`, if any, is loaded at the recipe's image size and channels.
+        stored: checkpoint to load the model from instead; None for a new run.
+        num_channels: C, number of image channels.
 
     Raises:
-        UserError: if the recipe's model can't be loaded or built.
+        UserError: if the model can't be loaded or built.
     """
     options = {"attn_implementation": recipe.attn_implementation, "dtype": torch.float32}
     name = stored or (recipe.model and f"--model {recipe.model}")
@@ -78,7 +84,7 @@ def build_model(recipe: PretrainRecipe, stored: Path | None, num_channels: int) 
 
 
 def describe_failure(what: str, recipe: RunRecipe) -> str:
-    """Start of the error message for a model that can't be loaded; names an attention that may not be installed."""
+    """Start of the error message for a model that can't be loaded; names an attention that may be missing."""
     if recipe.attn_implementation in ("eager", "sdpa"):
         return what
     return f"{what} with attn_implementation {recipe.attn_implementation} (eager and sdpa always work)"
@@ -90,6 +96,7 @@ def build_processor(
     """The model's image processor: sizes, scaling, mean and standard deviation.
 
     Raises:
+        CheckpointError: if the checkpoint's processor can't be loaded.
         UserError: if mean or standard deviation don't have one number per channel.
     """
     if stored:
@@ -142,7 +149,7 @@ def make_training_specs(
         sized = copy.deepcopy(config)
         sized.image_size = size
         try:
-            sized._check()
+            sized.check()
             for _, ratio in recipe.mask_ratios:
                 sized.num_kept_patches(ratio)
         except ValueError as error:
@@ -158,12 +165,12 @@ def make_training_specs(
 def start_state(
     recipe: PretrainRecipe, data: PretrainData, total_steps: int, ranks: int, stored: RunState | None
 ) -> RunState:
-    """The state a run starts from: step 0, or the `stored` state of its checkpoint.
+    """The state that a run starts from: step 0, or the `stored` state of its checkpoint.
 
     Raises:
-        CheckpointError: if the data differs from the checkpoint's.
+        CheckpointError: if the data differs from the checkpoint's, unless `allow_data_change` is set.
     """
-    # What the order of samples depends on besides the seed, in JSON's types.
+    # All that the order of samples depends on besides the seed, in JSON's types.
     fingerprint = json.loads(json.dumps({**data.rows.source.fingerprint, "num_samples": len(data.rows)}))
     if stored is None:
         access = data.rows.source.random_access
@@ -174,14 +181,19 @@ def start_state(
         if not recipe.allow_data_change:
             raise CheckpointError(f"{change}; restore the old data, or pass --allow_data_change true")
         logger.warning("%s; continuing with it, in a different order of samples from here on", change)
-    # The recipe may have changed in the keys that a resume allows, so it and the values derived from it are new.
+    # A resume may change some keys, so the recipe and all that follows from it are new.
     own = {"recipe": recipe.to_dict(), "total_steps": total_steps, "fingerprint": fingerprint, "version": __version__}
     return replace(stored, **own)
 
 
 def model_config_of(recipe: PretrainRecipe, num_channels: int) -> MAEConfig:
-    """Configuration of a new model: table of sizes, overridden by `num_channels`, then by the recipe's model keys."""
+    """Configuration of a new model: the row of its size, with `num_channels` and the recipe's model keys on top.
+
+    Raises:
+        UserError: if a model key is out of range, has the wrong type, or contradicts another.
+    """
+    keys = {**SIZES[recipe.model_size], "num_channels": num_channels, **recipe.given_model_keys()}
     try:
-        return MAEConfig(**{**SIZES[recipe.model_size], "num_channels": num_channels, **recipe.given_model_keys()})
-    except Exception as error:
+        return MAEConfig(**keys)
+    except (ValueError, StrictDataclassError) as error:
         raise UserError(one_line(error)) from error

@@ -20,7 +20,7 @@ EMA_FILE = "ema.safetensors"
 
 
 class EpochCallback(TrainerCallback):
-    """Sets the data set's epoch, as Accelerate's loader does on one process only; logs and scores the last step."""
+    """Sets the data set's epoch (Accelerate's loader does so only on one process); logs and scores the last step."""
 
     def __init__(self, images: LabelledImages):
         self.images = images
@@ -36,8 +36,11 @@ class EpochCallback(TrainerCallback):
 class EMACallback(TrainerCallback):
     """An exponential moving average of the trained weights, used in evaluations and as the final model.
 
-    After each step, average = decay * average + (1 - decay) * weights; it starts at the initial weights. Checkpoints
+    It starts at the initial weights. After each step, average = decay * average + (1 - decay) * weights. Checkpoints
     hold both.
+
+    Args:
+        decay: in [0, 1].
     """
 
     def __init__(self, decay: float):
@@ -70,6 +73,7 @@ class EMACallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._swap(kwargs["model"])
+        self.swapped = False  # later evaluations leave the average in the model
 
     @torch.no_grad()
     def _swap(self, model: nn.Module) -> None:
@@ -80,7 +84,12 @@ class EMACallback(TrainerCallback):
 
 
 class LogCallback(TrainerCallback):
-    """Writes metrics.jsonl and shows one progress bar, as in pretraining, instead of Trainer's output."""
+    """Writes metrics.jsonl and shows one progress bar, as in pretraining, instead of Trainer's output.
+
+    Args:
+        accelerator: the Trainer's Accelerator.
+        total_batch_size: images per optimizer step, over all processes.
+    """
 
     def __init__(self, accelerator: Any, total_batch_size: int):
         self.accelerator, self.total_batch_size = accelerator, total_batch_size

@@ -1,5 +1,6 @@
-"""What follows from a recipe on this machine and data: `derived` in run_config.yaml, and three printed lines."""
+"""What a recipe leads to on this machine and data: `derived` in run_config.yaml, and the first printed lines."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,54 +15,51 @@ from ..run_folder import RunFolder
 from .devices import describe_hardware
 
 
-def derive_facts(
-    recipe: PretrainRecipe | FinetuneRecipe,
-    device: torch.device,
-    processes: int,
-    precision: str,
-    steps: tuple[int, int],
-    images: tuple[int, int],
-    evaluated_on: str,
-    model: PreTrainedModel,
-    strategy: str | None = None,
-    classes: list[str] | None = None,
-) -> dict[str, Any]:
-    """The facts derived from a recipe. Every process must call it.
+@dataclass
+class RunSetup:
+    """What a recipe runs with: the machine, the data and the model."""
 
-    Args:
-        recipe: the run's recipe.
-        device: device of this process.
-        processes: number of processes that train together.
-        precision: "no", "bf16" or "fp16".
-        steps: number of steps in the run, and in its warm-up.
-        images: number of images in an epoch, and in an evaluation.
-        evaluated_on: description of the evaluation images.
-        model: the model to train.
-        strategy: how the processes train together; fine-tuning has only one.
-        classes: names of the classes, in fine-tuning; trained parameters are then counted separately.
+    device: torch.device  # of this process
+    ranks: int  # processes that train together
+    precision: str  # "no", "bf16" or "fp16"
+    total_steps: int  # optimizer steps of the run
+    warmup_steps: int
+    training_images: int  # in an epoch
+    evaluation_images: int
+    evaluated_on: str  # description of the evaluation images
+    model: PreTrainedModel  # to be trained
+    strategy: str | None = None  # how the processes train together; None in fine-tuning, which has only DDP
+    classes: list[str] | None = None  # their names; None in pretraining
+
+
+def derive_facts(recipe: PretrainRecipe | FinetuneRecipe, setup: RunSetup) -> dict[str, Any]:
+    """The facts derived from a recipe, as run_config.yaml has them. Every process must call it.
+
+    In fine-tuning, trained parameters are also counted separately, because the recipe may freeze some.
     """
-    micro_batch, grad_accum_steps = recipe.micro_batch(processes)
+    per_device_batch_size, grad_accum_steps = recipe.micro_batch(setup.ranks)
+    trained = None if setup.classes is None else setup.model.num_parameters(only_trainable=True)
     places = {key: getattr(recipe, key) for key in ("dataset", "eval_dataset", "model")}
     facts = {
         "version": __version__,
         "torch": str(torch.__version__),
-        "hardware": describe_hardware(device),
-        "processes": processes,
-        "strategy": strategy,
-        "mixed_precision": precision,
-        "per_device_batch_size": micro_batch,
+        "hardware": describe_hardware(setup.device),
+        "processes": setup.ranks,
+        "strategy": setup.strategy,
+        "mixed_precision": setup.precision,
+        "per_device_batch_size": per_device_batch_size,
         "grad_accum_steps": grad_accum_steps,
         "lr": recipe.lr,
-        "total_steps": steps[0],
-        "warmup_steps": steps[1],
-        "training_images": images[0],
-        "evaluation_images": images[1],
-        "evaluated_on": evaluated_on,
+        "total_steps": setup.total_steps,
+        "warmup_steps": setup.warmup_steps,
+        "training_images": setup.training_images,
+        "evaluation_images": setup.evaluation_images,
+        "evaluated_on": setup.evaluated_on,
         # A card can't tell a relative path such as my/images from a Hub id.
         "local_keys": [key for key, place in places.items() if place and Path(place).expanduser().exists()] or None,
-        "classes": classes,
-        "parameters": model.num_parameters(),
-        "trained_parameters": None if classes is None else model.num_parameters(only_trainable=True),
+        "classes": setup.classes,
+        "parameters": setup.model.num_parameters(),
+        "trained_parameters": trained,
     }
     return {name: value for name, value in facts.items() if value is not None}
 
@@ -82,9 +80,12 @@ def announce(
         facts: the result of `derive_facts`.
         spec: size, channels and dtype of the images.
         device: device of this process.
-        content: number of patches or classes, as text.
-        scored: description of the evaluations, as text.
-        stored: the checkpoint that the run continues from, if any.
+        content: the patches or classes as text, such as "14 x 14 patches".
+        scored: the evaluations as text, such as "evaluation on 64 held-out images".
+        stored: the checkpoint that the run continues from, or None.
+
+    Raises:
+        UserError: if run_config.yaml can't be written.
     """
     height, width = spec.size
     trained = f", {facts['trained_parameters'] / 1e6:.1f} M trained" if "trained_parameters" in facts else ""

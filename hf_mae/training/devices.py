@@ -23,19 +23,21 @@ from ..keys.run_keys import PretrainRecipe, RunRecipe
 
 
 def prepare_process(recipe: RunRecipe) -> str:
-    """Set up this process, with deterministic steps if the recipe asks for them.
+    """Set up this process, for deterministic steps if the recipe says so.
 
     Returns:
         The precision that `mixed_precision` selects on this machine: "no", "bf16" or "fp16".
 
     Raises:
-        UserError: if the tracker is not installed.
+        UserError: if the tracker `log_with` is not installed.
     """
     trackers = [tracker.value for tracker in get_available_trackers()]
     if recipe.log_with not in (None, "all", *trackers):
-        raise UserError(f"log_with {recipe.log_with} is not installed; available: {', '.join(trackers) or 'none'}")
+        raise UserError(
+            f"log_with {recipe.log_with} is not installed; install it, or use one of: {', '.join(trackers) or 'none'}"
+        )
     if recipe.deterministic:
-        # cuBLAS and NCCL start later, and read these then.
+        # cuBLAS and NCCL read these variables when they start, which is later.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.setdefault("NCCL_ALGO", "Ring")
         torch.use_deterministic_algorithms(True)
@@ -71,7 +73,8 @@ def make_accelerator(recipe: PretrainRecipe) -> Accelerator:
     """One Accelerator for model and optimizer.
 
     Raises:
-        UserError: if processes or a strategy were requested but are missing; Accelerate would train without them.
+        UserError: if Accelerate would train with fewer processes or another strategy than requested, or the recipe
+            can't run on this machine.
     """
     precision = prepare_process(recipe)
     join_after_restart()
@@ -85,7 +88,8 @@ def make_accelerator(recipe: PretrainRecipe) -> Accelerator:
     check_precision(precision, accelerator.device.type == "cpu")
     if environment_flag("ACCELERATE_USE_FSDP") and accelerator.distributed_type != DistributedType.FSDP:
         raise UserError(
-            f"Accelerate chose {accelerator.distributed_type.value} instead of FSDP, which needs a GPU for each process"
+            f"Accelerate chose {accelerator.distributed_type.value} instead of FSDP, which needs a GPU for each "
+            "process; start as many processes as there are GPUs, or leave FSDP out"
         )
     check_processes(accelerator.num_processes)
     return accelerator
@@ -110,9 +114,9 @@ def describe_hardware(device: torch.device) -> str:
 
 
 def join_after_restart() -> None:
-    """After a restart by torchrun, meet the other processes under a fresh key prefix.
+    """After a restart by torchrun, rendezvous with the other processes under a fresh key prefix.
 
-    Their store still holds addresses of the previous attempt (torch 2.14). With the same keys, a process sometimes
+    The store still holds addresses of the previous attempt (torch 2.14). With the same keys, a process sometimes
     connects to a dead one, and fails or hangs.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -131,8 +135,8 @@ def join_after_restart() -> None:
 def tune_for_device(model: PreTrainedModel, device: torch.device, precision: str) -> None:
     """Set up the process and a model for fast training on a CPU; does nothing on other devices.
 
-    The C library then keeps the memory that a step frees. Otherwise each step requests it again, page by page: 200,000
-    pages, or 0.3 s of 11 s, for ViT-B and 16 images on one thread; 2 to 4 % of the time on two threads.
+    The C library then keeps the memory that a step frees. Otherwise each step requests it again, page by page: for
+    ViT-B and 16 images 200,000 pages, which take 0.3 s of 11 s on one thread, and 2 to 4 % of the time on two.
 
     Args:
         model: the model to train; under bf16, its attention becomes `float32_attention`.
@@ -155,7 +159,7 @@ def float32_attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' SDPA in float32, even under autocast.
 
-    On CPUs, PyTorch's forward and backward take 1.6 to 2.4 times as long in bfloat16 (torch 2.14, 50 and 197 tokens).
+    On CPUs, its forward and backward passes take 1.6 to 2.4 times as long in bfloat16 (torch 2.14, 50 and 197 tokens).
     """
     with torch.autocast(query.device.type, enabled=False):
         attended, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), *args, **kwargs)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
 
 from ..data.labelled import Collator, LabelledImages, without_bad
 from ..data.labels import find_labels, labels_of
@@ -22,12 +22,12 @@ from ..data.sources import open_splits
 from ..data.transform import evaluation_spec
 from ..evaluation.metrics import make_compute_metrics
 from ..evaluation.results import make_result, named_data
-from ..files import remove, replace_files
 from ..keys.finetune_keys import FinetuneRecipe
 from ..optim.groups import layer_decay_groups
-from ..run_folder import RunFolder, add_result, read_results
+from ..run_folder import WEIGHTS_NAME, RunFolder, add_result, read_results
 from .callbacks import EMACallback, EpochCallback, LogCallback
-from .describe import announce, derive_facts
+from .checkpoint import load_tensors, remove_folder, write_model
+from .describe import RunSetup, announce, derive_facts
 from .devices import prepare_process, tune_for_device
 from .finetune_setup import (
     build_classifier,
@@ -70,13 +70,18 @@ def finetune(recipe: FinetuneRecipe) -> dict[str, Any] | None:
 
 
 def trainer_parts(recipe: FinetuneRecipe) -> dict[str, Any]:
-    """The arguments of a `transformers.Trainer` that runs a recipe.
+    """The arguments of a `transformers.Trainer` that runs a recipe: `Trainer(**trainer_parts(recipe)).train()`.
 
     Args:
         recipe: all settings of the run, e.g. `FinetuneRecipe(model="outputs/quickstart", dataset="path/to/images")`.
 
+    Returns:
+        Keyword arguments of `Trainer`: `model`, `args`, `data_collator`, `train_dataset`, `eval_dataset`,
+        `processing_class`, `compute_metrics`, `optimizer_cls_and_kwargs` and `callbacks`. With `resume`, pass
+        `args.resume_from_checkpoint` to `Trainer.train`. Add your own callbacks to the list instead of replacing it.
+
     Raises:
-        UserError: as for `finetune`.
+        UserError: for anything the user can fix; one line with the remedy.
     """
     return FinetuneRun(recipe.finish()).trainer_parts()
 
@@ -138,10 +143,20 @@ class FinetuneRun:
     def describe(self) -> None:
         """Print what the run will do, and write run_config.yaml."""
         recipe, args, names = self.recipe, self.args, list(self.labels.names)
-        facts = derive_facts(
-            recipe, args.device, args.world_size, self.precision, self.steps,
-            (len(self.rows), len(self.eval_images)), self.evaluated_on, self.model, classes=names,
-        )  # fmt: skip
+        total_steps, warmup_steps = self.steps
+        setup = RunSetup(
+            device=args.device,
+            ranks=args.world_size,
+            precision=self.precision,
+            total_steps=total_steps,
+            warmup_steps=warmup_steps,
+            training_images=len(self.rows),
+            evaluation_images=len(self.eval_images),
+            evaluated_on=self.evaluated_on,
+            model=self.model,
+            classes=names,
+        )
+        facts = derive_facts(recipe, setup)
         if args.process_index:
             return
         labels = f"{len(names)} {'numbers an image' if recipe.problem_type == 'regression' else 'classes'}"
@@ -151,28 +166,56 @@ class FinetuneRun:
             print(f"{len(self.bad)} images can't be decoded and are not scored; the first is {self.bad[0][0]}")
 
     def train(self) -> dict[str, Any] | None:
-        """Take the remaining steps and save the final model; the main process returns the entry of results.json."""
+        """Take the remaining steps and save the final model.
+
+        Returns:
+            The entry of results.json; None on every process but the main one.
+        """
         trainer = Trainer(**self.trainer_parts())
         for printing in (ProgressCallback, PrinterCallback):
             trainer.pop_callback(printing)
         log = LogCallback(trainer.accelerator, self.recipe.total_batch_size)
         trainer.add_callback(log)
         with one_line_errors(), closing(log):
-            trainer.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
+            if not self._restore_trained(trainer):
+                trainer.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
         result = self._save_final(log) if trainer.is_world_process_zero() else None
         trainer.accelerator.wait_for_everyone()
         trainer.accelerator.state.destroy_process_group()
         return result
 
+    def _restore_trained(self, trainer: Trainer) -> bool:
+        """Load and score a checkpoint of the last step, from which `Trainer.train` would take one step too many.
+
+        Returns:
+            Whether the run continues from such a checkpoint.
+        """
+        if self.stored is None:
+            return False
+        state = TrainerState.load_from_json(str(self.stored / "trainer_state.json"))
+        if state.global_step < self.args.max_steps:
+            return False
+        self.model.load_state_dict(load_tensors(self.stored / WEIGHTS_NAME))
+        trainer.state, callbacks = state, trainer.callback_handler
+        callbacks.on_train_begin(self.args, state, trainer.control)
+        callbacks.on_train_end(self.args, state, trainer.control)  # averaged weights become the model's
+        trainer.evaluate()
+        return True
+
     def _save_final(self, log: LogCallback) -> dict[str, Any]:
-        """Save model and scores, delete Trainer's checkpoints, which hold pickles; returns the results.json entry."""
+        """Save model and scores; returns the entry of results.json. Deletes Trainer's checkpoints: they hold pickles.
+
+        Raises:
+            CheckpointError: if the model can't be written; the checkpoints then stay.
+            UserError: if results.json can't be written; the checkpoints then stay.
+        """
         recipe, output_dir = self.recipe, self.output_dir
 
         def write(folder: Path) -> None:
             self.model.save_pretrained(folder)
             self.processor.save_pretrained(folder)
 
-        replace_files(output_dir, write)
+        write_model(output_dir, write)
         protocol = {
             "name": PROTOCOL,
             "start": str(recipe.model),
@@ -193,7 +236,7 @@ class FinetuneRun:
         result = make_result(protocol, data, str(output_dir), [log.figures])
         add_result(self.folder.results_file, result)
         for checkpoint in self.folder.checkpoints():
-            remove(checkpoint)
+            remove_folder(checkpoint)
         return result
 
     def _bad_samples(self) -> int:

@@ -1,4 +1,4 @@
-"""The parts of fine-tuning: Trainer's arguments, the classifier, its image processor."""
+"""The parts of fine-tuning: the checkpoint to resume, Trainer's arguments, the classifier, its image processor."""
 
 import os
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ def find_trainer_checkpoint(recipe: FinetuneRecipe, output_dir: Path) -> Path | 
     """The checkpoint that the run continues from; None for a new run.
 
     Raises:
-        CheckpointError: if the named checkpoint is missing or incomplete.
+        CheckpointError: if the named checkpoint is missing or incomplete, or belongs to a run of another recipe.
     """
     if recipe.resume == "none":
         return None
@@ -58,7 +58,7 @@ def check_run(recipe: FinetuneRecipe, output_dir: Path) -> None:
 
 
 def training_arguments(recipe: FinetuneRecipe, stored: Path | None, precision: str) -> TrainingArguments:
-    """A recipe as Trainer's arguments, without the numbers that depend on the data.
+    """A recipe as Trainer's arguments, except the numbers of steps, which depend on the data.
 
     Raises:
         UserError: if the recipe can't run on this machine.
@@ -67,12 +67,12 @@ def training_arguments(recipe: FinetuneRecipe, stored: Path | None, precision: s
         raise UserError("fine-tuning runs under DDP, not FSDP; start it with torchrun")
     use_cpu = environment_flag("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     check_precision(precision, use_cpu)
-    micro_batch, grad_accum_steps = recipe.micro_batch(int(os.environ.get("WORLD_SIZE", "1")))
+    per_device_batch_size, grad_accum_steps = recipe.micro_batch(int(os.environ.get("WORLD_SIZE", "1")))
     args = TrainingArguments(
         output_dir=str(recipe.output_dir),
         resume_from_checkpoint=str(stored) if stored else None,
-        per_device_train_batch_size=micro_batch,
-        per_device_eval_batch_size=micro_batch,
+        per_device_train_batch_size=per_device_batch_size,
+        per_device_eval_batch_size=per_device_batch_size,
         gradient_accumulation_steps=grad_accum_steps,
         learning_rate=recipe.lr,
         # Linear warm-up from 0, then half a cosine, as in optim/schedule.py; it scales each group's learning rate.
@@ -105,17 +105,18 @@ def training_arguments(recipe: FinetuneRecipe, stored: Path | None, precision: s
 
 
 def build_classifier(recipe: FinetuneRecipe, labels: Labels) -> MAEForImageClassification:
-    """A classifier on a pretrained encoder, or a fine-tuned one, with the layers frozen that the recipe freezes.
+    """The classifier to train: a pretrained encoder with a new head, or a fine-tuned model; `trainable_blocks` applies.
 
     Raises:
-        UserError: if the model can't be loaded, or has other classes than the data.
+        UserError: if the model can't be loaded, has other classes than the data, or fewer blocks than
+            `trainable_blocks`.
     """
     given = ("problem_type", "pooling", "drop_path_rate", "trainable_positions", "attn_implementation")
     options: dict[str, Any] = {
         **{name: getattr(recipe, name) for name in given},
         "id2label": dict(enumerate(labels.names)),
         "label2id": {name: i for i, name in enumerate(labels.names)},
-        "head_initializer_range": 2e-5,
+        "head_initializer_range": MAEConfig.head_initializer_range,
         "use_safetensors": True,
         "dtype": torch.float32,
     }
@@ -141,11 +142,11 @@ def build_classifier(recipe: FinetuneRecipe, labels: Labels) -> MAEForImageClass
         transformers_logging.set_verbosity(verbosity)
     if missing := sorted(name for name in info["missing_keys"] if not name.startswith(HEAD)):
         raise UserError(
-            f"--model {recipe.model} lacks {len(missing)} of the encoder's weights, {missing[0]} among them; it is not "
-            "an MAE model of this package"
+            f"--model {recipe.model} lacks {len(missing)} of the encoder's weights, such as {missing[0]}; name a model "
+            "that hf-mae pretrain or hf-mae convert wrote"
         )
     if recipe.reset_head:
-        torch.nn.init.trunc_normal_(model.classifier.weight, std=2e-5)
+        torch.nn.init.trunc_normal_(model.classifier.weight, std=model.config.head_initializer_range)
         torch.nn.init.zeros_(model.classifier.bias)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -164,7 +165,7 @@ def build_processor(recipe: FinetuneRecipe, config: MAEConfig) -> MAEImageProces
     """The pretrained model's processor with the recipe's evaluation crop: bicubic resize, then the centre.
 
     Raises:
-        UserError: if the model has no image processor.
+        UserError: if the model's image processor can't be loaded.
     """
     size = config.image_height_width
     settings = crop_settings(size, recipe.eval_crop_pct or default_crop_pct(size))
@@ -172,8 +173,8 @@ def build_processor(recipe: FinetuneRecipe, config: MAEConfig) -> MAEImageProces
     try:
         return MAEImageProcessor.from_pretrained(str(recipe.model), **settings)
     except (OSError, ValueError) as error:
-        why = one_line(error)
-        raise UserError(f"--model {recipe.model} has no image processor: {why}; save one with it") from error
+        why = f"--model {recipe.model} lacks an image processor ({one_line(error)})"
+        raise UserError(f"{why}; save one into its folder") from error
 
 
 def build_rand_augment(recipe: FinetuneRecipe, spec: ImageSpec, processor: MAEImageProcessor) -> RandAugment | None:

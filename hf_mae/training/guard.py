@@ -1,7 +1,7 @@
-"""After each step, all processes agree whether to skip it, if a number is not finite, and whether to stop.
+"""At each step, all processes agree whether to skip it, because a number is not finite, and whether to stop after it.
 
-One small all-reduce sums the flags of all processes. The device decides at once from the sum whether the optimizer
-takes the step; the host of a GPU reads it one step later and never blocks.
+One small all-reduce sums the flags of all processes. From the sum, the device decides at once whether the optimizer
+takes the step. The host of a GPU reads the sum one step later and never blocks.
 """
 
 import signal
@@ -18,7 +18,7 @@ MOST_IN_A_ROW = 10
 
 
 class Verdict(NamedTuple):
-    """What the processes agreed on for a step."""
+    """What the processes agreed for a step."""
 
     step: int  # from 1
     skipped: bool  # by all processes
@@ -27,7 +27,7 @@ class Verdict(NamedTuple):
 
 
 class StepGuard:
-    """Agrees with the other processes, and counts the run's skipped steps and the current number in a row."""
+    """Agrees with the other processes, and counts skipped steps: all of the run's, and the latest in a row."""
 
     def __init__(self, accelerator: Accelerator, skipped_steps: int = 0, skipped_in_a_row: int = 0):
         self.accelerator = accelerator
@@ -37,7 +37,7 @@ class StepGuard:
         self._flags: deque[tuple[int, list[str], torch.Tensor, torch.cuda.Event | None]] = deque()
 
     def judge(self, step: int, finite: torch.Tensor, stop: bool, keys: list[str]) -> torch.Tensor:
-        """Share a step's flags with the other processes, before the optimizer takes the step.
+        """Share a step's flags with the other processes, before the optimizer takes the step. All must call it.
 
         Args:
             step: number of the step, from 1.
@@ -56,7 +56,8 @@ class StepGuard:
     def verdicts(self, up_to_now: bool) -> list[Verdict]:
         """The verdicts since the last call. Every process must call it.
 
-        `up_to_now` includes the newest step, and makes the host wait for a GPU.
+        Args:
+            up_to_now: include the newest step, which makes the host wait for a GPU.
         """
         result = []
         while len(self._flags) > (0 if up_to_now else self._lag):
@@ -72,7 +73,7 @@ class StepGuard:
         return result
 
     def counters(self) -> dict[str, int]:
-        """Keyword arguments for a guard that continues from here."""
+        """Keyword arguments of a `StepGuard` that continues from here."""
         return {"skipped_steps": self.skipped_steps, "skipped_in_a_row": self.skipped_in_a_row}
 
     def check(self) -> None:

@@ -26,7 +26,7 @@ from ..run_folder import RunFolder
 from .batches import MicroBatches
 from .build import build_model, build_processor, make_spec, make_training_specs, open_data, start_state
 from .checkpoint import load_optimizer_tensors, load_tensors
-from .describe import announce, derive_facts
+from .describe import RunSetup, announce, derive_facts
 from .devices import make_accelerator, strategy_name, tune_for_device
 from .guard import StepGuard, StopSignals
 from .held_out import HeldOut
@@ -42,9 +42,18 @@ def pretrain(recipe: PretrainRecipe) -> dict[str, Any]:
         recipe: all settings of the run.
 
     Returns:
-        The results: `model` (folder), `picture` (path), `first_eval_loss`, `last_eval_loss`, `steps`,
-        `images_per_second`, `quality` (the last figures of the encoder), `bad_samples`, `skipped_steps`. Results that
-        the run doesn't have are None.
+        A dictionary; after a dry run it has only `steps`, `model` and `picture`.
+        `steps`: optimizer steps taken so far; in a dry run, those of the whole run.
+        `model`: folder of the final model; None if the run was stopped before its end, or is a dry run.
+        `picture`: path of the newest reconstructions; None where `model` is, without pictures, and on every process
+        but the main one.
+        `first_eval_loss`, `last_eval_loss`: mean losses of the evaluation images; None if not finite, or not logged.
+        `images_per_second`: of all processes, over the logged steps; None without any.
+        `quality`: the newest event with `rankme`, and with `knn_top1` and `linear_top1` in percent if there are labels;
+        {} if nothing was measured.
+        `bad_samples`: number of training images that could not be decoded; an image counts in each epoch.
+        `skipped_steps`: number of steps left out because loss or gradient was not finite.
+        Losses and `quality` come from the log, so they are empty on every process but the main one.
 
     Raises:
         UserError: for anything the user can fix; one line with the remedy.
@@ -69,10 +78,13 @@ class PretrainRun:
             self.data = open_data(recipe)
         ranks = self.accelerator.num_processes
         total_steps, self.warmup_steps = recipe.steps(len(self.data.rows))
-        self.micro_batch, self.grad_accum_steps = recipe.micro_batch(ranks)
+        self.per_device_batch_size, self.grad_accum_steps = recipe.micro_batch(ranks)
         self.state = start_state(recipe, self.data, total_steps, ranks, state)
         if self.state.step > total_steps:
-            raise CheckpointError(f"{self.stored} is at step {self.state.step}, but the run ends at {total_steps}")
+            raise CheckpointError(
+                f"{self.stored} is at step {self.state.step}, but the run ends at step {total_steps}; use the recipe "
+                "and the data of its run"
+            )
         self._build_model()
         self._build_batches()
         self._build_evaluation()
@@ -113,24 +125,40 @@ class PretrainRun:
             self.accelerator.process_index, ranks, items_per_step, specs,
         )  # fmt: skip
         masks = recipe.masks_per_image
-        images = self.micro_batch // masks
+        images = self.per_device_batch_size // masks
         self.batches = MicroBatches(stream, images, masks, recipe.num_workers, self.accelerator.device)
 
     def _build_evaluation(self) -> None:
-        data, workers = self.data, min(self.recipe.num_workers, 1)
-        # Each process evaluates at most as many images at once as it trains on.
-        shared = self.spec, self.normalize, self.micro_batch, workers, self.accelerator
-        self.held_out = HeldOut(data.eval_rows, *shared, self.config.eval_mask_seed)
-        self.quality = OnlineEvaluator(data.rows, data.eval_rows, *shared, self.recipe.quality_samples)
+        """What the run evaluates: the loss of the evaluation images, and the encoder's features."""
+        data = self.data
+        shared: dict[str, Any] = {
+            "spec": self.spec,
+            "normalize": self.normalize,
+            "batch_size": self.per_device_batch_size,  # what fits in training fits here too
+            "num_workers": min(self.recipe.num_workers, 1),
+            "accelerator": self.accelerator,
+        }
+        self.held_out = HeldOut(rows=data.eval_rows, mask_seed=self.config.eval_mask_seed, **shared)
+        self.quality = OnlineEvaluator(
+            bank_rows=data.rows, query_rows=data.eval_rows, samples=self.recipe.quality_samples, **shared
+        )
 
     def describe(self) -> None:
         """Print what the run will do, and write run_config.yaml."""
         recipe, accelerator, data = self.recipe, self.accelerator, self.data
-        facts = derive_facts(
-            recipe, accelerator.device, accelerator.num_processes, accelerator.mixed_precision,
-            (self.state.total_steps, self.warmup_steps), (len(data.rows), len(data.eval_rows)), data.evaluated_on,
-            self.unwrapped, strategy=strategy_name(accelerator),
-        )  # fmt: skip
+        setup = RunSetup(
+            device=accelerator.device,
+            ranks=accelerator.num_processes,
+            precision=accelerator.mixed_precision,
+            strategy=strategy_name(accelerator),
+            total_steps=self.state.total_steps,
+            warmup_steps=self.warmup_steps,
+            training_images=len(data.rows),
+            evaluation_images=len(data.eval_rows),
+            evaluated_on=data.evaluated_on,
+            model=self.unwrapped,
+        )
+        facts = derive_facts(recipe, setup)
         if accelerator.is_main_process:
             height, width = self.config.grid_size
             patches, scored = f"{height} x {width} patches", f"evaluation on {data.evaluated_on}"
@@ -149,7 +177,7 @@ class PretrainRun:
         self.log = RunLog(accelerator, self.output_dir, first_step, state.total_steps)
         if accelerator.is_main_process:
             if state.bad["named"] or self.folder.bad_file.exists():
-                self.folder.write_bad_samples(state.bad["named"])  # as it was at the checkpoint
+                self.folder.write_bad_samples(state.bad["named"])  # forgets those found after the checkpoint
             if recipe.push_to_hub:
                 self.publisher = BackgroundPush(recipe.push_to_hub, recipe.hub_private_repo, self.log.say)
         with closing(self.log), closing(self.batches), self.stop_signals:
@@ -210,13 +238,19 @@ class PretrainRun:
                 break
 
     def _step(self) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """Take the next optimizer step; this process's mean loss and gradient norm, both on the device, and the lr."""
+        """Take the next optimizer step.
+
+        Returns:
+            () this process's mean loss, on the device.
+            () norm of the gradient before clipping, over all processes, on the device.
+            The learning rate of the step.
+        """
         recipe, accelerator, step = self.recipe, self.accelerator, self.state.step  # from 0
         lr = lr_at(step, recipe.lr, self.warmup_steps, self.state.total_steps, recipe.min_lr)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if self.config.drop_path_rate:
-            # These random numbers depend only on seed, step and rank too, so that a resumed run draws the same.
+            # These random numbers also depend only on seed, step and rank, so that a resumed run draws the same.
             torch.manual_seed(hash((recipe.seed, step + 1, accelerator.process_index)))
         options: dict[str, Any] = {"interpolate_pos_encoding": True} if recipe.image_sizes else {}
         if self.mask_ratios:
@@ -248,7 +282,7 @@ class PretrainRun:
         return loss, grad_norm, lr
 
     def _clip(self) -> torch.Tensor:
-        """Clip the gradient if the recipe says so; the norm before clipping, () on the device."""
+        """Clip the gradient if the recipe says so; returns its norm before clipping, () on the device."""
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         if self.recipe.clip_grad is not None:
             norm = self.accelerator.clip_grad_norm_(parameters, self.recipe.clip_grad)
@@ -258,10 +292,13 @@ class PretrainRun:
         return norm.full_tensor() if isinstance(norm, DTensor) else cast(torch.Tensor, norm)
 
     def _agree(self, up_to_now: bool) -> bool:
-        """Report the skipped steps, and return whether to stop.
+        """Report the skipped steps; returns whether to stop. Every process must call it.
+
+        Args:
+            up_to_now: include the newest step, which makes the host wait for a GPU.
 
         Raises:
-            UserError: if too many in a row were skipped.
+            UserError: after ten skipped steps in a row.
         """
         stop = self.stop_signals.received and self.accelerator.num_processes == 1  # no others to agree with
         for verdict in self.guard.verdicts(up_to_now):
@@ -269,7 +306,9 @@ class PretrainRun:
             if verdict.skipped:
                 self.log.event(verdict.step, skipped=True, samples=verdict.samples)
                 some = ", ".join(verdict.samples[:3])
-                self.log.say(f"step {verdict.step} left out: its loss or gradient is not finite; samples {some}, ...")
+                self.log.say(
+                    f"step {verdict.step} is left out, because its loss or gradient is not finite; samples {some}, ..."
+                )
             self.guard.check()
         return stop
 
@@ -295,7 +334,7 @@ class PretrainRun:
         self.log.event(step, eval_loss=loss)
         if bad and step in (0, self.state.total_steps):
             some = ", ".join(f"{key} ({reason})" for key, reason in bad[:3])
-            self.log.say(f"{len(bad)} evaluation images can't be decoded and are left out: {some}")
+            self.log.say(f"{len(bad)} evaluation images can't be decoded and are left out, such as {some}")
         self.log.picture(step, self.held_out.picture(self.unwrapped, self.processor))
 
     def _measure_quality(self) -> None:
@@ -307,10 +346,10 @@ class PretrainRun:
             self.log.event(self.state.step, **figures)
 
     def _save(self, must: bool) -> None:
-        """Write `checkpoint-STEP`, and push it in the background if it isn't the last one.
+        """Write `checkpoint-STEP`, and push it in the background if it isn't the last one. Every process must call it.
 
         Args:
-            must: end the run if the disk is full; otherwise it continues without this checkpoint.
+            must: whether a full disk ends the run; otherwise the run continues without this checkpoint.
 
         Raises:
             CheckpointError: if the disk is full (with `must`), or if a file read back differs from what was written.
@@ -324,14 +363,14 @@ class PretrainRun:
             state.scaler = self.accelerator.scaler.state_dict()
         failure = self.saver.checkpoint(state)
         if failure and must:
-            raise CheckpointError(failure)
+            raise CheckpointError(f"{failure}, and continue with --resume auto")
         if failure:
             self.log.say(f"WARNING: {failure}; the run continues, and tries again at its next save")
-        if self.publisher and state.step < state.total_steps:
+        elif self.publisher and state.step < state.total_steps:
             self.publisher.start(self.folder.checkpoint(state.step))
 
     def _count_bad(self) -> bool:
-        """Count the samples that failed to decode since the last call; True if there were any."""
+        """Count the samples that failed to decode since the last call; returns whether there were any."""
         bad, known = self.batches.take_bad(), len(self.state.bad["named"])
         self.state.add_bad(bad)
         if len(self.state.bad["named"]) > known and self.accelerator.is_main_process:
@@ -339,15 +378,21 @@ class PretrainRun:
         return bool(bad)
 
     def _check_bad(self) -> None:
-        """Report the samples that could not be decoded; raise a DataError if there are too many."""
+        """Report the samples that could not be decoded.
+
+        Raises:
+            DataError: if they are a larger fraction than `max_bad_fraction`.
+        """
         new, counts, file = self._count_bad(), self.state.bad["counts"], self.folder.bad_file
         bad = sum(counts.values())
         if new:
-            self.log.say(f"{bad} images skipped so far: {counts}; see {file}")
+            reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+            self.log.say(f"{bad} images could not be decoded so far ({reasons}); see {file}")
         # Counted against at least 1,000 images, because one bad file among the first ten means little.
         failed = bad / max(bad + self.state.images_seen, min(1000, len(self.data.rows)))
         most = self.recipe.max_bad_fraction
         if failed > most:
             raise DataError(
-                f"{failed:.1%} of the images can't be decoded, more than max_bad_fraction {most:.1%}; see {file}"
+                f"{failed:.1%} of the images can't be decoded, more than max_bad_fraction {most:.1%}; see {file}, and "
+                "repair the data or raise --max_bad_fraction"
             )

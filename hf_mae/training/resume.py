@@ -1,4 +1,4 @@
-"""Whether a run may write into a folder, and which checkpoint it continues from."""
+"""Which folder a run may write to, and which checkpoint it continues from."""
 
 import json
 import os
@@ -12,11 +12,18 @@ from ..run_folder import RunFolder
 from .checkpoint import find_checkpoint
 from .state import RunState
 
+# Keys of the run's length. The learning rate of every step depends on it.
+LENGTH = ("epochs", "total_steps")
+
 
 def check_folder(recipe: RunRecipe, output_dir: Path) -> None:
-    """Raise a CheckpointError if a run can't or may not write into a folder: it may hold a run that isn't resumed."""
+    """Check that a run may write to a folder.
+
+    Raises:
+        CheckpointError: if the folder can't be written, something in it is in the way, or it holds another run.
+    """
     try:
-        str(output_dir).encode()  # safetensors can't write to any other
+        str(output_dir).encode()  # safetensors takes only paths in UTF-8
         there = next(path for path in (output_dir.absolute(), *output_dir.absolute().parents) if path.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             raise OSError(f"{there} can't be written to" if there.is_dir() else f"{there} is not a folder")
@@ -34,20 +41,25 @@ def check_folder(recipe: RunRecipe, output_dir: Path) -> None:
 
 
 def check_same_recipe(old: dict[str, Any], recipe: RunRecipe, where: Path, free: set[str]) -> None:
-    """Raise a CheckpointError that names the first key, except the `free` ones, that a resume would change.
+    """Check that a resume doesn't change the recipe.
 
     Args:
         old: stored keys of the run.
         recipe: recipe to resume it with.
         where: checkpoint or folder that holds the old keys.
         free: names of keys that may differ.
+
+    Raises:
+        CheckpointError: for the first key that differs.
     """
     new = json.loads(json.dumps(recipe.to_dict()))
     for key in sorted((old.keys() | new.keys()) - free):
         if old.get(key) != new.get(key):
+            fixed = "the length of a run can't change, because its learning rates follow from it; "
             raise CheckpointError(
-                f"{where} belongs to a run with {key} {old.get(key)}, not {new.get(key)}; use the same recipe, or "
-                "start another run from its weights with --model and another --output_dir"
+                f"{where} belongs to a run with {key} {old.get(key)}, not {new.get(key)}; "
+                f"{fixed if key in LENGTH else ''}use the same recipe, or start another run from its weights with "
+                "--model and another --output_dir"
             )
 
 
@@ -55,14 +67,14 @@ def find_stored(recipe: PretrainRecipe, output_dir: Path) -> tuple[Path | None, 
     """The checkpoint that a run continues from, and its state; None and None for a new run.
 
     Raises:
-        CheckpointError: if the folder holds another run, or one that can't be continued.
+        CheckpointError: if `check_folder` or `check_same_recipe` refuses, or if no checkpoint can be read.
     """
     check_folder(recipe, output_dir)
     checkpoint = None if recipe.resume == "none" else find_checkpoint(output_dir, recipe.resume)
     if checkpoint is None:
         return None, None
     state = RunState.read(checkpoint)
-    # The data may have moved: its fingerprint is compared later.
+    # The data may be in another place: `start_state` compares its fingerprint.
     free = names_where(recipe, free=True) | names_where(recipe, place=True)
     check_same_recipe(state.recipe, recipe, checkpoint, free)
     return checkpoint, state

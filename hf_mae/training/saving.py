@@ -1,4 +1,4 @@
-"""What a pretraining run saves: its checkpoints and its final model. Every process takes part, the main one writes."""
+"""What a pretraining run saves: checkpoints and the final model. Every process takes part; the main one writes."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +8,18 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from ..errors import DiskFullError
-from ..files import replace_files
 from ..image_processing_mae import MAEImageProcessor
 from ..modeling_mae import MAEForPreTraining
 from ..run_folder import WEIGHTS_NAME
-from .checkpoint import full_state_dict, load_tensors, optimizer_tensors, same_tensors, save_tensors, write_checkpoint
+from .checkpoint import (
+    full_state_dict,
+    load_tensors,
+    optimizer_tensors,
+    same_tensors,
+    save_tensors,
+    write_checkpoint,
+    write_model,
+)
 from .state import RunState
 
 OPTIMIZER = "optimizer.safetensors"
@@ -23,18 +30,21 @@ class Saver:
     """Writes checkpoints and the final model of a run into its folder."""
 
     accelerator: Accelerator
-    model: MAEForPreTraining  # not wrapped, and neither is the optimizer
+    model: MAEForPreTraining  # unwrapped, like the optimizer
     optimizer: torch.optim.Optimizer
     processor: MAEImageProcessor
     output_dir: Path
-    keep: int  # checkpoints that stay
+    keep: int  # number of checkpoints to keep
     saved_before: bool = False
 
     def checkpoint(self, state: RunState) -> str | None:
-        """Write `checkpoint-STEP`; returns None or, on every process, that there was no room for it.
+        """Write `checkpoint-STEP`. Every process must call it.
+
+        Returns:
+            None, or on every process the message of a full disk.
 
         Raises:
-            CheckpointError: if what was written is not what is read back.
+            CheckpointError: if the files read back differ from what was written.
         """
         weights, moments = full_state_dict(self.model), optimizer_tensors(self.model, self.optimizer)
         failure: list[str | None] = [None]
@@ -43,7 +53,7 @@ class Saver:
                 self._write(weights, moments, state)
             except DiskFullError as error:
                 failure = [str(error)]
-        # The others wait here for the main process, and learn how it went.
+        # The other processes wait here for the main one, and get its message.
         broadcast_object_list(failure)
         return failure[0]
 
@@ -58,16 +68,20 @@ class Saver:
             same = all(same_tensors(tensors, load_tensors(folder / name)) for tensors, name in written)
             return same and RunState.read(folder) == state
 
-        # The first one shows whether this machine's disk and these versions give back what they get.
+        # Only the first checkpoint is read back: a disk or a library version that damages files would damage it too.
         check = None if self.saved_before else read_back
         write_checkpoint(self.output_dir, state.step, write, self.keep, check)
         self.saved_before = True
 
     def final(self) -> None:
-        """Write the model and its image processor into the run's own folder."""
+        """Write the model and its image processor into the run's own folder. Every process must call it.
+
+        Raises:
+            CheckpointError: if they can't be written.
+        """
         weights = full_state_dict(self.model)
         if self.accelerator.is_main_process:
-            replace_files(self.output_dir, lambda folder: self._write_model(weights, folder))
+            write_model(self.output_dir, lambda folder: self._write_model(weights, folder))
 
     def _write_model(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
         # save_pretrained empties the dict it gets, so pass a copy.

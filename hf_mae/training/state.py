@@ -1,4 +1,4 @@
-"""The state of a run: what its checkpoints hold besides tensors, in trainer.json and data.json."""
+"""The state of a run: all that its checkpoints hold besides tensors, in trainer.json and data.json."""
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -20,7 +20,7 @@ class RunState:
     recipe: dict[str, Any]
     total_steps: int  # optimizer steps of the whole run
     plan: StreamPlan
-    positions: list[int]  # rows that each stream has read
+    positions: list[int]  # rows read, by stream
     fingerprint: dict[str, Any]  # fingerprint of the data
     step: int = 0  # optimizer steps taken
     images_seen: int = 0  # includes skipped steps; counts each image once, however many masks it has
@@ -35,7 +35,7 @@ class RunState:
         """Read the state from a checkpoint's folder.
 
         Raises:
-            CheckpointError: if the folder is not a checkpoint, or its files are not JSON or lack a part of the state.
+            CheckpointError: if a file is missing, is not JSON, or lacks a part of the state.
         """
         try:
             stored = {**read_json(folder / TRAINER), **read_json(folder / DATA)}
@@ -43,7 +43,7 @@ class RunState:
             raise CheckpointError(f"{error.filename} is missing; name a checkpoint-STEP folder of a run") from error
         except ValueError as error:
             raise CheckpointError(f"the state in {folder} is not JSON ({error}); name another checkpoint") from error
-        stored.setdefault("scaler", None)  # which only fp16 has
+        stored.setdefault("scaler", None)  # only fp16 has one
         try:
             stored["plan"] = StreamPlan(**stored["plan"])
             return cls(**{one.name: stored[one.name] for one in fields(cls)})

@@ -60,9 +60,7 @@ def run_mae(cell: dict[str, Any]) -> dict[str, Any]:
 
 
 def ours(cell: dict[str, Any]) -> dict[str, Any]:
-    """Run `hf-mae pretrain` in this process; its metrics.jsonl gives the time of each step."""
-    from hf_mae.cli import main
-
+    """Run `hf-mae pretrain`; its metrics.jsonl gives the time of each step."""
     keys = {
         "dataset": cell["dataset"], "model_size": cell["size"], "total_batch_size": cell["batch"], "log_steps": 1,
         "per_device_batch_size": cell["batch"], "total_steps": cell["steps"], "num_workers": cell["workers"],
@@ -73,11 +71,18 @@ def ours(cell: dict[str, Any]) -> dict[str, Any]:
         if cell["recipe"]:
             keys["recipe"] = cell["recipe"]
         words = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
-        if main(["pretrain", "--output_dir", f"{folder}/run", *words]):
-            raise SystemExit("hf-mae pretrain failed")
+        pretrain("--output_dir", f"{folder}/run", *words)
         events = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
     steps = [event for event in events if "images_per_second" in event]
     return _rate([cell["batch"] / event["images_per_second"] for event in steps], cell)
+
+
+def pretrain(*words: str) -> None:
+    """Run `hf-mae pretrain WORDS` in a new process."""
+    command = [sys.executable, "-W", "ignore", "-m", "hf_mae.cli", "pretrain", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
 
 
 def _rate(seconds: list[float], cell: dict[str, Any]) -> dict[str, Any]:
@@ -98,13 +103,12 @@ def end_to_end(options: argparse.Namespace) -> list[dict[str, Any]]:
                 "size": options.run_size, "precision": precision, "batch": options.batch,
                 "steps": options.run_steps, "workers": options.workers, "dataset": options.dataset, "recipe": None,
             }  # fmt: skip
-            runs = {
-                RUN_MAE: {**cell, "which": "run_mae"},
-                OURS: {**cell, "which": "ours"},
-                f"{OURS}, prepared": {**cell, "which": "ours", "dataset": folder},
-                f"{OURS}, {FAST}": {**cell, "which": "ours", "recipe": FAST},
+            cells = {
+                RUN_MAE: partial(in_process, "bench_run.py", json.dumps(cell)),
+                OURS: partial(ours, cell),
+                f"{OURS}, prepared": partial(ours, {**cell, "dataset": folder}),
+                f"{OURS}, {FAST}": partial(ours, {**cell, "recipe": FAST}),
             }
-            cells = {name: partial(in_process, "bench_run.py", json.dumps(words)) for name, words in runs.items()}
             found = interleaved(cells, options.repeats)
             rates = {name: [run["images_per_second"] for run in runs] for name, runs in found.items()}
             print(
@@ -125,15 +129,11 @@ IMPORTS = {
 FIRST_STEP = "hf-mae pretrain --recipe quickstart, one step"
 
 
-def first_step() -> dict[str, Any]:
-    """A run of one step, in this process."""
-    from hf_mae.cli import main
-
+def first_step() -> None:
+    """A run of one step, in a new process."""
     with tempfile.TemporaryDirectory() as folder:
         words = ["--total_steps", "1", "--quality_steps", "0", "--num_workers", "0", "--max_eval_samples", "8"]
-        if main(["pretrain", "--recipe", "quickstart", "--output_dir", f"{folder}/run", *words]):
-            raise SystemExit("hf-mae pretrain failed")
-    return {}
+        pretrain("--recipe", "quickstart", "--output_dir", f"{folder}/run", *words)
 
 
 def startup(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -147,7 +147,7 @@ def startup(options: argparse.Namespace) -> list[dict[str, Any]]:
     runs: dict[str, Callable[[], Any]] = {
         name: partial(subprocess.run, [sys.executable, "-c", code], check=True) for name, code in IMPORTS.items()
     }
-    runs[FIRST_STEP] = partial(in_process, "bench_run.py", json.dumps({"which": "first_step"}))
+    runs[FIRST_STEP] = first_step
     cells = {name: partial(seconds, run) for name, run in runs.items()}
     found = interleaved(cells, options.repeats)
     print("\nstart-up of a process, wall time")
@@ -155,11 +155,5 @@ def startup(options: argparse.Namespace) -> list[dict[str, Any]]:
     return [{"what": "startup", "cell": name, **spread(values)} for name, values in found.items()]
 
 
-def main() -> None:
-    cell = json.loads(sys.argv[1])
-    which = {"run_mae": run_mae, "ours": ours, "first_step": lambda _: first_step()}
-    print(json.dumps(which[cell["which"]](cell)))
-
-
 if __name__ == "__main__":
-    main()
+    print(json.dumps(run_mae(json.loads(sys.argv[1]))))

@@ -1,13 +1,16 @@
 """Fine-tuning with averaged weights, cut off, and with a loss that diverges."""
 
+import errno
 from pathlib import Path
 
 import pytest
 import torch
-from runs import events, mistake, start
+from runs import events, mistake, start, weights_hash
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
-from tunings import arguments, parts_of, tune
+from tunings import arguments, parts_of, results, tune
+
+from hf_mae import files
 
 
 class Stop(Exception):
@@ -36,6 +39,26 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(ema_decay, pretraine
     losses = [{event["step"]: event["loss"] for event in events(folder) if "loss" in event} for folder in (whole, cut)]
     assert losses[0].keys() == losses[1].keys() == set(range(1, 13))
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.5])
+def test_a_final_model_that_could_not_be_written_is_written_by_a_resume_without_another_step(
+    ema_decay, pretrained, tmp_path, monkeypatch, capsys
+):
+    keys = {"model": pretrained, "total_steps": 6, "total_batch_size": 16, "ema_decay": ema_decay}
+    whole = tune(tmp_path / "whole", **keys)
+    with monkeypatch.context() as full:
+        full.setattr(files, "replace_files", no_room)
+        message = mistake(capsys, "finetune", *arguments(tmp_path / "cut", **keys))
+    assert f"the final model can't be written into {tmp_path / 'cut'} (" in message
+    cut = tune(tmp_path / "cut", **keys, resume="auto")
+    assert weights_hash(cut) == weights_hash(whole)
+    assert results(cut)["figures"] == results(whole)["figures"]
+    assert max(event["step"] for event in events(cut)) == 6
+
+
+def no_room(folder, write):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_averaged_weights_are_what_is_scored_and_saved(pretrained, tmp_path):

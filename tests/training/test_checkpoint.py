@@ -24,6 +24,7 @@ from hf_mae.training.checkpoint import (
     save_tensors,
     verify_checkpoint,
     write_checkpoint,
+    write_model,
 )
 
 
@@ -133,7 +134,9 @@ def test_a_missing_state_of_a_parameter_is_refused_by_name(whole):
     tensors = load_tensors(whole / "optimizer.safetensors")
     for key in ("step", "exp_avg_sq"):
         fewer = {name: tensor for name, tensor in tensors.items() if name != f"decoder.mask_token.{key}"}
-        with pytest.raises(CheckpointError, match=r"no state of decoder.mask_token; .* of another model"):
+        with pytest.raises(
+            CheckpointError, match=r"lacks the state of decoder.mask_token; name a checkpoint of this model"
+        ):
             load_optimizer_tensors(model, adamw(model, (0.9, 0.95), 0.05), fewer)
 
 
@@ -228,6 +231,39 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
     verify_checkpoint(folder)
 
 
+def test_an_old_checkpoint_that_cannot_be_removed_is_reported_and_the_new_one_stays(tmp_path, monkeypatch, caplog):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    folders = [write_checkpoint(tmp_path, number, write_small, keep=2) for number in (1, 2, 3)]
+    assert RunFolder(tmp_path).checkpoints() == folders
+    verify_checkpoint(folders[2])
+    (message,) = caplog.messages
+    assert message.startswith(f"{folders[0]} can't be removed (")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["disk", "safetensors"],
+)
+def test_a_final_model_that_cannot_be_written_is_one_line_and_leaves_the_old_files(tmp_path, error):
+    write_model(tmp_path, write_small)
+    before = (tmp_path / "trainer.json").read_bytes()
+
+    def fill(folder):
+        write_json(folder / "trainer.json", {"step": 2})
+        raise error
+
+    with pytest.raises(CheckpointError, match=r"the final model can't be written into .* with --resume auto$"):
+        write_model(tmp_path, fill)
+    assert (tmp_path / "trainer.json").read_bytes() == before
+
+
 def flipped(content: bytes, place: int) -> bytes:
     return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
 
@@ -240,7 +276,7 @@ def test_one_flipped_byte_is_found_by_the_files_name(whole, tmp_path, file):
         (folder / file).write_bytes(flipped(content, place))
         with pytest.raises(CheckpointError, match=f"{file} is not what was saved"):
             verify_checkpoint(folder)
-        with pytest.raises(CheckpointError, match=f"none of the 1 checkpoints in {tmp_path} is whole"):
+        with pytest.raises(CheckpointError, match=f"all checkpoints in {tmp_path} are broken: "):
             find_checkpoint(tmp_path, "auto")
     (folder / file).write_bytes(content)
     verify_checkpoint(folder)
@@ -269,7 +305,7 @@ def test_a_missing_or_shortened_file_is_refused_by_its_name(whole, tmp_path, fil
         with pytest.raises(CheckpointError, match=file):
             verify_checkpoint(folder)
     (folder / file).unlink()
-    message = r"is not a complete checkpoint \(no COMPLETE" if file == "COMPLETE" else f"{file} is missing"
+    message = r"is not a complete checkpoint \(it has no COMPLETE" if file == "COMPLETE" else f"{file} is missing"
     with pytest.raises(CheckpointError, match=message):
         find_checkpoint(tmp_path, str(folder))
 

@@ -249,7 +249,10 @@ def test_fsdp_asked_of_accelerate_on_cpus_is_refused_in_one_line_of_each_process
     result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode != 0
     said = [line for line in result.stderr.splitlines() if "hf-mae: error:" in line]
-    wanted = "hf-mae: error: Accelerate chose MULTI_CPU instead of FSDP, which needs a GPU for each process"
+    wanted = (
+        "hf-mae: error: Accelerate chose MULTI_CPU instead of FSDP, which needs a GPU for each process; "
+        "start as many processes as there are GPUs, or leave FSDP out"
+    )
     assert said == [wanted, wanted]
     assert "hf_mae/training" not in result.stderr  # no traceback of ours
     assert not (tmp_path / "run").exists()

@@ -119,7 +119,7 @@ def test_a_run_passes_over_two_broken_files_and_names_them(tmp_path, capfd):
     assert {sample["key"] for sample in named} == set(broken)
     assert {sample["reason"] for sample in named if sample["key"] == broken[1]} == {"EmptyFile"}
     assert 4 <= len(named) <= 6
-    assert f"{len(named)} images skipped so far" in capfd.readouterr().out
+    assert f"{len(named)} images could not be decoded so far" in capfd.readouterr().out
     # Not one of them is named twice or forgotten by a run that was cut off.
     again = cut_off(output_dir, 3, tmp_path / "again")
     run(again, max_bad_fraction=0.05, resume="auto", **options)

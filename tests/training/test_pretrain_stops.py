@@ -1,5 +1,6 @@
 """How a run of `hf-mae pretrain` ends that is told to, killed, or fails."""
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -9,9 +10,10 @@ import sys
 import psutil
 import pytest
 from processes import nothing_left
-from runs import arguments, checkpoints, environment, losses, run, spawn, start, wait_for_step, weights_hash
+from runs import arguments, checkpoints, environment, losses, mistake, run, spawn, start, wait_for_step, weights_hash
 
 import hf_mae.data.loader
+from hf_mae import files
 from hf_mae.errors import DataError, MissingPackage
 from hf_mae.training.log import RunLog
 
@@ -107,6 +109,20 @@ def test_an_error_while_loading_is_one_line_and_ends_the_workers(tmp_path, monke
     assert multiprocessing.active_children() == []
 
 
+def test_a_final_model_that_cannot_be_written_is_one_line_and_written_by_a_resume(stages, tmp_path, monkeypatch, capfd):
+    def no_room(folder, write):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    options = {"save_steps": 3, "eval_steps": 5}
+    with monkeypatch.context() as full:
+        full.setattr(files, "replace_files", no_room)
+        message = mistake(capfd, *arguments(tmp_path / "run", **options))
+    assert f"the final model can't be written into {tmp_path / 'run'} (" in message
+    output_dir = run(tmp_path / "run", resume="auto", **options)
+    assert weights_hash(output_dir) == weights_hash(stages)
+    assert losses(output_dir) == losses(stages)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["training_view", "evaluation_view"])
 def test_a_process_whose_loader_workers_fail_ends(tmp_path, where):
@@ -139,5 +155,5 @@ def test_a_key_press_ends_the_run_and_its_workers(tmp_path, monkeypatch, capfd, 
 
     monkeypatch.setattr(RunLog, "event", press)
     assert start(*arguments(tmp_path / "run", num_workers=1)) == 130
-    assert capfd.readouterr().err.splitlines()[-1] == "hf-mae: error: interrupted; go on with --resume auto"
+    assert capfd.readouterr().err.splitlines()[-1] == "hf-mae: error: interrupted; continue with --resume auto"
     assert multiprocessing.active_children() == []

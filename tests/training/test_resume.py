@@ -7,7 +7,7 @@ from runs import arguments, mistake, start
 
 from hf_mae.errors import CheckpointError
 from hf_mae.keys.run_keys import PretrainRecipe
-from hf_mae.training.resume import check_folder
+from hf_mae.training.resume import check_folder, check_same_recipe
 
 NAMES = ["metrics.jsonl", "bad_samples.jsonl", "run_config.yaml", "results.json", "config.json", "model.safetensors"]
 
@@ -53,3 +53,16 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys, folder, w
 def test_a_folder_that_the_system_refuses_to_make_is_one_line_before_the_first_step(capsys):
     assert start(*arguments("/proc/x")) == 2
     assert "/proc/x can't be written (" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["epochs", "total_steps"])
+def test_another_length_is_refused_with_its_reason_and_the_remedy(tmp_path, key):
+    old = PretrainRecipe(**{key: 20}).to_dict()
+    message = rf"with {key} 20, not 30; the length of a run can't change, .*--model and another --output_dir$"
+    with pytest.raises(CheckpointError, match=message):
+        check_same_recipe(old, PretrainRecipe(**{key: 30}), tmp_path, set())
+
+
+def test_another_seed_is_refused_without_a_word_about_the_length(tmp_path):
+    with pytest.raises(CheckpointError, match=r"with seed 0, not 1; use the same recipe"):
+        check_same_recipe(PretrainRecipe().to_dict(), PretrainRecipe(seed=1), tmp_path, set())

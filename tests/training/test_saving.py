@@ -23,5 +23,5 @@ def test_the_first_save_of_a_run_is_read_back(tmp_path, monkeypatch, capfd):
 
     monkeypatch.setattr(saving, "load_tensors", other_bits)
     assert start(*arguments(tmp_path / "other", total_steps=3, save_steps=1)) == 2
-    assert "does not hold what was written into it; check the disk" in capfd.readouterr().err
+    assert "reads back differently from what was written; check the disk" in capfd.readouterr().err
     assert RunFolder(tmp_path / "other").checkpoints() == []
