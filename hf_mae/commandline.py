@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from .errors import UserError, nearest, short
+from .errors import UserError, nearest, one_line, short
 from .keys import BOOLEANS, BadValue, Key, Recipe, keys_of
 
 T = TypeVar("T", bound=Recipe)
@@ -101,7 +101,7 @@ def read_recipe(name: str, recipes: Mapping[str, Traversable]) -> dict[str, Any]
     except OSError as error:
         raise UserError(f"recipe {name} can't be read: {error.strerror}; check its name and permissions") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"recipe {name} is not YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"recipe {name} is not YAML: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise UserError(f"recipe {name} is not a table of keys; write lines such as 'epochs: 800'")
     return values

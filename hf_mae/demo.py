@@ -21,6 +21,7 @@ from .errors import DataError, UserError
 from .evaluation.knn import nearest_rows
 from .files import check_free, new_folder, write_text
 from .keys.publishing_keys import DemoRecipe, Statistics
+from .run_folder import CONFIG_NAME, PROCESSOR_NAME
 from .visualize.command import Reconstructor
 from .visualize.grid import FOOTERS, GRAY, shown_bands, to_pictures
 from .visualize.reconstruction import masked_scores, reconstruct, seeded_noise
@@ -53,7 +54,7 @@ class Demo:
         gallery: images for the nearest neighbours; no neighbours are shown when omitted.
 
     Raises:
-        DataError: if the model can't be loaded, or no image of the gallery can be decoded.
+        UserError: if the model can't be loaded, or no image of the gallery can be decoded.
     """
 
     def __init__(self, model: str, gallery: Rows | None = None):
@@ -188,7 +189,8 @@ def build(demo: Demo) -> gr.Blocks:
         return [*show(demo.toggle(session, patch), statistics), gr.skip()]
 
     with gr.Blocks(title="Masked autoencoder", analytics_enabled=False) as page:
-        gr.Markdown(f"# Masked autoencoder\n`{Path(demo.name).name}`: what is hidden is guessed from what is visible.")
+        name = Path(demo.name).name
+        gr.Markdown(f"# Masked autoencoder\n`{name}` predicts the hidden patches of a photo from the visible ones.")
         session = gr.State()
         with gr.Row():
             with gr.Column(scale=1, min_width=260):
@@ -263,12 +265,12 @@ app_file: app.py
 license: apache-2.0
 ---
 
-Hide part of a photo and see how the masked autoencoder `{name}` fills it in. Written by `hf-mae demo --output_dir`.
+Hide part of a photo and see how the masked autoencoder `{name}` fills it in. Made by `hf-mae demo --output_dir`.
 """
 
 
 def space_requirements() -> list[str]:
-    """What the package needs with its extra [train], for pip."""
+    """The requirements of the package with its extra [train], in pip's format."""
     needed = [Requirement(line) for line in importlib.metadata.requires("hf-mae") or []]
     needed = [one for one in needed if one.marker is None or one.marker.evaluate({"extra": "train"})]
     return [str(one).split(";")[0].strip() for one in needed]
@@ -280,12 +282,12 @@ def export_space(recipe: DemoRecipe) -> str:
     check_free(target, "name another folder by --output_dir")
     Reconstructor(recipe.model)  # raises if it can't be loaded
     name = model.resolve().name if model.is_dir() else recipe.model
-    with new_folder(target) as folder:
+    with new_folder(target, "--output_dir") as folder:
         shutil.copytree(Path(__file__).parent, folder / "hf_mae", ignore=shutil.ignore_patterns("__pycache__"))
         if model.is_dir():
             (folder / "model").mkdir()
-            for file in ("config.json", "model.safetensors", "preprocessor_config.json"):
-                shutil.copy(model / file, folder / "model")
+            for file in (model / CONFIG_NAME, model / PROCESSOR_NAME, *model.glob("model*.safetensors*")):
+                shutil.copy(file, folder / "model")
         write_text(folder / "app.py", APP.format(model="model" if model.is_dir() else recipe.model))
         write_text(folder / "README.md", README.format(gradio=gr.__version__, name=name))
         write_text(folder / "requirements.txt", "\n".join(space_requirements()) + "\n")

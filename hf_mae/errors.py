@@ -1,4 +1,4 @@
-"""Errors that a user can mend, and the few kinds of them that callers tell apart."""
+"""Errors that a user can fix, and the few kinds that callers handle differently."""
 
 import difflib
 from collections.abc import Iterable
@@ -19,17 +19,17 @@ def short(value: object) -> str:
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """The end of a message about an unknown word: which of the known ones it is like; empty if it is like none."""
+    """A hint for the message about an unknown word: the known word most like it. Empty if none is similar."""
     match = difflib.get_close_matches(word, list(words), n=1)
     return f"; did you mean '{match[0]}'?" if match else ""
 
 
 class UserError(ValueError):
-    """What a user can mend: one line that says what happened, both values, and the remedy."""
+    """An error that a user can fix: one line that says what happened, both values, and the remedy."""
 
 
 class DataError(UserError):
-    """Something is wrong with the data, or with what was asked of it."""
+    """The data is broken, missing, or can't be used as requested."""
 
 
 class SourceUnavailable(DataError):
@@ -37,7 +37,7 @@ class SourceUnavailable(DataError):
 
 
 class MissingPackage(UserError, ImportError):
-    """A package of an extra is not installed: the user's to mend, so not a fault of an image."""
+    """A package of an extra is not installed. Not to be counted as a broken image."""
 
 
 class CheckpointError(UserError):
@@ -45,4 +45,4 @@ class CheckpointError(UserError):
 
 
 class DiskFullError(CheckpointError):
-    """There was no room for a checkpoint; existing ones stay intact."""
+    """The disk has no room for a checkpoint; existing checkpoints stay intact."""

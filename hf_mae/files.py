@@ -15,13 +15,13 @@ from typing import Any
 from filelock import FileLock
 from safetensors import SafetensorError
 
-from .errors import UserError
+from .errors import UserError, one_line
 
 LOCK_SECONDS = 60
 
 
 def is_disk_full(error: Exception) -> bool:
-    """Whether the disk, a quota or a limit on files is at its end. Safetensors says so in its text alone."""
+    """Whether the disk or a quota is full, or a file too large. Safetensors has the number only in its text."""
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return getattr(error, "errno", None) in full or any(f"os error {number}" in str(error) for number in full)
 
@@ -41,6 +41,20 @@ def missing_path(name: str, endings: Collection[str] = ()) -> str | None:
     return f"there is no file or folder {name}; " + (
         f"did you mean '{parent / near[0]}'?" if near else "check the path"
     )
+
+
+def cannot_write(path: str | Path, error: Exception, what: str) -> UserError:
+    """The error for a place that can't be written; `what` the user may name instead, e.g. "--output"."""
+    return UserError(f"{path} can't be written ({one_line(error)}); name another {what}, or make room")
+
+
+@contextmanager
+def writing(path: str | Path, what: str) -> Iterator[None]:
+    """Turn an OSError of what is done inside, which must only write, into `cannot_write`."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(path, error, what) from error
 
 
 @contextmanager
@@ -72,15 +86,22 @@ def as_utf8(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def write_json(value: Any, path: Path) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Write indented JSON, the old or the new file at every instant."""
     write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a regular file; an OSError for anything else, because a FIFO or a device may have no end."""
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a regular file")
+    return path.read_bytes()
 
 
 def read_json(path: Path) -> Any:
     """Read a JSON file; raises an OSError if it can't be read, a ValueError if it isn't JSON."""
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(read_bytes(path))
     except RecursionError as error:
         raise ValueError(f"{path} is nested too deeply") from error
 
@@ -99,36 +120,42 @@ def replace_files(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def check_free(folder: Path, remedy: str = "name another folder") -> None:
-    """Raise a UserError unless a folder can be written by `new_folder`: it doesn't exist, or is empty."""
+    """Raise a UserError if `new_folder` can't write a folder, because it already exists and is not empty."""
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"{folder} already exists and is not empty; {remedy}")
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path, what: str = "folder") -> Iterator[Path]:
     """Write a folder that is complete or absent at every instant: yields the temporary folder to fill instead.
 
-    Raises a UserError if it can't be written.
+    Raises:
+        UserError: if it can't be written; `what` the user may name instead. Other errors of the caller stay.
     """
     final = folder.absolute()
     temporary = final.with_name(f".tmp-{final.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
+        with writing(folder, what):
+            temporary.mkdir(parents=True)
         yield temporary
-        for file in sorted(path for path in temporary.rglob("*") if path.is_file()):
-            settle(file)
-        temporary.replace(final)
-        fsync(final.parent)
+        with writing(folder, what):
+            for file in sorted(path for path in temporary.rglob("*") if path.is_file()):
+                settle(file)
+            temporary.replace(final)
+            fsync(final.parent)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder} can't be written: {error}; name another folder, or make room") from error
+        # The caller may also read other files, and these errors are not about writing.
+        if is_disk_full(error) or str(temporary) in str(error):
+            raise cannot_write(folder, error, what) from error
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Keep a file for one process at a time, so that nothing is lost between its reading and its writing.
+    """Lock a file for one process at a time, so that nothing is lost between reading and writing it.
 
     Raises an OSError if the lock can't be had within `LOCK_SECONDS`.
     """
@@ -137,8 +164,16 @@ def locked(path: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            # While it is held: whoever waits for it notices, and makes a new one.
+            # Remove it while it is held: a process that waits for it then makes a new one.
             lock.unlink(missing_ok=True)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder with everything in it, or a link, whose target stays."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def sha256(path: Path) -> str:
@@ -147,7 +182,7 @@ def sha256(path: Path) -> str:
 
 
 def settle(path: Path) -> None:
-    """Get a file onto the disk, as readable as the user's others: safetensors writes for the owner alone."""
+    """Flush a file to the disk and set the user's usual permissions: safetensors lets only the owner read."""
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)

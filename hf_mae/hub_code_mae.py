@@ -1,4 +1,4 @@
-"""The code that loads a model or an image processor where this package isn't installed: saved and pushed with it.
+"""Save and push a model or an image processor with the code that loads it where this package isn't installed.
 
 transformers reads `auto_map` in a repository: Auto class -> "file.Class". It searches that file's text for relative
 imports to find the other files. So one file imports the classes of all Auto classes, and `auto_map` names only that

@@ -1,4 +1,4 @@
-"""A pretrained model with its image processor, or one line that says why it can't be loaded."""
+"""Load a pretrained model with its image processor, or report in one line why it can't be loaded."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,17 +17,17 @@ Model = TypeVar("Model", bound=MAEPreTrainedModel)
 
 @contextmanager
 def loading(failure: str, remedy: str | None = None) -> Iterator[None]:
-    """Report any error of reading a missing, broken or hostile model as a UserError of one line.
+    """Report any error from loading a missing, broken or hostile model as a UserError of one line.
 
     Args:
         failure: how the line begins, e.g. "--model outputs/mine can't be loaded".
-        remedy: how it ends, unless the error in the middle says what to do.
+        remedy: how it ends; None if the original error already says what to do.
     """
     try:
         yield
     except (UserError, ModuleNotFoundError):  # the command line names the extra of a package
         raise
-    except Exception as error:  # transformers raises many kinds for a broken file
+    except Exception as error:  # for a broken file, transformers may raise almost any kind
         why = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"{failure} ({why}); {remedy}" if remedy else f"{failure}: {why}") from error
 
@@ -47,12 +47,13 @@ def model_failure(model: str) -> str:
 
 
 def load_with_processor(kind: type[Model], path: str, **overrides: Any) -> tuple[Model, MAEImageProcessor]:
-    """A pretrained model of a class in evaluation mode, from a folder or Hub id, and its image processor.
+    """Load a model of a class, in evaluation mode, and its image processor from a folder or Hub id.
 
-    `overrides` are keys of its configuration. Raises a UserError if there is no model, or not all weights of its class.
+    `overrides` are keys of its configuration. Raises a UserError if there is no model, or weights of its class are
+    missing.
     """
     with loading(model_failure(path)):
-        # Always float32, so that a model gives the same figures in whatever precision it was saved.
+        # Always float32, whatever precision it was saved in, so that a model's figures are the same everywhere.
         loaded: Any = kind.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **overrides
         )

@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from .errors import DataError
-from .files import as_utf8, write_text
+from .files import as_utf8, write_text, writing
 from .run_folder import RunFolder, curve, is_count
 
 # Key of metrics.jsonl -> title of its curve.
@@ -49,7 +49,7 @@ class Run:
 
     @property
     def summary(self) -> dict[str, str]:
-        """How far the run came, and the first and last of its figures."""
+        """The number of steps, and the first and last value of each figure."""
         steps, total = max((event["step"] for event in self.events), default=0), self.derived.get("total_steps")
         figures = {"steps": f"{steps:,} of {total:,}" if is_count(total) else f"{steps:,}"}
         for key in ("eval_loss", "knn_top1", "linear_top1", "top1"):
@@ -61,7 +61,7 @@ class Run:
 
     @property
     def shown_pictures(self) -> list[tuple[int, str]]:
-        """(step, base64 of the PNG) of evenly spaced pictures, the first and the last among them."""
+        """(step, base64 of the PNG) of evenly spaced pictures, including the first and the last."""
         last, count = len(self.pictures) - 1, MOST_PICTURES - 1
         chosen = sorted({round(i * last / count) for i in range(count + 1)})
         pictures = [self.pictures[index] for index in chosen]
@@ -77,17 +77,15 @@ class Run:
 
 
 def write_report(folders: Sequence[str | Path], out: str | Path) -> None:
-    """Write one HTML file, which needs no other file and no network: curves, pictures, results, recipes, hardware.
+    """Write one HTML file with curves, pictures, results, recipes and hardware; it needs no other file and no network.
 
     Raises:
-        DataError: if a folder doesn't hold a run, or the file can't be written.
+        UserError: if a folder doesn't hold a run, or the file can't be written.
     """
     text = page([Run(Path(folder)) for folder in folders])
-    try:
+    with writing(out, "--output"):
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         write_text(Path(out), text)
-    except OSError as error:
-        raise DataError(f"{out} can't be written: {error.strerror}; name another file by --output") from error
 
 
 def page(runs: Sequence[Run]) -> str:
@@ -110,7 +108,7 @@ def page(runs: Sequence[Run]) -> str:
 
 
 def _plots(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
-    """(title, SVG) of each figure that any run has more than one value of."""
+    """(title, SVG) of each key that has more than one value in any run."""
     drawn = []
     for key, title in CURVES.items():
         factor = 100 if key == "data_wait" else 1
@@ -121,7 +119,7 @@ def _plots(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
 
 
 def _plot(title: str, lines: Sequence[list[tuple[int, float]]], names: Sequence[str]) -> Markup:
-    """An SVG of one line a run; matplotlib escapes the names."""
+    """An SVG with one line per run; matplotlib escapes the names."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -145,7 +143,7 @@ def _plot(title: str, lines: Sequence[list[tuple[int, float]]], names: Sequence[
 
 
 def _compare(settings: Sequence[dict[str, Any]]) -> list[tuple[str, list[Any], bool]]:
-    """(key, its value in each run, whether these differ), without keys that have no value in any."""
+    """(key, its value in each run, whether these differ), for keys that have a value in any run."""
     keys = dict.fromkeys(key for table in settings for key in table)
     rows = [(key, [table.get(key) for table in settings]) for key in keys]
     return [

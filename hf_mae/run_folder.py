@@ -4,30 +4,33 @@
           run_config.yaml          the recipe, and what followed from it
           metrics.jsonl            one JSON object an event
           bad_samples.jsonl        images that can't be decoded
-          results.json             what was measured of the weights
+          results.json             evaluations of the weights
           conversion.json          where converted weights come from
           reconstructions/         step-STEP.png, all.webp
           checkpoint-STEP/
 
-A crash, a full disk or another program may leave anything in there. Readers skip what they can't use with one warning a
-file; only `read_results`, for those who want to add to the file, is strict.
+A crash, a full disk or another program may leave anything in there. Readers skip what they can't use, with one warning
+for each file. Only `read_results` is strict, because its callers add to the file.
 """
 
 import json
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from .errors import DataError, UserError
-from .files import locked, read_json, replaced, write_json, write_text
+from .errors import DataError, one_line
+from .files import locked, read_bytes, read_json, replaced, write_json, write_text, writing
 
 logger = logging.getLogger(__name__)
 
+# Files of a model's folder, named as transformers names them; importing its constants would load all of transformers.
+CONFIG_NAME, WEIGHTS_NAME, PROCESSOR_NAME = "config.json", "model.safetensors", "preprocessor_config.json"
 CHECKPOINT, PICTURE = r"checkpoint-(\d+)", r"step-(\d+)\.png"
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
@@ -42,40 +45,36 @@ class RunFolder:
         self.bad_file = self.path / "bad_samples.jsonl"
         self.results_file = self.path / "results.json"
         self.conversion_file = self.path / "conversion.json"
-        self.weights_file = self.path / "model.safetensors"
+        self.weights_file = self.path / WEIGHTS_NAME
         self.picture_folder = self.path / "reconstructions"
         self.animation_file = self.picture_folder / "all.webp"
 
     def write_config(self, recipe: dict[str, Any], derived: dict[str, Any]) -> None:
-        """Write the keys of a run, and what followed from them, the data and the machine; makes the folder.
+        """Write a run's keys, and the facts derived from them, the data and the machine; makes the folder.
 
         Raises a UserError if it can't be written.
         """
-        try:
+        text = yaml.dump({"recipe": recipe, "derived": derived}, Dumper=_PlainDumper, sort_keys=False)
+        with writing(self.path, "--output_dir"):
             self.path.mkdir(parents=True, exist_ok=True)
-            write_text(
-                self.config_file,
-                yaml.dump({"recipe": recipe, "derived": derived}, Dumper=_PlainDumper, sort_keys=False),
-            )
-        except OSError as error:
-            raise UserError(f"{self.path} can't be written ({error}); choose another --output_dir") from error
+            write_text(self.config_file, text)
 
     def config(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The keys of the run, and what followed from them; empty where nothing is recorded."""
+        """The run's keys, and the facts derived from them; empty where nothing is recorded."""
         config = _read_table(self.config_file, _read_yaml)
         parts = [config.get(name, {}) for name in ("recipe", "derived")]
         recipe, derived = (part if isinstance(part, dict) else {} for part in parts)
         if [recipe, derived] != parts:
-            logger.warning("%s: what should be a table of keys isn't one and is skipped", self.config_file)
+            logger.warning("%s: recipe or derived isn't a table of keys and is skipped", self.config_file)
         return recipe, derived
 
     def misplaced(self, save_steps: int) -> list[Path]:
         """Folders where a run writes files, and files where it makes folders; it saves at multiples of `save_steps`."""
         files = [self.config_file, self.metrics_file, self.bad_file, self.results_file, self.weights_file]
-        files += [self.path / name for name in ("config.json", "preprocessor_config.json")]
+        files += [self.path / name for name in (CONFIG_NAME, PROCESSOR_NAME)]
         steps = {path: _step(path, CHECKPOINT) for path in self.path.glob("checkpoint-*")}
         folders = [path for path, step in steps.items() if step is not None and step % save_steps == 0]
-        folders += [self.path / ".tmp-files", *self.path.glob(".tmp-checkpoint-*")]
+        folders += [self.path / ".tmp-files", *self.unfinished_checkpoints()]
         return [path for path in files if path.is_dir()] + [path for path in folders if path.is_file()]
 
     def append_event(self, event: dict[str, Any]) -> None:
@@ -87,18 +86,19 @@ class RunFolder:
         return _read_lines(self.metrics_file, lambda event: is_count(event.get("step")))
 
     def cut_events(self, last_step: int) -> list[dict[str, Any]]:
-        """Remove the events after a step, and all lines that are no events; what stays."""
+        """Remove the events after a step, and all lines that aren't events; returns the events that stay."""
         events = [] if last_step < 0 else [event for event in self.events() if event["step"] <= last_step]
         if self.metrics_file.exists():
-            _write_lines(self.metrics_file, events)
+            write_lines(self.metrics_file, events)
         return events
 
     def write_bad_samples(self, samples: Sequence[dict[str, str]]) -> None:
-        """Write the `key` and the `reason` of each image, in place of what the file holds."""
-        _write_lines(self.bad_file, samples)
+        """Replace the file by the `key` and the `reason` of each image; only warns if it can't be written."""
+        with _or_warn(self.bad_file):
+            write_lines(self.bad_file, samples)
 
     def bad_samples(self) -> list[dict[str, str]]:
-        """The `key` and the `reason` of each image that is named."""
+        """The `key` and the `reason` of each image in the file."""
         named = ("key", "reason")
         return _read_lines(self.bad_file, lambda sample: all(isinstance(sample.get(name), str) for name in named))
 
@@ -112,16 +112,16 @@ class RunFolder:
             picture.save(temporary)
 
     def pictures(self) -> list[tuple[int, Path]]:
-        """(step, file) of each picture that is whole, by step."""
+        """(step, file) of each complete picture, by step."""
         steps = {path: _step(path, PICTURE) for path in self.picture_folder.glob("step-*")}
         whole = [(step, path) for path, step in steps.items() if step is not None and _is_whole_png(path)]
         if skipped := len(steps) - len(whole):
             first = min(steps.keys() - {path for _, path in whole})
-            logger.warning("%s: %d files skipped, as no pictures of ours, e.g. %s", self.path, skipped, first.name)
+            logger.warning("%s: skipped %d files that aren't pictures, e.g. %s", self.path, skipped, first.name)
         return sorted(whole)
 
     def remove_pictures(self, after_step: int) -> None:
-        """Remove the pictures of later steps, whole or not."""
+        """Remove the pictures of later steps, complete or not."""
         for path in self.picture_folder.glob("step-*"):
             if (step := _step(path, PICTURE)) is not None and step > after_step and path.is_file():
                 path.unlink()
@@ -132,12 +132,19 @@ class RunFolder:
         entries = content if isinstance(content, list) else []
         usable = [entry for entry in entries if _is_whole_result(entry)]
         if content is not None and not (isinstance(content, list) and len(usable) == len(content)):
-            logger.warning("%s: what is not a result of hf-mae in there is skipped", self.results_file)
+            logger.warning("%s: entries that aren't results of hf-mae are skipped", self.results_file)
         return usable
 
     def conversion(self) -> dict[str, Any]:
         """Where converted weights come from; empty for weights that were trained."""
         return _read_table(self.conversion_file, read_json)
+
+    def checkpoint(self, step: int) -> Path:
+        return self.path / f"checkpoint-{step}"
+
+    def unfinished_checkpoints(self) -> list[Path]:
+        """Temporary folders of checkpoints, while they are written or after a crash."""
+        return list(self.path.glob(".tmp-checkpoint-*"))
 
     def checkpoints(self, last_step: int | None = None) -> list[Path]:
         """Folders named `checkpoint-STEP`, up to a step if one is given, oldest first, complete or not."""
@@ -147,9 +154,12 @@ class RunFolder:
 
 
 def run_of(folder: Path) -> tuple[RunFolder, int | None]:
-    """The run that a folder belongs to: that of a `checkpoint-STEP`, with the step; the folder itself for any other."""
-    step = _step(folder.resolve(), CHECKPOINT)
-    return RunFolder(folder if step is None else folder.resolve().parent), step
+    """The run that a folder belongs to, and its step: for `checkpoint-STEP` the folder above, else itself and None."""
+    # A checkpoint may be a link, under its own name or under another one.
+    for path in (folder.absolute(), folder.resolve()):
+        if (step := _step(path, CHECKPOINT)) is not None:
+            return RunFolder(path.parent), step
+    return RunFolder(folder), None
 
 
 def _step(path: Path, name: str) -> int | None:
@@ -181,7 +191,7 @@ def curve(events: Sequence[dict[str, Any]], key: str) -> list[tuple[int, float]]
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """The entries of a results.json to add to; none if there is no such file, a DataError if it is something else."""
+    """The entries of a results.json, to add to; none if the file is missing, a DataError if it is something else."""
     if not path.exists():
         return []
     try:
@@ -189,27 +199,25 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     except (ValueError, OSError):
         results = None
     if not isinstance(results, list) or not all(isinstance(entry, dict) and "figures" in entry for entry in results):
-        raise DataError(f"{path} is no list of results of hf-mae; move it away, or name another file by --results")
+        raise DataError(f"{path} is not a list of results of hf-mae; move it away, or name another file by --results")
     return results
 
 
-def add_result(result: dict[str, Any], path: Path) -> None:
-    """Add an entry to a results.json, in place of one with the same protocol, data and weights.
+def add_result(path: Path, result: dict[str, Any]) -> None:
+    """Add an entry to a results.json; it replaces one with the same protocol, data and weights.
 
-    Raises a DataError if the file is something else, or can't be written.
+    Raises a DataError if the file is something else, a UserError if it can't be written.
     """
     same = ("protocol", "data", "checkpoint")
-    try:
+    with writing(path, "--results"):  # `read_results` raises no OSError
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path):
             others = [entry for entry in read_results(path) if any(entry.get(key) != result[key] for key in same)]
-            write_json([*others, result], path)
-    except OSError as error:
-        raise DataError(f"{path} can't be written ({error}); name another file by --results") from error
+            write_json(path, [*others, result])
 
 
 def _is_whole_result(entry: Any) -> bool:
-    """Whether an entry has all that a card and a report say of it, and nothing there that they can't say."""
+    """Whether an entry has everything that a card and a report show, with values of the right types."""
     tables = ("protocol", "data", "checkpoint", "figures")
     if not isinstance(entry, dict) or not all(isinstance(entry.get(name), dict) for name in tables):
         return False
@@ -230,49 +238,49 @@ def _is_whole_result(entry: Any) -> bool:
 
 
 def _read_or(default: Any, path: Path, read: Callable[[Path], Any]) -> Any:
-    """What a file holds; the default, with a warning unless the file is absent, if it can't be read."""
+    """The file's content. If it can't be read: the default, with a warning unless the file is missing."""
     try:
         return read(path)
     except FileNotFoundError:
         return default
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
-        logger.warning("%s can't be read and is skipped: %s", path, " ".join(str(error).split())[:200])
+        logger.warning("%s can't be read and is skipped: %s", path, one_line(error))
         return default
 
 
 class _PlainDumper(yaml.SafeDumper):
-    """YAML without references, also where one list is the value of two keys."""
+    """Writes YAML without references, even if one list is the value of two keys."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML as `write_config` writes it, without references: a few lines of them could stand for gigabytes."""
+    """Reads YAML as `write_config` writes it. References are refused: a few lines could expand to gigabytes."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("there are references in it")
+            raise yaml.YAMLError("it contains references")
         return super().compose_node(parent, index)
 
 
 def _read_yaml(path: Path) -> Any:
-    """A YAML file in the types of JSON: dates, bytes and sets as text."""
-    return json.loads(json.dumps(yaml.load(path.read_bytes(), _PlainLoader), default=str))
+    """Read a YAML file into JSON types: dates, bytes and sets become text."""
+    return json.loads(json.dumps(yaml.load(read_bytes(path), _PlainLoader), default=str))
 
 
 def _read_table(path: Path, read: Callable[[Path], Any]) -> dict[str, Any]:
     content = _read_or({}, path, read)
     if isinstance(content, dict):
         return content
-    logger.warning("%s: what should be a table of keys isn't one and is skipped: %.40s", path, content)
+    logger.warning("%s isn't a table of keys and is skipped: %.40s", path, content)
     return {}
 
 
 def _read_lines(path: Path, belongs: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
     """The objects of a JSON lines file; lines that were cut off or hold something else are skipped."""
     kept, skipped = [], []
-    for line in filter(bytes.strip, _read_or(b"", path, Path.read_bytes).splitlines()):
+    for line in filter(bytes.strip, _read_or(b"", path, read_bytes).splitlines()):
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):
@@ -288,13 +296,29 @@ def _read_lines(path: Path, belongs: Callable[[dict[str, Any]], bool]) -> list[d
 
 
 def append_line(path: Path, value: dict[str, Any]) -> None:
-    """Append to a JSON lines file, on a line of its own even if the last one was cut off. Other processes may, too."""
+    """Append a line to a JSON lines file, even if its last line was cut off. Other processes may append too."""
     with path.open("ab+") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
-        whole = file.read() in (b"", b"\n")
-        # One write of a short line: lines of other processes don't get mixed up with it.
+        whole = file.read(1) in (b"", b"\n")
+        # A single write of a short line doesn't mix with the lines of other processes.
         file.write((b"" if whole else b"\n") + json.dumps(value).encode() + b"\n")
 
 
-def _write_lines(path: Path, values: Sequence[dict[str, Any]]) -> None:
+def append_bad_sample(bad_file: Path, key: str, reason: str) -> None:
+    """Append an image that can't be decoded; only warns if the file can't be written."""
+    with _or_warn(bad_file):
+        append_line(bad_file, {"key": key, "reason": reason})
+
+
+@contextmanager
+def _or_warn(path: Path) -> Iterator[None]:
+    """Report an OSError in one line and continue: training doesn't need this file."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("%s can't be written and is incomplete: %s", path, one_line(error))
+
+
+def write_lines(path: Path, values: Sequence[dict[str, Any]]) -> None:
+    """Write a JSON lines file, the old or the new one at every instant."""
     write_text(path, "".join(json.dumps(value) + "\n" for value in values))

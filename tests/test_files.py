@@ -32,7 +32,7 @@ def test_what_utf8_cannot_encode_is_written_as_escapes(tmp_path):
     text = os.fsdecode(b"a\xff") + " é" + json.loads('"\\ud800"')
     files.write_text(tmp_path / "a.txt", text)
     assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "a\\udcff é\\ud800"
-    files.write_json([text], tmp_path / "a.json")
+    files.write_json(tmp_path / "a.json", [text])
     assert files.read_json(tmp_path / "a.json") == [text]
 
 
@@ -52,7 +52,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
 
 def test_json_comes_back(tmp_path):
     value = {"a": [1, None, "é"], "b": {"c": 0.1}}
-    files.write_json(value, tmp_path / "a.json")
+    files.write_json(tmp_path / "a.json", value)
     assert files.read_json(tmp_path / "a.json") == value
 
 
@@ -111,9 +111,38 @@ def test_a_new_folder_that_fails_is_absent(tmp_path):
 
 
 def test_a_new_folder_without_room_is_one_line_with_the_remedy(tmp_path):
-    message = r"out can't be written: .*No space left.*; name another folder, or make room"
+    message = r"out can't be written \(.*No space left.*\); name another folder, or make room"
     with pytest.raises(UserError, match=message), files.new_folder(tmp_path / "out"):
         raise FULL
+    assert names(tmp_path) == []
+
+
+def test_an_error_of_reading_inside_a_new_folder_is_not_reported_as_one_of_writing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="source"), files.new_folder(tmp_path / "out"):
+        (tmp_path / "source").read_text()
+    message = r"out can't be written \(.*Is a directory"
+    with pytest.raises(UserError, match=message), files.new_folder(tmp_path / "out") as folder:
+        folder.write_text("")
+    assert names(tmp_path) == []
+
+
+def test_what_has_no_end_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", Path("/dev/full")):
+        with pytest.raises(OSError, match=f"{path} is not a regular file"):
+            files.read_json(path)
+
+
+def test_a_link_is_removed_and_its_target_stays(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_text("kept")
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for name in ("link", "dangling", "missing"):
+        files.remove(tmp_path / name)
+    assert names(tmp_path) == ["folder"]
+    assert names(tmp_path / "folder") == ["file"]
+    files.remove(tmp_path / "folder")
     assert names(tmp_path) == []
 
 
@@ -139,7 +168,7 @@ for number in range(20):
     with locked(path):
         found = read_json(path) if path.exists() else []
         time.sleep(0.001)
-        write_json([*found, f"{name}{number}"], path)
+        write_json(path, [*found, f"{name}{number}"])
 """
 
 

@@ -1,5 +1,6 @@
 """The files of a run's folder: what is written comes back, and what a crash or another program left does no harm."""
 
+import errno
 import itertools
 import json
 import logging
@@ -10,15 +11,17 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
 from runs import arguments, environment, evaluations, losses, run, start, weights_hash
 
+from hf_mae import run_folder
 from hf_mae.errors import DataError, UserError
 from hf_mae.hub.push import stage
-from hf_mae.run_folder import RunFolder, add_result, curve, read_results, run_of
+from hf_mae.run_folder import RunFolder, add_result, append_bad_sample, curve, read_results, run_of
 
 EVENTS = [{"step": 0, "eval_loss": 1.5}, {"step": 10, "loss": 0.5, "grad_norm": None}, {"step": 20, "loss": 0.25}]
 BAD = [{"key": "a.jpg", "reason": "Truncated"}, {"key": "b.jpg", "reason": "Empty"}]
@@ -44,7 +47,7 @@ def folder(tmp_path):
     for event in EVENTS:
         found.append_event(event)
     found.write_bad_samples(BAD)
-    add_result(entry(), found.results_file)
+    add_result(found.results_file, entry())
     found.conversion_file.write_text(json.dumps(CONVERSION))
     for step in (0, 10, 5):
         found.save_picture(step, Image.new("RGB", (4, 4)))
@@ -108,6 +111,36 @@ def test_a_file_that_holds_something_else_is_read_as_absent(folder, caplog, name
     assert len(caplog.messages) <= 1
     assert all(str(folder.path / name) in message for message in caplog.messages)
     assert len(caplog.messages) == 1 or not content
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_fifo_is_read_as_absent_and_its_writer_is_not_waited_for(folder, caplog, name):
+    (folder.path / name).unlink()
+    os.mkfifo(folder.path / name)
+    assert everything(folder) == {**WHOLE, name: NOTHING[name]}
+    (message,) = caplog.messages
+    assert f"{folder.path / name} is not a regular file" in message
+
+
+def test_results_are_not_added_to_a_fifo_or_a_device(folder):
+    os.mkfifo(folder.path / "fifo")
+    for path in (folder.path / "fifo", Path("/dev/full")):
+        with pytest.raises(DataError, match=f"{path} is not a list of results of hf-mae"):
+            read_results(path)
+
+
+def test_a_full_disk_costs_the_names_of_bad_images_and_one_line(folder, caplog, monkeypatch):
+    def fail(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(run_folder, "write_text", fail)
+    folder.write_bad_samples([*BAD, *BAD])
+    (message,) = caplog.messages
+    assert message.startswith(f"{folder.bad_file} can't be written and is incomplete: ")
+    assert "No space left" in message
+    assert folder.bad_samples() == BAD
+    append_bad_sample(Path("/dev/full"), "a.jpg", "Empty")
+    assert "/dev/full can't be written and is incomplete: " in caplog.messages[1]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -233,7 +266,7 @@ def test_settings_that_nothing_can_be_done_with_make_none_and_quickly(folder, ca
 
 
 def test_a_folder_that_cannot_be_made_is_one_line():
-    with pytest.raises(UserError, match=r"/dev/null/x can't be written .*; choose another --output_dir"):
+    with pytest.raises(UserError, match=r"/dev/null/x can't be written .*; name another --output_dir, or make room"):
         RunFolder("/dev/null/x").write_config(*CONFIG)
 
 
@@ -289,8 +322,8 @@ FOREIGN = ["", "precious", "{}", "[1, 2]", '[{"a": 1}]', "3", "null", "\udc80"]
 def test_a_foreign_file_of_results_is_an_error_for_who_adds_to_it(folder, text):
     folder.results_file.write_bytes(text.encode(errors="surrogateescape"))
     before = folder.results_file.read_bytes()
-    remedy = "is no list of results of hf-mae; move it away, or name another file by --results"
-    for action in (read_results, lambda path: add_result(entry("linear_probe"), path)):
+    remedy = "is not a list of results of hf-mae; move it away, or name another file by --results"
+    for action in (read_results, lambda path: add_result(path, entry("linear_probe"))):
         with pytest.raises(DataError, match=re.escape(f"{folder.results_file} {remedy}")):
             action(folder.results_file)
     assert folder.results_file.read_bytes() == before
@@ -314,9 +347,9 @@ def test_entries_that_a_card_cannot_use_are_left_out_of_it(folder, caplog):
 
 
 def test_a_result_takes_the_place_of_the_same_measurement_of_the_same_weights(folder):
-    add_result(entry("linear_probe"), folder.results_file)
+    add_result(folder.results_file, entry("linear_probe"))
     again = {**entry(), "figures": {"knn_top1": 60.0}}
-    add_result(again, folder.results_file)
+    add_result(folder.results_file, again)
     assert read_results(folder.results_file) == [entry("linear_probe"), again]
 
 
@@ -326,7 +359,7 @@ from pathlib import Path
 from hf_mae.run_folder import add_result
 for number in range(10):
     protocol = {"name": sys.argv[2] + str(number)}
-    add_result({"protocol": protocol, "data": {}, "checkpoint": {}, "figures": {}}, Path(sys.argv[1]))
+    add_result(Path(sys.argv[1]), {"protocol": protocol, "data": {}, "checkpoint": {}, "figures": {}})
 """
     command = [sys.executable, "-c", code, tmp_path / "results.json"]
     processes = [subprocess.Popen([*command, name], env=environment()) for name in "ab"]
@@ -348,6 +381,12 @@ def test_checkpoints_are_listed_by_number_up_to_a_step(folder):
     assert (found.path, step) == (folder.path.resolve(), 9)
     found, step = run_of(folder.path)
     assert (found.path, step) == (folder.path, None)
+    (folder.path / "elsewhere").mkdir()
+    (folder.path / "checkpoint-11").symlink_to(folder.path / "elsewhere")
+    (folder.path / "latest").symlink_to(folder.path / "checkpoint-9")
+    for name, number in (("checkpoint-11", 11), ("latest", 9)):
+        found, step = run_of(folder.path / name)
+        assert (found.path, step) == (folder.path, number)
 
 
 # ------------------------------------------------------------------------------------------ all of it at once
@@ -401,7 +440,7 @@ def test_names_that_are_not_utf8_and_entries_that_are_none_survive_a_card_and_a_
     assert start("card", folder.path, tmp_path / os.fsdecode(b"c\xff.md")) == 0
     text = (tmp_path / os.fsdecode(b"c\xff.md")).read_text()
     assert text.count("**odd \\ud800** on a/bbb") == 1
-    assert "| data | \\ud800 |" in text
+    assert "| data | \\ud800 (local) |" in text
     shutil.copytree(folder.path, tmp_path / "copy")  # safetensors reads from no other folder
     stage(tmp_path / "copy", tmp_path / "staged", "user/name")
     assert "| hardware | \\udc00 |" in (tmp_path / "staged" / "README.md").read_text()

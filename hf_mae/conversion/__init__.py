@@ -1,1 +1,1 @@
-"""Weights of other packages to ours and back, each conversion checked against both implementations; exports."""
+"""Convert weights of other packages to ours and back, and compare both implementations each time; export graphs."""

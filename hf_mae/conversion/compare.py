@@ -1,4 +1,4 @@
-"""The same images through two implementations, which have to agree: before a conversion is written, after a push."""
+"""Compare the outputs of two implementations on the same images: before a conversion is written, after a push."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from ..errors import UserError
 from ..modeling_mae import MAEForPreTraining
 from . import reference
 
-TOLERANCE = 1e-5  # of the outputs' own scale, where that is above 1
+TOLERANCE = 1e-5  # relative to the largest output, or absolute if that is below 1
 
 
 class Probe(NamedTuple):
@@ -25,7 +25,7 @@ Run = Callable[[Probe], Outputs]
 
 
 def make_probe(config: MAEConfig, images: int = 2, seed: int = 0) -> Probe:
-    """This number of images of the model's size, the same ones for a seed."""
+    """Random images of the model's size and random masks; the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     pixel_values = torch.randn(images, config.num_channels, *config.image_height_width, generator=generator)
     order = torch.rand(images, config.num_patches, generator=generator).argsort(dim=1)
@@ -40,15 +40,19 @@ def run_ours(model: Any, probe: Probe) -> Outputs:
 
 
 def run_transformers(model: Any, probe: Probe) -> Outputs:
-    """The same of transformers' ViTMAE and ViT."""
+    """The same outputs of transformers' ViTMAE and ViT."""
     if model.config.model_type != "vit_mae":
         return _outputs(model(probe.images))
-    # An encoder of theirs always masks, and shuffles by the noise: with nothing removed, rising noise leaves
-    # everything in its place. The half keeps N * (1 - ratio) away from where it would round down.
-    mask, N = probe.mask if hasattr(model, "decoder") else 0 * probe.mask, probe.mask.shape[1]
-    ratio, model.config.mask_ratio = model.config.mask_ratio, max(0.0, float(mask[0].sum()) - 0.5) / N
-    output = model(probe.images, noise=mask + torch.arange(N) / N / 2)
-    model.config.mask_ratio = ratio
+    # ViTMAE always masks, by the config's ratio and in the order of the noise; its encoder alone removes nothing here.
+    mask = probe.mask if hasattr(model, "decoder") else torch.zeros_like(probe.mask)
+    N, removed = mask.shape[1], float(mask[0].sum())
+    # Noise that rises from left to right leaves the kept patches in their order.
+    noise = mask + torch.arange(N) / N / 2
+    own_ratio = model.config.mask_ratio
+    # It keeps int(N * (1 - ratio)) patches: half a patch more is safe from rounding errors.
+    model.config.mask_ratio = max(0.0, removed - 0.5) / N
+    output = model(probe.images, noise=noise)
+    model.config.mask_ratio = own_ratio
     return _outputs(output)
 
 
@@ -58,14 +62,14 @@ def _outputs(output: Any) -> Outputs:
 
 
 def run_timm(model: Any, probe: Probe) -> Outputs:
-    """The same of a timm VisionTransformer: logits if it has classes."""
+    """The same outputs of a timm VisionTransformer: logits if it has classes, else tokens."""
     if model.num_classes:
         return {"logits": model(probe.images)}
     return {"last_hidden_state": model.forward_features(probe.images)}
 
 
 def run_original(weights: dict[str, torch.Tensor], config: MAEConfig, probe: Probe) -> Outputs:
-    """The same of the original's forward on its own weights, whose names say of what kind they are."""
+    """The same outputs of the original's forward on its own weights; their names show the kind of model."""
     heads = config.num_attention_heads
     if "decoder_pred.weight" in weights:
         decoder_heads, norm_pix_loss = config.decoder_num_attention_heads, config.norm_pix_loss
@@ -77,10 +81,10 @@ def run_original(weights: dict[str, torch.Tensor], config: MAEConfig, probe: Pro
 
 
 def compare(expected: Outputs, got: Outputs) -> float:
-    """The largest difference between two sets of outputs, as a share of the output's scale where that is above 1.
+    """The largest difference between two sets of outputs, divided by the largest output if that is above 1.
 
     Raises:
-        ValueError: naming the first output that is missing, of another shape, or off by more than `TOLERANCE`.
+        ValueError: if outputs are missing, have another shape, or differ by more than `TOLERANCE`; names the first.
     """
     if expected.keys() != got.keys():
         raise ValueError(f"{sorted(got)} instead of {sorted(expected)}")
@@ -109,6 +113,6 @@ def compare_runs(expected: Run, got: Run, config: MAEConfig, pair: str) -> float
         return compare(first, second)
     except ValueError as error:
         raise UserError(
-            f"{pair} differ by more than {TOLERANCE:g} of the scale in {error}, nothing was written; the source isn't "
-            "the plain ViT that its names say, or a number of heads is wrong"
+            f"{pair} differ by more than {TOLERANCE:g} of the scale in {error}; nothing was written. Either the source "
+            "isn't a plain ViT, or a number of heads is wrong"
         ) from error

@@ -1,7 +1,8 @@
 """`hf-mae convert`: weights of the original, of transformers and of timm to ours, and back.
 
-Read the source, check ours against the source's own implementation, adapt it on request, write the target beside DEST,
-read it back by the target's own implementation, check again, and only then give it its name.
+Read the source and compare our model with the source's own implementation. Change the image size or the channels on
+request. Write the target into a temporary folder, read it back with the target's own implementation and compare again.
+Only then does the folder get its name.
 """
 
 from functools import partial
@@ -22,8 +23,8 @@ from .read import NON_COMMERCIAL, Source, open_source
 from .write import WRITERS, describe_use, part_for
 
 NOTE = (
-    "The MAE authors published their weights under CC-BY-NC 4.0: no commercial use, name the authors. It holds for "
-    "these and for what is derived from them, unless the source is your own training in the original's format."
+    "The MAE authors published their weights under CC-BY-NC 4.0: no commercial use, and you name the authors. This "
+    "licence covers these weights and all weights made from them. It doesn't apply if you trained the source yourself."
 )
 
 
@@ -31,10 +32,10 @@ def convert(recipe: ConvertRecipe) -> dict[str, Any]:
     """Convert a model, or write nothing.
 
     Returns:
-        What is written to `DEST/conversion.json`, and under `use` the line that loads the result.
+        The content of `DST/conversion.json`, and under `use` the line of Python that loads the result.
 
     Raises:
-        UserError: if the source can't be read or expressed, DEST isn't empty, or outputs differ.
+        UserError: if the source can't be read, the target format can't hold it, DST isn't empty, or outputs differ.
     """
     check_free(Path(recipe.output_dir))
     source = open_source(recipe.model, recipe)
@@ -42,17 +43,17 @@ def convert(recipe: ConvertRecipe) -> dict[str, Any]:
     differences = {"read": compare_runs(source.run, ours, config, f"{recipe.model} and hf_mae")}
     changes = _adapt(source, recipe)
     model, more = part_for(source.model, recipe.to)
-    with new_folder(Path(recipe.output_dir)) as folder:
+    with new_folder(Path(recipe.output_dir), "DST") as folder:
         written = WRITERS[recipe.to](model, source.processor, folder)
         pair = f"hf_mae and {recipe.to}"
         differences["written"] = compare_runs(partial(run_ours, model), written, config, pair)
         record = _record(source, recipe, differences, changes + more)
-        write_json(record, RunFolder(folder).conversion_file)
+        write_json(RunFolder(folder).conversion_file, record)
     return record | {"use": describe_use(recipe.to, model, recipe.output_dir)}
 
 
 def _adapt(source: Source, recipe: ConvertRecipe) -> list[str]:
-    """Another image size or channel count, in place; what was done, in words."""
+    """Change image size and channels in place, if the recipe asks for it; returns the changes in words."""
     config, changes = source.model.config, []
     old, channels = config.image_height_width, config.num_channels
     height, width = height_width(config.image_size if recipe.image_size is None else recipe.image_size)
@@ -91,14 +92,14 @@ def _record(source: Source, recipe: ConvertRecipe, differences: dict[str, float]
 
 
 def describe_conversion(record: dict[str, Any], dest: str) -> str:
-    """What the command prints of it."""
+    """The lines that the command prints."""
     largest = max(record["largest_difference"].values())
     lines = [
         f"{record['class']} from {record['from']} to {record['to']}: outputs differ by {largest:.1g} at most",
         *(f"changed  {change}" for change in record["changes"]),
         f"licence  {record['licence']}" if record["licence"] else "",
         f"         {record['licence_note']}" if record["licence_note"] else "",
-        f"written  {dest} (conversion.json says from what)",
+        f"written  {dest} (conversion.json records the source)",
         f"load it  {record['use']}",
     ]
     return "\n".join(filter(None, lines))

@@ -1,7 +1,7 @@
 """`hf-mae export`: an encoder or a classifier as a graph, for ONNX runtimes or for `torch.export.load`.
 
-The batch may have any size, images have the model's. The graph is read back from the file and compared with the model
-on several batches before the folder gets its name.
+Batches may have any size; images have the model's size. The graph is read back from the file and compared with the
+model on several batches before the folder gets its name.
 """
 
 from collections.abc import Callable
@@ -19,12 +19,12 @@ from ..modeling_mae import MAEForPreTraining
 from .compare import compare, make_probe
 from .read import open_source
 
-BATCHES = (1, 2, 5)  # sizes that are compared
+BATCHES = (1, 2, 5)  # batch sizes of the comparison
 Graph = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
 
 
 class Tensors(nn.Module):
-    """A model with tensors for outputs, which is what a graph has."""
+    """A model that returns a tuple of tensors, as a graph does."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -41,8 +41,8 @@ def export(recipe: ExportRecipe) -> dict[str, Any]:
     """Export a model, or write nothing.
 
     Returns:
-        `part` ("encoder" or "classifier"), `file`, `inputs` and `outputs` (names with shapes), `difference` (the
-        largest), and `use`: the lines that run the result.
+        `part`: "encoder" or "classifier"; `file`: path of the graph; `inputs` and `outputs`: names with shapes;
+        `difference`: the largest one; `use`: the code that runs the result.
 
     Raises:
         UserError: if the source can't be read, DEST isn't empty, or outputs differ by more than 1e-5 of their scale.
@@ -50,9 +50,10 @@ def export(recipe: ExportRecipe) -> dict[str, Any]:
     check_free(Path(recipe.output_dir))
     source = open_source(recipe.model, SourceFacts())
     model = source.model.mae if isinstance(source.model, MAEForPreTraining) else source.model
-    (name, write), tensors = WRITERS[recipe.to], Tensors(model).eval()
+    name, write = WRITERS[recipe.to]
+    tensors = Tensors(model).eval()
     batches = [make_probe(model.config, images, seed=images).images for images in BATCHES]
-    with new_folder(Path(recipe.output_dir)) as folder:
+    with new_folder(Path(recipe.output_dir), "DST") as folder:
         graph = write(tensors, batches[1], folder / name)
         difference = max(_difference(tensors, graph, batch, recipe.to) for batch in batches)
         model.config.save_pretrained(folder)
@@ -75,7 +76,7 @@ def _shapes(tensors: dict[str, torch.Tensor]) -> str:
 
 def write_onnx(tensors: Tensors, images: torch.Tensor, file: Path) -> Graph:
     """An ONNX file, with a second one for weights above 2 GB; runs in onnxruntime."""
-    import onnx  # noqa: F401  # this and the next for torch's exporter, which would miss them late
+    import onnx  # noqa: F401  # torch's exporter needs onnx and onnxscript; without them, fail before the export
     import onnxruntime
     import onnxscript  # noqa: F401
 
@@ -84,7 +85,7 @@ def write_onnx(tensors: Tensors, images: torch.Tensor, file: Path) -> Graph:
         dynamic_shapes={"pixel_values": {0: "batch"}},
     )  # fmt: skip
     for node in program.model.graph.all_nodes():
-        node.metadata_props.clear()  # where on this machine each line of code lies
+        node.metadata_props.clear()  # local paths of the code
     program.save(file, external_data=sum(p.numel() for p in tensors.parameters()) * 4 > 2e9)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     return lambda batch: tuple(map(torch.from_numpy, session.run(tensors.names, {"pixel_values": batch.numpy()})))
@@ -95,7 +96,7 @@ def write_torch_export(tensors: Tensors, images: torch.Tensor, file: Path) -> Gr
     shapes = {"pixel_values": {0: torch.export.Dim("batch", min=1)}}
     program = torch.export.export(tensors, (images,), dynamic_shapes=shapes)
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # where on this machine each line of code lies
+        node.meta.pop("stack_trace", None)  # local paths of the code
     torch.export.save(program, file)
     return torch.export.load(file).module()
 
@@ -112,7 +113,8 @@ USES = {
 
 @torch.no_grad()
 def _difference(tensors: Tensors, graph: Graph, images: torch.Tensor, to: str) -> float:
-    expected, got = (dict(zip(tensors.names, run(images), strict=True)) for run in (tensors, graph))
+    expected = dict(zip(tensors.names, tensors(images), strict=True))
+    got = dict(zip(tensors.names, graph(images), strict=True))
     try:
         return compare(expected, got)
     except ValueError as error:
@@ -122,7 +124,7 @@ def _difference(tensors: Tensors, graph: Graph, images: torch.Tensor, to: str) -
 
 
 def describe_export(result: dict[str, Any]) -> str:
-    """What the command prints of it."""
+    """The lines that the command prints."""
     return (
         f"{result['part']} with {result['inputs']} -> {result['outputs']}: any batch, this image size\n"
         f"compared with the model on batches of {', '.join(map(str, BATCHES))}: largest difference "

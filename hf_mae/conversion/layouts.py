@@ -43,7 +43,7 @@ LAYOUTS = {"original": _ORIGINAL, "transformers": _TRANSFORMERS}
 
 
 def their_names(name: str, layout: str) -> list[str]:
-    """What a weight of ours, e.g. `mae.layers.0.norm1.bias`, is called there; a fused qkv may have three names."""
+    """The names of our weight, e.g. `mae.layers.0.norm1.bias`, in a layout: three for a fused qkv that it splits."""
     for pattern, replacement in LAYOUTS[layout]:
         name = re.sub(pattern, replacement, name)
     if layout == "transformers" and ".qkv." in name:
@@ -52,7 +52,7 @@ def their_names(name: str, layout: str) -> list[str]:
 
 
 def to_layout(ours: dict[str, torch.Tensor], layout: str) -> dict[str, torch.Tensor]:
-    """Weights of ours (or their gradients) by their names: tables get a batch axis, a fused qkv may be split."""
+    """Our weights, or gradients, under a layout's names: tables get a batch axis, a fused qkv may be split."""
     theirs = {}
     for name, value in ours.items():
         names = their_names(name, layout)
@@ -62,10 +62,10 @@ def to_layout(ours: dict[str, torch.Tensor], layout: str) -> dict[str, torch.Ten
 
 
 def load_layout(model: nn.Module, theirs: dict[str, torch.Tensor], layout: str) -> None:
-    """Fill a model of ours with weights in another layout, in place.
+    """Load weights in another layout into our model, in place.
 
     Raises:
-        UserError: if one is missing, left over or of another shape; it names the first.
+        UserError: naming the first weight that is missing, left over or of another shape.
     """
     names_of = {name: their_names(name, layout) for name in model.state_dict()}
     expected = {their for names in names_of.values() for their in names}
@@ -95,12 +95,12 @@ PEERS: dict[str, dict[Any, str]] = {
 
 
 def peer_options(name: str) -> dict[str, Any]:
-    """Keywords for a class of transformers: its ViTModel would add a pooler, which the encoder didn't learn."""
+    """Keywords for a class of transformers: ViTModel would add a pooler, which our encoder doesn't have."""
     return {"add_pooling_layer": False} if name == "ViTModel" else {}
 
 
 def shared_settings(config: Any, name: str) -> dict[str, Any]:
-    """The settings of a config, ours or theirs, that our class and this one of transformers both have."""
+    """The settings of a config, ours or theirs, that our class and this class of transformers share."""
     keys = [
         "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
         "initializer_range", "layer_norm_eps", "image_size", "patch_size", "num_channels", "qkv_bias",

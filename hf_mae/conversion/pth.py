@@ -1,4 +1,4 @@
-"""Weights from files, of which none is trusted: nothing in them is run."""
+"""Read weights from files that may be hostile: no code in them is run."""
 
 import argparse
 import pickle
@@ -12,28 +12,28 @@ from ..errors import UserError, one_line
 
 
 def read_pth(path: Path) -> Any:
-    """What a `.pth` file of `torch.save`, in its newer or older form, holds. Nothing in it is run, whatever it says.
+    """Read a `.pth` file of `torch.save`, in its newer or older form, without running code in it.
 
     Raises:
-        UserError: if it isn't one, or asks for code other than tensors, plain values and `argparse.Namespace`.
+        UserError: if it isn't one, or holds anything but tensors, plain values and `argparse.Namespace`.
     """
     try:
         # The original's own checkpoints hold the options that they were trained with.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise UserError(f"{path} is not there; check the name") from error
+        raise UserError(f"{path} does not exist; check the name") from error
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} is refused: it holds {_what_else(path)}, which could run code; ask for a file "
-            "with its tensors alone"
+            "that holds only tensors"
         ) from error
     except (RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
-        raise UserError(f"{path} is no whole .pth file ({one_line(error)}); fetch it again") from error
+        raise UserError(f"{path} is not a whole .pth file ({one_line(error)}); fetch it again") from error
 
 
 def _what_else(path: Path) -> str:
-    """Names of the code that a file asks for; only zip files can be asked without running them."""
+    """Names of the code that a file would run. Only the newer form, a zip file, can be searched safely."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except (ValueError, RuntimeError):
@@ -42,9 +42,9 @@ def _what_else(path: Path) -> str:
 
 
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors of a `.safetensors` or `.pth` file as float32, and what it says about them.
+    """The tensors of a `.safetensors` or `.pth` file as float32, and its metadata.
 
-    Of a `.pth`, the entry `model` is taken if there is one, and its options are those of the entry `args`.
+    In a `.pth` file with an entry `model`, that entry holds the tensors, and the entry `args` the metadata.
 
     Raises:
         UserError: if the file can't be read, or holds something else.
@@ -54,12 +54,12 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             with safe_open(path, framework="pt") as file:
                 weights, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is no whole .safetensors file ({error}); fetch it again") from error
+            raise UserError(f"{path} is not a whole .safetensors file ({one_line(error)}); fetch it again") from error
     else:
         content = read_pth(path)
         weights = content.get("model", content) if isinstance(content, dict) else content
         options = content.get("args") if weights is not content else None
         metadata = vars(options) if isinstance(options, argparse.Namespace) else {}
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise UserError(f"{path} doesn't hold a model's weights by name; give a file that does")
+        raise UserError(f"{path} doesn't hold tensors by name; give a file of a model's weights")
     return {key: value.detach().float().contiguous() for key, value in weights.items()}, metadata

@@ -1,4 +1,4 @@
-"""Models of other packages -> ours in memory, each with its own implementation to be checked against."""
+"""Read models of other packages into ours, each with its own implementation to check ours against."""
 
 import re
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from ..keys import height_width
 from ..keys.publishing_keys import SourceFacts
 from ..modeling_mae import MAEForPreTraining, MAEModel
 from ..pretrained import loading
-from ..run_folder import RunFolder
+from ..run_folder import CONFIG_NAME, WEIGHTS_NAME, RunFolder
 from .compare import Run, run_original, run_ours, run_timm, run_transformers
 from .layouts import PEERS, load_layout, peer_options, shared_settings
 from .processors import evaluation_processor, read_processor, read_timm_processor
@@ -28,8 +28,8 @@ from .pth import read_weights
 from .reference import depth
 
 NON_COMMERCIAL = "cc-by-nc-4.0"
-# The repositories of the original's authors, copies of them, and their places in a cache.
-_FACEBOOKS = re.compile(r"(^|/|--)vit-mae-(base|large|huge)(/|$)")
+# Hub repositories with the weights of the original's authors, copies of them, and their folders in the Hub's cache.
+_AUTHORS_WEIGHTS = re.compile(r"(^|/|--)(vit-mae-(base|large|huge)|vit_(base|large|huge)_patch1[46]_224\.mae)(/|$)")
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Source:
     format: str
     model: Any
     processor: MAEImageProcessor
-    run: Run  # by the source's own implementation
+    run: Run  # runs the source's own implementation
     licence: str | None = None
     sha256: dict[str, str] = field(default_factory=dict)  # of its files, by name
     revision: str | None = None  # commit of a Hub repository
@@ -49,12 +49,15 @@ class Source:
 def open_source(source: str, numbers: SourceFacts) -> Source:
     """Read a file, a folder or a repository of the Hub.
 
+    The licence is what the folder states: in conversion.json, or in timm's config.json. If it states none, the authors'
+    weights are recognised by their names.
+
     Raises:
-        UserError: if it can't be, or is none of the kinds of model that are known.
+        UserError: if it can't be read, or holds a model of an unknown kind.
     """
     path = _local(source)
-    if path.is_dir() and not (path / "config.json").exists() and (path / "model.safetensors").exists():
-        path = path / "model.safetensors"
+    if path.is_dir() and not (path / CONFIG_NAME).exists() and (path / WEIGHTS_NAME).exists():
+        path = path / WEIGHTS_NAME
     if path.is_dir():
         folder, result = path, _read_folder(path, source, numbers)
         files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".pth"))
@@ -63,7 +66,7 @@ def open_source(source: str, numbers: SourceFacts) -> Source:
         files = [path]
     result.revision = folder.name if not Path(source).exists() else None  # snapshots/COMMIT, in the Hub's cache
     result.sha256 = {file.name: sha256(file) for file in files}
-    # Nothing that we wrote is a .pth, whatever lies beside it.
+    # This package writes no .pth, so a record beside one belongs to another file.
     record = _record(folder) if path.is_dir() or path.suffix == ".safetensors" else None
     if record is not None:
         result.before, result.licence = record, record.get("licence")
@@ -75,39 +78,40 @@ def _read_folder(folder: Path, source: str, numbers: SourceFacts) -> Source:
         if getattr(numbers, key) is not None:
             raise UserError(f"{source} records its own {key}; leave --{key} out")
     try:
-        config = read_json(folder / "config.json")
+        config = read_json(folder / CONFIG_NAME)
         kind = "timm" if "architecture" in config else config.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:  # the last: it is no table
-        raise UserError(f"{source} has no config.json that can be read; name a model") from error
+    except (OSError, ValueError, AttributeError) as error:  # AttributeError: it holds JSON other than a table
+        raise UserError(f"{source} has no readable {CONFIG_NAME}; name a model") from error
     readers = {"mae": _read_ours, "vit_mae": _read_transformers, "vit": _read_transformers, "timm": _read_timm}
     if kind not in readers:
         raise UserError(f"{source} is a model of type {kind}; there are {', '.join(readers)}, and .pth files")
     with loading(f"{source} can't be read"):
         result = readers[kind](folder, config)
-    if any(_FACEBOOKS.search(str(name)) for name in (source, config.get("_name_or_path"))):
+    names = (source, config.get("_name_or_path"))
+    if result.licence is None and any(_AUTHORS_WEIGHTS.search(str(name)) for name in names):
         result.licence = NON_COMMERCIAL
     return result
 
 
 def _local(source: str) -> Path:
-    """The path itself; or a folder with what a repository of the Hub has of configuration and weights."""
+    """The path itself, or a folder with the configuration and weights of a Hub repository."""
     path = Path(source)
     if path.exists():
         return path
     if path.suffix in (".pth", ".pt", ".safetensors", ".bin") or source.count("/") != 1 or source[0] in "./~":
-        raise UserError(f"{source} is not there; check the name")
+        raise UserError(f"{source} does not exist; check the name")
     try:
         for weights in ("*.safetensors", "pytorch_model*.bin"):
             folder = Path(snapshot_download(source, allow_patterns=["*.json", weights], ignore_patterns=["*/*"]))
             if list(folder.glob(weights)):
                 break
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise UserError(f"{source} is neither here nor on the Hub ({one_line(error)}); check the name") from error
+        raise UserError(f"{source} is neither a path nor on the Hub ({one_line(error)}); check the name") from error
     return folder
 
 
 def _record(folder: Path) -> dict[str, Any] | None:
-    """What an earlier conversion recorded. Not read tolerantly: the licence of the weights must not get lost."""
+    """What an earlier conversion recorded. Reading is strict, so that the licence of the weights can't get lost."""
     file = RunFolder(folder).conversion_file
     if not file.exists():
         return None
@@ -115,7 +119,7 @@ def _record(folder: Path) -> dict[str, Any] | None:
         record = read_json(file)
         if not isinstance(record, dict):
             raise ValueError("it is not a table of keys")
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{file} is broken ({error}); if you know the licence of the weights, remove it") from error
     return record
 
@@ -124,11 +128,11 @@ def _record(folder: Path) -> dict[str, Any] | None:
 
 
 def _load(model_class: Any, folder: Path, **options: Any) -> Any:
-    """`from_pretrained` in float32, nothing missing and nothing left over."""
+    """`from_pretrained` in float32; a UserError if weights are missing or left over."""
     with loading(f"{model_class.__name__} can't load {folder}"):
         model, report = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        # A ViT's pooler is no part of what the encoder learnt.
+        # A ViT's pooler isn't part of the encoder.
         keys = sorted(str(key) for key in report[what] if not str(key).startswith("pooler."))
         if keys:
             raise UserError(
@@ -139,7 +143,7 @@ def _load(model_class: Any, folder: Path, **options: Any) -> Any:
 
 
 def _named_class(folder: Path, config: dict[str, Any], classes: dict[str, Any]) -> tuple[str, Any]:
-    """Name and class of ours for what a config says that the folder holds; the first class if it says nothing."""
+    """The class name in a folder's config, and our class for it; the first class if the config names none."""
     name = (config.get("architectures") or list(classes))[0]
     if name not in classes:
         raise UserError(f"{folder} holds a {name}; there are {', '.join(classes)}")
@@ -168,7 +172,7 @@ def _read_original(path: Path, numbers: SourceFacts) -> Source:
     weights, metadata = read_weights(path)
     if not {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"} <= weights.keys():
         raise UserError(
-            f"{path} has no weights of an MAE by the original's names, but e.g. {', '.join(sorted(weights)[:3])}; "
+            f"{path} has no weights with the original's names, but e.g. {', '.join(sorted(weights)[:3])}; "
             "give the original's file, or the folder of a model"
         )
     model_class, settings = _class_and_settings(weights, numbers.image_size)
@@ -183,7 +187,7 @@ def _read_original(path: Path, numbers: SourceFacts) -> Source:
 
 
 def make_model(model_class: Any, settings: dict[str, Any], weights: dict[str, torch.Tensor], layout: str) -> Any:
-    """A model of ours with these weights; a UserError if the numbers or the weights don't go together."""
+    """A model of ours with these weights; a UserError if settings and weights don't fit together."""
     try:
         model = model_class(MAEConfig(**settings)).eval()
     except ValueError as error:
@@ -193,7 +197,7 @@ def make_model(model_class: Any, settings: dict[str, Any], weights: dict[str, to
 
 
 def _class_and_settings(weights: dict[str, torch.Tensor], image_size: Any) -> tuple[Any, dict[str, Any]]:
-    """What names and shapes say: all but the heads. A number of patches that isn't a square needs the image size."""
+    """Class and settings, from names and shapes of weights. Heads don't show in them; a square image is assumed."""
     D, C, P, Q = weights["patch_embed.proj.weight"].shape
     N = weights["pos_embed"].shape[1] - 1
     side = round(N**0.5)
@@ -202,7 +206,7 @@ def _class_and_settings(weights: dict[str, torch.Tensor], image_size: Any) -> tu
     elif image_size:
         size = list(height_width(image_size))
     else:
-        raise UserError(f"{N} patches make no square; say which height and width by --image_size H W")
+        raise UserError(f"{N} patches don't make a square; give height and width by --image_size H W")
     settings = {
         "hidden_size": D,
         "num_hidden_layers": depth(weights, "blocks"),
@@ -226,23 +230,23 @@ def _class_and_settings(weights: dict[str, torch.Tensor], image_size: Any) -> tu
 
 def _heads(settings: dict[str, Any], prefix: str, numbers: SourceFacts, metadata: dict[str, Any]) -> int:
     key, width = f"{prefix}num_attention_heads", settings[f"{prefix}hidden_size"]
-    # Encoders of the table of sizes; the decoder that they all have is 512 wide with 16 heads.
+    # By width: the encoders of the table of sizes, and their common decoder, 512 wide with 16 heads.
     known = {512: 16} if prefix else {size["hidden_size"]: size["num_attention_heads"] for size in SIZES.values()}
     heads = getattr(numbers, key) or metadata.get(key) or known.get(width)
     if not heads:
-        raise UserError(f"the number of heads of a width of {width} is in no file and no table; give --{key} NUMBER")
+        raise UserError(f"the number of heads for width {width} is not recorded; give --{key} NUMBER")
     return int(heads)
 
 
 def _norm_pix_loss(path: Path, numbers: SourceFacts, metadata: dict[str, Any]) -> bool:
-    """Asked for; or recorded; or known of the files that the original's authors published (their README)."""
+    """The given value, else the recorded one, else the known one of the files that the original's authors published."""
     if numbers.norm_pix_loss is not None:
         return numbers.norm_pix_loss
     if "norm_pix_loss" in metadata:
         return str(metadata["norm_pix_loss"]).lower() == "true"
     if path.name.startswith(("mae_pretrain_vit_", "mae_visualize_vit_")):
         return path.name.startswith("mae_pretrain_vit_")
-    raise UserError(f"{path} doesn't say what its decoder predicts; give --norm_pix_loss true or false")
+    raise UserError(f"{path} doesn't record what its decoder predicts; give --norm_pix_loss true or false")
 
 
 # ---------------------------------------------------------------------------------------------- timm
@@ -251,14 +255,14 @@ def _norm_pix_loss(path: Path, numbers: SourceFacts, metadata: dict[str, Any]) -
 def _read_timm(folder: Path, config: dict[str, Any]) -> Source:
     import timm
 
-    files = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).exists()]
+    files = [folder / name for name in (WEIGHTS_NAME, "pytorch_model.bin") if (folder / name).exists()]
     if not files:
-        raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin; give a whole model")
+        raise UserError(f"{folder} has neither {WEIGHTS_NAME} nor pytorch_model.bin; give a whole model")
     weights, pretrained = read_weights(files[0])[0], config.get("pretrained_cfg", config)
     options = {key: config[key] for key in ("num_classes", "global_pool") if key in config}
     options |= {k: v for k, v in config.get("model_args", {}).items() if not k.startswith(("pretrained", "checkpoint"))}
     try:
-        # Built empty, and filled by us: timm opens no file that the configuration names.
+        # Build it empty and fill it here, so that timm doesn't open files that the configuration names.
         if not timm.is_model(config["architecture"]):
             raise KeyError(f"no model is called {config['architecture']}")
         peer: Any = timm.create_model(config["architecture"], pretrained=False, **options).eval()
@@ -267,7 +271,7 @@ def _read_timm(folder: Path, config: dict[str, Any]) -> Source:
         model_class, settings = _class_and_settings(weights, image_size)
         settings |= {"num_attention_heads": block.attn.num_heads, "layer_norm_eps": block.norm1.eps}
     except (RuntimeError, TypeError, AttributeError, KeyError) as error:
-        raise UserError(f"{folder} is no ViT with a class token by timm's names: {one_line(error)}") from error
+        raise UserError(f"{folder} is not a ViT with a class token in timm's layout: {one_line(error)}") from error
     if "head.weight" not in weights:
         settings["pooling"] = "cls" if peer.global_pool == "token" else "mean"
     model = make_model(model_class, settings | {"image_size": image_size}, weights, "original")

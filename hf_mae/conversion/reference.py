@@ -1,4 +1,4 @@
-"""The original's forward, on weights by the original's names: what conversions from and to it are checked against.
+"""The original's forward pass, on weights with the original's names. Conversions are checked against it.
 
 Written from the paper, on plain tensors and independently of modeling_mae.py; the tests pin it to the original's own
 figures.

@@ -1,4 +1,4 @@
-"""Models of ours -> folders of other packages, each read back by its own implementation to be checked."""
+"""Write our models as folders of other packages, and read each back with its own implementation to check it."""
 
 import json
 from collections.abc import Callable
@@ -16,12 +16,13 @@ from ..errors import UserError
 from ..files import write_json
 from ..image_processing_mae import MAEImageProcessor
 from ..modeling_mae import MAEForPreTraining
+from ..run_folder import CONFIG_NAME, WEIGHTS_NAME
 from .compare import Run, run_original, run_ours, run_timm, run_transformers
 from .layouts import PEERS, peer_options, shared_settings, to_layout
 from .processors import timm_settings, write_transformers_processor
 from .reference import EPS
 
-# Writes the model and its processor into the folder; gives the run of what a reader finds there.
+# Writes the model and its processor into the folder; returns the `Run` of the model that is read back from it.
 Writer = Callable[[Any, MAEImageProcessor, Path], Run]
 
 
@@ -89,7 +90,7 @@ def write_timm(model: Any, processor: MAEImageProcessor, folder: Path) -> Run:
         "mlp_ratio": config.intermediate_size / config.hidden_size,
         "qkv_bias": config.qkv_bias,
     }
-    # Any name of a plain ViT would do: the arguments say everything.
+    # Any name of a plain ViT works here, because the arguments set everything.
     names = {1024: "vit_large_patch16_224", 1280: "vit_huge_patch14_224"}
     settings = {
         "architecture": names.get(config.hidden_size, "vit_base_patch16_224"),
@@ -106,7 +107,7 @@ def write_timm(model: Any, processor: MAEImageProcessor, folder: Path) -> Run:
             "classifier": "head",
         },
     }
-    write_json(settings, folder / "config.json")
+    write_json(folder / CONFIG_NAME, settings)
     _save(model, folder, {})
     return partial(run_timm, timm.create_model(f"local-dir:{folder}", pretrained=True).eval())
 
@@ -122,7 +123,7 @@ def write_original(model: Any, processor: MAEImageProcessor, folder: Path) -> Ru
         metadata["norm_pix_loss"] = str(config.norm_pix_loss).lower()
     _save(model, folder, metadata)
     processor.save_pretrained(folder)
-    return partial(run_original, load_file(folder / "model.safetensors"), config)
+    return partial(run_original, load_file(folder / WEIGHTS_NAME), config)
 
 
 def _refuse_cross_attention(model: Any, name: str) -> None:
@@ -138,11 +139,11 @@ def _refuse_other_activations(model: Any, name: str) -> None:
 
 
 def _save(model: nn.Module, folder: Path, metadata: dict[str, str]) -> None:
-    """Weights by the original's names. The library writes metadata in another order each time, so it is sorted here."""
+    """Write weights under the original's names. safetensors writes metadata in random order, so sort it here."""
     weights = to_layout(model.state_dict(), "original")
     contiguous = {key: value.detach().contiguous() for key, value in weights.items()}
-    save_file(contiguous, folder / "model.safetensors", {"format": "pt", **metadata})
-    with (folder / "model.safetensors").open("rb+") as file:
+    save_file(contiguous, folder / WEIGHTS_NAME, {"format": "pt", **metadata})
+    with (folder / WEIGHTS_NAME).open("rb+") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -158,26 +159,26 @@ WRITERS: dict[str, Writer] = {
 
 
 def part_for(model: Any, target: str) -> tuple[Any, list[str]]:
-    """What a target holds of a model, all of it or the encoder alone; and what had to change for it, in words."""
+    """The part of a model that a target format holds, all or the encoder alone, and the changes made, in words."""
     if target in ("vit", "timm") and isinstance(model, MAEForPreTraining):
         model = model.mae
     eps = model.config.layer_norm_eps
-    # These two fix the epsilon of their LayerNorms; transformers' ViTMAE has 1e-12 by default.
+    # These two formats fix the epsilon of their LayerNorms; the default of transformers' ViTMAE is 1e-12.
     if target not in ("timm", "original") or eps == EPS:
         return model, []
     model.config.layer_norm_eps = EPS
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = EPS
-    return model, [f"layer_norm_eps {eps:g} -> {EPS:g}, which {target} always has, and the MAE paper's code"]
+    return model, [f"layer_norm_eps {eps:g} -> {EPS:g}, the fixed value of {target}"]
 
 
 def describe_use(target: str, model: Any, dest: str) -> str:
-    """The line of Python that loads what was written."""
+    """The line of Python that loads the written model."""
     if target == "timm":
         return f'import timm; model = timm.create_model("local-dir:{dest}", pretrained=True)'
     if target == "original":
-        return f"from safetensors.torch import load_file; model.load_state_dict(load_file('{dest}/model.safetensors'))"
+        return f"from safetensors.torch import load_file; model.load_state_dict(load_file('{dest}/{WEIGHTS_NAME}'))"
     if target == "mae":
         name = next(auto for auto, kind in AUTO_CLASSES.items() if kind is type(model))
         return f"import hf_mae; from transformers import {name}; model = {name}.from_pretrained({dest!r})"

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import DataError
 from ..image_processing_mae import MAEImageProcessor
-from ..run_folder import append_line
+from ..run_folder import append_bad_sample
 from .augment import sample_rng, training_view
 from .decode import BadImage, BadSample
 from .loader import each_batch, ignore_termination
@@ -99,7 +99,7 @@ class LabelledImages(Dataset):
             except BadImage as error:
                 message = f"{row.key}: {error}"
                 if self.bad_file and self.epoch == 0:
-                    append_line(self.bad_file, {"key": row.key, "reason": error.reason})
+                    append_bad_sample(self.bad_file, row.key, error.reason)
             index = int(rng.integers(len(self.rows)))
             row = self.rows.read_one(index)
         name = self.rows.source.name

@@ -14,8 +14,6 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +27,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..errors import DataError, UserError, one_line, short
-from ..files import as_utf8, sha256, write_bytes, write_json, write_text
+from ..errors import DataError, one_line, short
+from ..files import as_utf8, sha256, write_bytes, write_json, write_text, writing
 from ..image_processing_base_mae import resize_bands
 from ..keys.data_keys import PrepareRecipe
-from ..run_folder import RunFolder
+from ..run_folder import RunFolder, write_lines
 from .decode import BadImage, BadSample, as_bad_image, bands_last, load_image, to_native
 from .loader import check_bad, each_batch, ignore_termination
 from .locate import locate
@@ -62,7 +60,7 @@ def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
     manifest: dict[str, Any] = {"shortest_edge": recipe.shortest_edge, "quality": recipe.quality, "splits": {}}
     bad: list[dict[str, str]] = []
     parts = [_Shards(rows, features, folder, recipe) for rows in splits]
-    with _writing(folder):
+    with writing(folder, "--output_dir"):
         _make_room(folder / "data", {name for shards in parts for name in shards.names})
     for shards in parts:
         name, records = shards.rows.source.split, _write_all(shards, recipe.num_workers)
@@ -72,21 +70,11 @@ def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
         count = sum(record["rows"] for record in records)
         manifest["splits"][name] = {"rows": count, "bad": dict(sorted(reasons.items())), "shards": records}
         bad += [{"split": name, "key": key, "reason": reason} for key, reason in left_out]
-    with _writing(folder):
-        RunFolder(folder).write_bad_samples(bad)
+    with writing(folder, "--output_dir"):
+        write_lines(RunFolder(folder).bad_file, bad)
         write_text(folder / "README.md", _card(manifest, features))
-        write_json(manifest, folder / "manifest.json")
+        write_json(folder / "manifest.json", manifest)
     return manifest
-
-
-@contextmanager
-def _writing(place: Path) -> Iterator[None]:
-    """Report that a place can't be written. Only writing belongs inside: reading errors are not about this place."""
-    try:
-        yield
-    except OSError as error:
-        message = f"{place} can't be written: {one_line(error)}"
-        raise UserError(f"{message}; free disk space, or name another folder") from error
 
 
 def _make_room(folder: Path, names: set[str]) -> None:
@@ -273,7 +261,7 @@ class _Shards(Dataset):
         stream = io.BytesIO()
         # The images are already compressed.
         pq.write_table(table, stream, row_group_size=ROW_GROUP, compression="none", write_page_checksum=True)
-        with _writing(path):
+        with writing(path, "--output_dir"):
             write_bytes(path, stream.getbuffer())
         return bad
 

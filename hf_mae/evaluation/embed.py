@@ -16,7 +16,7 @@ from ..data.locate import locate
 from ..data.order import Rows
 from ..data.sources import open_split
 from ..errors import UserError
-from ..files import as_utf8, replaced
+from ..files import as_utf8, cannot_write, replaced
 from ..keys.evaluation_keys import EmbedRecipe
 from .encoder import FrozenEncoder
 from .table import encoded_batches, even_batches, report_bad
@@ -61,7 +61,7 @@ def embed(recipe: EmbedRecipe) -> dict[str, Any]:
         path.parent.mkdir(parents=True, exist_ok=True)
         FEATURE_WRITERS[path.suffix](path, written(), origin)
     except (OSError, pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise UserError(f"{path} can't be written: {' '.join(str(error).split())[:300]}") from error
+        raise cannot_write(path, error, "--output") from error
     width = [encoder.spec.num_patches] if recipe.pooling == "patches" else []
     return {"path": str(path), "images": len(rows) - len(bad), "width": [*width, encoder.width]}
 

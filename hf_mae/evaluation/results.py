@@ -14,7 +14,7 @@ from .. import __version__
 from ..files import sha256
 from ..keys.data_keys import SplitKeys
 from ..keys.evaluation_keys import ScoreRecipe
-from ..run_folder import add_result, read_results
+from ..run_folder import WEIGHTS_NAME, add_result, read_results
 from .table import sample_size
 
 FEW_IMAGES = 100  # a percentage of fewer images is printed with their number
@@ -64,7 +64,7 @@ def make_result(
         `figures`: means over the repetitions; `ranges`: smallest and largest of each, if there are several;
         `versions`. All values have JSON types.
     """
-    weights = cached_file(model, "model.safetensors", _raise_exceptions_for_missing_entries=False)
+    weights = cached_file(model, WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
     result = {
         "protocol": protocol,
         "data": data,
@@ -84,7 +84,7 @@ def record_result(
     """Make an entry with `make_result`, and add it to the file that the recipe names."""
     result = make_result(protocol, data, recipe.model, runs)
     if recipe.results_file:
-        add_result(result, recipe.results_file)
+        add_result(recipe.results_file, result)
     return result
 
 

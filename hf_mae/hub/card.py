@@ -3,7 +3,7 @@
     print(Card("outputs/quickstart").text())
 
 Everything in it is read from the model's folder: config.json and the files of its run. The card of a `checkpoint-STEP`
-is read from the folder of its run, up to that step. What these do not say, the card does not say either.
+is read from the folder of its run, up to that step. A card leaves out what these files don't record.
 """
 
 import os
@@ -19,17 +19,27 @@ from ..files import as_utf8, read_json, sha256
 from ..keys import height_width, names_where
 from ..keys.finetune_keys import FinetuneRecipe
 from ..keys.run_keys import PretrainRecipe
-from ..run_folder import RunFolder, curve, run_of
+from ..run_folder import CONFIG_NAME, RunFolder, curve, run_of
 
 LICENCES = {"apache-2.0": "Apache-2.0", "cc-by-nc-4.0": "CC BY-NC 4.0 (not for commercial use)"}
+LEAST_IMAGES = 100  # The metadata, which is compared across models, leaves out accuracies on fewer images.
+LOCAL = " (local)"
+EVALUATED_ON = r"(split \S+ of )(.+)"
 
 
 class Card:
-    """What a card of a model's folder is made of; no path of one machine is in it, except what the user typed.
+    """The contents of a model's card. It shows only the last name of a local path.
 
     Args:
-        folder: config.json has to be there; all else may be missing.
+        folder: the model's folder. It needs a config.json; all other files may be missing.
         repo_id: USER/NAME on the Hub, where the model is or will be.
+
+    Attributes:
+        config, conversion, licence, results: of the model. `results` are those of exactly these weights.
+        recipe, derived, events, step: of the run that trained it; empty if nothing is recorded. `step` is that of a
+            checkpoint before the end of its run, else None.
+        repo_id, name, picture, revision: of the place where the card is shown: the repository, the card's title, the
+            path of the picture beside it, the commit that was downloaded and compared. Set these before `text`.
     """
 
     def __init__(self, folder: str | Path, repo_id: str | None = None):
@@ -39,15 +49,21 @@ class Card:
         conversion = model.conversion()
         pictures = [path for number, path in run.pictures() if step is None or number == step]
         self.repo_id, self.name = repo_id, (repo_id or folder.resolve().name).split("/")[-1]
-        self.config = read_json(folder / "config.json")
-        self.recipe, self.derived, self.conversion = map(_portable, (recipe, derived, conversion))
-        self.events = [event for event in run.events() if step is None or event["step"] <= step]
-        self.results = _own_results(model)
-        self.licence = _licence_of(model, conversion, recipe)
-        # The card shows the picture from this path: set it to where the picture is beside the card.
         self.picture = str(pictures[-1]) if pictures else None
-        self.step = step if step != derived.get("total_steps") else None  # of a checkpoint before the end of its run
-        self.revision: str | None = None  # a commit that was pulled back and compared
+        self.revision: str | None = None
+
+        places = _Places(recipe, derived)
+        self.config = read_json(folder / CONFIG_NAME)
+        self.conversion = places.show_all(conversion)
+        self.licence = _licence_of(model, conversion, recipe)
+        self.results = [
+            {**entry, **{part: places.show_all(entry[part]) for part in ("data", "protocol")}}
+            for entry in _own_results(model)
+        ]
+
+        self.recipe, self.derived = places.show_all(recipe), places.show_all(derived)
+        self.events = [event for event in run.events() if step is None or event["step"] <= step]
+        self.step = step if step != derived.get("total_steps") else None
 
     @property
     def classifies(self) -> bool:
@@ -56,31 +72,37 @@ class Card:
 
     @property
     def command(self) -> str:
-        """The command that the model was trained by."""
+        """The command that trained the model."""
         return "finetune" if "layer_decay" in self.recipe else "pretrain"
 
     @property
     def data(self) -> str | None:
-        """What the model was trained on."""
+        """The data that the model was trained on."""
         keys = ("dataset_config", "dataset_revision", "split")
         more = [f"{key.removeprefix('dataset_')} {self.recipe[key]}" for key in keys if self.recipe.get(key)]
         return ", ".join([str(self.recipe["dataset"]), *more]) if "dataset" in self.recipe else None
 
     @property
     def processes(self) -> str | None:
-        """How many processes trained it, and how they shared the work."""
+        """The number of processes that trained it, and how they shared the work."""
         number, strategy = self.derived.get("processes"), self.derived.get("strategy")
         return f"{number} ({strategy})" if number not in (None, 1) and strategy else _count(number)
 
     def recipe_yaml(self) -> str:
-        """The keys of the run as a recipe file that `hf-mae` takes."""
+        """The run's keys as a recipe file for `hf-mae`, with "path/to/NAME" for local data and models."""
         hidden = names_where(FinetuneRecipe if self.command == "finetune" else PretrainRecipe, card=False)
         keys = {key: value for key, value in self.recipe.items() if value is not None and key not in hidden}
-        return yaml.safe_dump(keys, sort_keys=False)
+        placeholders = {key: f"path/to/{keys[key].removesuffix(LOCAL)}" for key in self.local_keys}
+        return yaml.safe_dump(keys | placeholders, sort_keys=False)
+
+    @property
+    def local_keys(self) -> list[str]:
+        """The keys of the recipe that name local data or models."""
+        return [key for key in _Places.KEYS if str(self.recipe.get(key)).endswith(LOCAL)]
 
     def _metadata(self) -> ModelCardData:
         """The head of the card, which the Hub searches and shows."""
-        dataset, model = str(self.recipe.get("dataset", "")), str(self.recipe.get("model") or "")
+        dataset, model = (str(self.recipe.get(key) or "") for key in ("dataset", "model"))
         known = self.licence is None or self.licence in LICENCES
         results = [
             EvalResult(
@@ -95,7 +117,7 @@ class Card:
             )
             for entry in self.results
             for figure, value in entry["figures"].items()
-            if "top" in figure
+            if "top" in figure and entry["data"]["eval_images"] >= LEAST_IMAGES
         ]
         return ModelCardData(
             library_name="transformers",
@@ -135,10 +157,10 @@ class Card:
 
 
 def licence_of(folder: str | Path, passed: tuple[Path, ...] = ()) -> str | None:
-    """The licence of a model's weights, as the Hub spells it.
+    """The licence of a model's weights, as the Hub spells it; None if it is not recorded.
 
-    What was converted keeps its own, and what was trained from other weights takes theirs; Apache-2.0 is for training
-    from scratch. None if the folder does not tell. `passed` are folders that were trained from this one.
+    Converted weights keep their licence. Weights trained from other weights take theirs. Weights trained from scratch
+    are under Apache-2.0. `passed` are folders that were trained from this one.
     """
     model = RunFolder(folder)
     return _licence_of(model, model.conversion(), run_of(model.path)[0].config()[0], passed)
@@ -147,7 +169,7 @@ def licence_of(folder: str | Path, passed: tuple[Path, ...] = ()) -> str | None:
 def _licence_of(
     model: RunFolder, conversion: dict[str, Any], recipe: dict[str, Any], passed: tuple[Path, ...] = ()
 ) -> str | None:
-    if model.conversion_file.exists():  # even if nothing can be read there: these weights come from elsewhere
+    if model.conversion_file.exists():  # even if it can't be read, these weights come from elsewhere
         licence = re.sub(r"[\s_]+", "-", str(conversion.get("licence") or "")).lower()
         return "cc-by-nc-4.0" if licence.startswith("cc-by-nc") else licence or None
     if not recipe:
@@ -159,35 +181,50 @@ def _licence_of(
 
 
 def _own_results(model: RunFolder) -> list[dict[str, Any]]:
-    """The results of exactly these weights: the folder may have got others since."""
+    """The results of exactly these weights: the folder's weights may have changed since an evaluation."""
     own = sha256(model.weights_file) if model.weights_file.is_file() else None
-    return [
-        {**entry, "data": _portable(entry["data"]), "protocol": _portable(entry["protocol"])}
-        for entry in model.results()
-        if entry["checkpoint"].get("sha256") == own
-    ]
+    return [entry for entry in model.results() if entry["checkpoint"].get("sha256") == own]
 
 
 # ------------------------------------------------------------------------------------------ words for values
 
 
-def _portable(values: dict[str, Any]) -> dict[str, Any]:
-    """Paths of one machine by their last name; other values unchanged."""
-    known = {
-        key: Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
-        for key, value in values.items()
-    }
-    if "evaluated_on" in values:  # a sentence with a path in it
-        known["evaluated_on"] = re.sub(r"(?<!\S)[/~]\S*/(\S+)", r"\1", str(values["evaluated_on"]))
-    return known
+class _Places:
+    """How a card names data and models: a local path by its last name and "(local)", a Hub id or a URL unchanged."""
+
+    KEYS = ("dataset", "eval_dataset", "model", "start", "source")
+
+    def __init__(self, recipe: dict[str, Any], derived: dict[str, Any]):
+        # A relative path looks like a Hub id, so a run records which of its keys are paths.
+        keys = derived.get("local_keys")
+        self.recorded = [recipe.get(key) for key in keys] if isinstance(keys, list) else []
+
+    def show(self, place: str) -> str:
+        may_be_on_hub = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", place) and not os.path.exists(place)
+        elsewhere = place == "digits" or "://" in place or (may_be_on_hub and place not in self.recorded)
+        return place if elsewhere else f"{Path(place).name or 'folder'}{LOCAL}"
+
+    def show_all(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The values of a table, without "local_keys". Paths under other keys become their last names."""
+        shown = {key: value for key, value in values.items() if key != "local_keys"}
+        for key, value in shown.items():
+            if not isinstance(value, str):
+                continue
+            if key in self.KEYS:
+                shown[key] = self.show(value)
+            elif key == "evaluated_on" and (parts := re.fullmatch(EVALUATED_ON, value)):
+                shown[key] = parts[1] + self.show(parts[2])
+            elif value.startswith(("/", "~")):
+                shown[key] = Path(value).name
+        return shown
 
 
 def _is_hub_id(name: str) -> bool:
-    return bool(re.fullmatch(r"[\w-]+/[\w.-]+", name)) and not os.path.exists(name) and not Path(name).suffix
+    return bool(re.fullmatch(r"[\w-]+/[\w.-]+", name)) and not Path(name).suffix
 
 
 def _slug(name: str) -> str:
-    """An id for the metadata, also for data that has none on the Hub."""
+    """An id for the metadata, even for data that isn't on the Hub."""
     return name if _is_hub_id(name) else re.sub(r"[^\w.-]+", "-", Path(name).name).strip("-") or "data"
 
 
@@ -200,7 +237,7 @@ def _protocol(entry: dict[str, Any]) -> str:
 
 
 def _settings(protocol: dict[str, Any]) -> str:
-    """The settings of a protocol that say something."""
+    """The settings of a protocol, without the empty ones."""
     named = {key: value for key, value in protocol.items() if key != "name" and value not in (None, {}, [])}
     return ", ".join(f"{key} {_short(value)}" for key, value in named.items())
 

@@ -1,7 +1,7 @@
 """A model's outputs for a fixed image, and a script that measures them again on a download from the Hub.
 
-As a script this file runs without the package, as on a stranger's machine; `push.py` starts it after an upload. It
-runs the code that comes with the model, but only after checking that its bytes are those of this package.
+`push.py` starts this file as a script after an upload. It then runs without the package, as on a stranger's machine. It
+runs the code that comes with the model, but only after checking that its bytes are those that were pushed.
 """
 
 import sys
@@ -12,9 +12,6 @@ import torch
 import transformers
 from huggingface_hub import hf_hub_download
 from safetensors.torch import save_file
-
-# The code files that `save_pretrained` writes beside a model and its image processor (hub_code_mae.py).
-CODE = tuple(sorted(path.name for path in Path(__file__).parents[1].glob("*_mae.py")))
 
 
 @torch.no_grad()
@@ -58,12 +55,12 @@ class _WithoutPackage:
 def main(repo_id: str, revision: str, code: str, output: str) -> int:
     """Measure a commit of a repository, and write the tensors to a safetensors file.
 
-    It only runs code that equals the pushed files, which are in the folder `code`.
+    It only runs code that equals the pushed .py files, which are in the folder `code`.
     """
     sys.meta_path.insert(0, _WithoutPackage)  # type: ignore[arg-type]
-    for name in CODE:
-        if Path(hf_hub_download(repo_id, name, revision=revision)).read_bytes() != (Path(code) / name).read_bytes():
-            raise ValueError(f"{name} differs from the file that was pushed; it was not run")
+    for pushed in sorted(Path(code).glob("*.py")):
+        if Path(hf_hub_download(repo_id, pushed.name, revision=revision)).read_bytes() != pushed.read_bytes():
+            raise ValueError(f"{pushed.name} differs from the file that was pushed; it was not run")
     save_file(measure(repo_id, revision=revision, trust_remote_code=True), output)
     return 0
 

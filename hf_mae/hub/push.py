@@ -22,17 +22,17 @@ from ..backbone_mae import MAEBackbone
 from ..classifier_mae import MAEForImageClassification
 from ..conversion.compare import Outputs, compare
 from ..errors import UserError, one_line
-from ..files import read_json, write_json, write_text
+from ..files import read_json, write_json, write_text, writing
 from ..image_processing_mae import MAEImageProcessor
 from ..modeling_mae import MAEForPreTraining, MAEModel
 from ..pretrained import loading
-from ..run_folder import RunFolder
+from ..run_folder import CONFIG_NAME, RunFolder
 from . import check
 from .card import Card
 
 MODELS = {cls.__name__: cls for cls in (MAEForPreTraining, MAEForImageClassification, MAEModel, MAEBackbone)}
 PICTURE = "reconstruction.png"
-# Files that an earlier push may have left, and that the new model may not have.
+# Files of an earlier push, which are deleted if the new model doesn't have them.
 OURS = ["*.safetensors", "*.safetensors.index.json", "conversion.json", "recipe.yaml", PICTURE]
 
 
@@ -40,11 +40,11 @@ def write_card(folder: str, output: str) -> str | None:
     """Write the card that `push` would publish, with its picture, and nothing else.
 
     Args:
-        folder: the model's folder; it is only read.
+        folder: the model's folder; nothing is written into it.
         output: file to write, NAME.md; NAME becomes the card's title.
 
     Returns:
-        Path of the picture beside it, NAME.png; None if the folder has none.
+        Path of the picture beside the card, NAME.png; None if the folder has no picture.
 
     Raises:
         UserError: if the folder doesn't hold a model of this package, or the card can't be written.
@@ -55,21 +55,19 @@ def write_card(folder: str, output: str) -> str | None:
         source = card.picture
         card.name, card.picture = file.stem, picture.name if source else None
         text = card.text()
-    try:
+    with writing(output, "file"):
         file.parent.mkdir(parents=True, exist_ok=True)
         if source:
             shutil.copyfile(source, picture)
         write_text(file, text)
-    except OSError as error:
-        raise UserError(f"{output} can't be written: {error}; name another file") from error
     return str(picture) if source else None
 
 
 def push(folder: str, repo_id: str, private: bool = False, revision: str | None = None) -> dict[str, Any]:
     """Publish a model folder, then load it from the Hub in a fresh process without this package, and compare.
 
-    All files arrive in one commit or none does, so an interrupted push can be repeated. A second commit adds to the
-    card which revision was compared. The folder is only read. A README.md in it is not pushed, because the card is
+    All files arrive in one commit or none does, so an interrupted push can be repeated. A second commit adds the
+    compared revision to the card. The folder is only read. A README.md in it is not pushed, because the card is
     written from the folder's records.
 
     Args:
@@ -88,17 +86,20 @@ def push(folder: str, repo_id: str, private: bool = False, revision: str | None 
         staged = Path(temporary) / "files"
         card = stage(Path(folder), staged, repo_id)
         expected = check.measure(folder, trust_remote_code=False)
-        where: Any = {"repo_id": repo_id, "revision": revision}
-        with _one_line(repo_id):
+        with _hub_errors(repo_id):
             api = HfApi()
-            _open_repository(api, repo_id, private, revision)
-            message = f"{card.name}, with the code that loads it"
-            commit = api.upload_folder(folder_path=staged, delete_patterns=OURS, commit_message=message, **where).oid
+            _open_repository(api, repo_id, private, revision, {file.name for file in staged.glob("*.py")})
+            commit = api.upload_folder(
+                repo_id=repo_id, revision=revision, folder_path=staged, delete_patterns=OURS,
+                commit_message=f"{card.name}, with the code that loads it",
+            ).oid  # fmt: skip
         difference = _pull_back(repo_id, commit, expected, staged, Path(temporary) / "cache")
         card.revision = commit
-        with _one_line(repo_id):
-            text, message = card.text().encode(), "Card: the revision that was pulled back and compared"
-            api.upload_file(path_or_fileobj=text, path_in_repo="README.md", commit_message=message, **where)
+        with _hub_errors(repo_id):
+            api.upload_file(
+                repo_id=repo_id, revision=revision, path_or_fileobj=card.text().encode(), path_in_repo="README.md",
+                commit_message="Card: the revision that was pulled back and compared",
+            )  # fmt: skip
     return {"url": f"{api.endpoint}/{repo_id}", "commit": commit, "difference": difference}
 
 
@@ -146,7 +147,7 @@ def stage(folder: Path, target: Path, repo_id: str | None = None) -> Card:
         UserError: if the folder isn't a complete model of this package.
     """
     with _whole_folder(folder):
-        architecture = read_json(folder / "config.json")["architectures"][0]
+        architecture = read_json(folder / CONFIG_NAME)["architectures"][0]
         model, loaded = MODELS[architecture].from_pretrained(folder, use_safetensors=True, output_loading_info=True)
         processor = MAEImageProcessor.from_pretrained(folder)
         card = Card(folder, repo_id)
@@ -155,7 +156,7 @@ def stage(folder: Path, target: Path, repo_id: str | None = None) -> Card:
     model.save_pretrained(target, with_code=True)
     processor.save_pretrained(target, with_code=True)
     if card.conversion:
-        write_json(card.conversion, RunFolder(target).conversion_file)
+        write_json(RunFolder(target).conversion_file, card.conversion)
     if card.picture:
         shutil.copy(card.picture, target / PICTURE)
         card.picture = PICTURE
@@ -169,14 +170,17 @@ def _whole_folder(folder: str | Path) -> AbstractContextManager[None]:
     return loading(f"{folder} is not a complete model folder", "name one that hf-mae wrote")
 
 
-def _open_repository(api: HfApi, repo_id: str, private: bool, revision: str | None) -> None:
-    """Create the repository and the branch, or check that an existing one may be pushed to."""
+def _open_repository(api: HfApi, repo_id: str, private: bool, revision: str | None, code: set[str]) -> None:
+    """Create the repository and the branch, or check that an existing one holds a model of ours or nothing.
+
+    `code`: names of the code files in every model of ours.
+    """
     api.create_repo(repo_id, private=private or None, exist_ok=True)
     repository = api.model_info(repo_id)
     if private and not repository.private:
         raise UserError(f"{repo_id} already exists and is public; make it private on the Hub, or choose another name")
     names = {sibling.rfilename for sibling in repository.siblings or []}
-    if names - {".gitattributes", "README.md", "LICENSE"} and not names & set(check.CODE):
+    if names - {".gitattributes", "README.md", "LICENSE"} and not names & code:
         some = ", ".join(sorted(names)[:3])
         raise UserError(f"{repo_id} already holds something else ({some}); choose another name, or empty it first")
     if revision:
@@ -203,14 +207,14 @@ def _pull_back(repo_id: str, commit: str, expected: Outputs, code: Path, cache: 
 
 
 @contextmanager
-def _one_line(repo_id: str) -> Iterator[None]:
-    """Turn errors of the Hub and the network into one line with a remedy."""
+def _hub_errors(repo_id: str) -> Iterator[None]:
+    """Turn errors of the Hub and the network into a UserError of one line with a remedy."""
     try:
         yield
     except UserError:
         raise
     except errors.HFValidationError as error:
-        raise UserError(f"repo_id '{repo_id}' is not a repository's name; write USER/NAME") from error
+        raise UserError(f"repo_id '{repo_id}' is not the name of a repository; write USER/NAME") from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
         remedy = {

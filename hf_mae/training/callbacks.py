@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..data.labelled import LabelledImages
 from ..errors import UserError
+from ..run_folder import RunFolder
 from .checkpoint import load_tensors, save_tensors
 from .log import RunLog
 
@@ -68,7 +69,7 @@ class EMACallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            save_tensors(self.average, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / EMA_FILE)
+            save_tensors(self.average, RunFolder(str(args.output_dir)).checkpoint(state.global_step) / EMA_FILE)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._swap(kwargs["model"])

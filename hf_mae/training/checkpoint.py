@@ -48,9 +48,10 @@ def write_checkpoint(
         CheckpointError: if `check` returns False.
         OSError: if the folder can't be written for another reason.
     """
-    final = output_dir / f"checkpoint-{step}"
-    temporary = output_dir / f".tmp-checkpoint-{step}"
-    for leftover in output_dir.glob(".tmp-checkpoint-*"):
+    run = RunFolder(output_dir)
+    final = run.checkpoint(step)
+    temporary = final.with_name(f".tmp-{final.name}")
+    for leftover in run.unfinished_checkpoints():
         remove_folder(leftover)
     try:
         temporary.mkdir(parents=True)
@@ -64,21 +65,18 @@ def write_checkpoint(
         raise
     if check and not check(temporary):
         raise CheckpointError(f"{temporary} reads back differently from what was written; check the disk")
-    if final.is_file():
-        final.unlink()
-    elif final.exists():
-        shutil.rmtree(final)
+    files.remove(final)
     temporary.rename(final)
     files.fsync(output_dir)
-    for old in RunFolder(output_dir).checkpoints(last_step=step)[:-keep]:
+    for old in run.checkpoints(last_step=step)[:-keep]:
         remove_folder(old)
     return final
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder that isn't needed any more; warns if that fails, because the run can continue."""
+    """Remove a folder, or a link to one, that isn't needed any more; only warns on failure: the run can continue."""
     try:
-        shutil.rmtree(folder)
+        files.remove(folder)
     except OSError as error:
         logger.warning("%s can't be removed (%s); remove it yourself", folder, one_line(error))
 

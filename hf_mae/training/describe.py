@@ -39,6 +39,7 @@ def derive_facts(recipe: PretrainRecipe | FinetuneRecipe, setup: RunSetup) -> di
     """
     per_device_batch_size, grad_accum_steps = recipe.micro_batch(setup.ranks)
     trained = None if setup.classes is None else setup.model.num_parameters(only_trainable=True)
+    places = {key: getattr(recipe, key) for key in ("dataset", "eval_dataset", "model")}
     facts = {
         "version": __version__,
         "torch": str(torch.__version__),
@@ -54,6 +55,8 @@ def derive_facts(recipe: PretrainRecipe | FinetuneRecipe, setup: RunSetup) -> di
         "training_images": setup.training_images,
         "evaluation_images": setup.evaluation_images,
         "evaluated_on": setup.evaluated_on,
+        # A card can't tell a relative path such as my/images from a Hub id.
+        "local_keys": [key for key, place in places.items() if place and Path(place).expanduser().exists()] or None,
         "classes": setup.classes,
         "parameters": setup.model.num_parameters(),
         "trained_parameters": trained,

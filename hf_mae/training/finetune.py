@@ -24,7 +24,7 @@ from ..evaluation.metrics import make_compute_metrics
 from ..evaluation.results import make_result, named_data
 from ..keys.finetune_keys import FinetuneRecipe
 from ..optim.groups import layer_decay_groups
-from ..run_folder import RunFolder, add_result, read_results
+from ..run_folder import WEIGHTS_NAME, RunFolder, add_result, read_results
 from .callbacks import EMACallback, EpochCallback, LogCallback
 from .checkpoint import load_tensors, remove_folder, write_model
 from .describe import RunSetup, announce, derive_facts
@@ -194,7 +194,7 @@ class FinetuneRun:
         state = TrainerState.load_from_json(str(self.stored / "trainer_state.json"))
         if state.global_step < self.args.max_steps:
             return False
-        self.model.load_state_dict(load_tensors(self.stored / "model.safetensors"))
+        self.model.load_state_dict(load_tensors(self.stored / WEIGHTS_NAME))
         trainer.state, callbacks = state, trainer.callback_handler
         callbacks.on_train_begin(self.args, state, trainer.control)
         callbacks.on_train_end(self.args, state, trainer.control)  # averaged weights become the model's
@@ -206,7 +206,7 @@ class FinetuneRun:
 
         Raises:
             CheckpointError: if the model can't be written; the checkpoints then stay.
-            DataError: if results.json can't be written; the checkpoints then stay.
+            UserError: if results.json can't be written; the checkpoints then stay.
         """
         recipe, output_dir = self.recipe, self.output_dir
 
@@ -233,7 +233,7 @@ class FinetuneRun:
             "classes": len(self.labels.names),
         }
         result = make_result(protocol, data, str(output_dir), [log.figures])
-        add_result(result, self.folder.results_file)
+        add_result(self.folder.results_file, result)
         for checkpoint in self.folder.checkpoints():
             remove_folder(checkpoint)
         return result

@@ -366,7 +366,7 @@ class PretrainRun:
         if failure:
             self.log.say(f"WARNING: {failure}; the run continues, and tries again at its next save")
         elif self.publisher and state.step < state.total_steps:
-            self.publisher.start(self.output_dir / f"checkpoint-{state.step}")
+            self.publisher.start(self.folder.checkpoint(state.step))
 
     def _count_bad(self) -> bool:
         """Count the samples that failed to decode since the last call; returns whether there were any."""

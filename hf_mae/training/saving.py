@@ -10,6 +10,7 @@ from accelerate.utils import broadcast_object_list
 from ..errors import DiskFullError
 from ..image_processing_mae import MAEImageProcessor
 from ..modeling_mae import MAEForPreTraining
+from ..run_folder import WEIGHTS_NAME
 from .checkpoint import (
     full_state_dict,
     load_tensors,
@@ -21,7 +22,7 @@ from .checkpoint import (
 )
 from .state import RunState
 
-MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+OPTIMIZER = "optimizer.safetensors"
 
 
 @dataclass
@@ -63,7 +64,7 @@ class Saver:
             state.write(folder)
 
         def read_back(folder: Path) -> bool:
-            written = ((weights, MODEL), (moments, OPTIMIZER))
+            written = ((weights, WEIGHTS_NAME), (moments, OPTIMIZER))
             same = all(same_tensors(tensors, load_tensors(folder / name)) for tensors, name in written)
             return same and RunState.read(folder) == state
 

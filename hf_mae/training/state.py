@@ -54,7 +54,7 @@ class RunState:
         """Write the two files into a checkpoint's folder."""
         names = ["step", "images_seen", "total_steps", "guard", "version", "recipe"]
         names += [] if self.scaler is None else ["scaler"]
-        write_json({name: getattr(self, name) for name in names}, folder / TRAINER)
+        write_json(folder / TRAINER, {name: getattr(self, name) for name in names})
         data = {
             "plan": vars(self.plan),
             "seed": self.recipe["seed"],
@@ -62,7 +62,7 @@ class RunState:
             "fingerprint": self.fingerprint,
             "bad": self.bad,
         }
-        write_json(data, folder / DATA)
+        write_json(folder / DATA, data)
 
     def advance(self, images: int) -> None:
         """Count one more optimizer step, on `images` images."""

@@ -1,4 +1,4 @@
-"""`hf-mae reconstruct`: draw a model's reconstructions of any images, with the model's evaluation crop."""
+"""`hf-mae reconstruct`: draw a model's reconstructions of images, with the model's evaluation crop."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +13,7 @@ from ..data.order import Rows
 from ..data.sources import open_source
 from ..data.transform import evaluation_spec, make_normalizer, move_crop, normalization
 from ..errors import DataError, UserError
+from ..files import writing
 from ..keys import height_width
 from ..keys.publishing_keys import ReconstructRecipe
 from ..modeling_mae import MAEForPreTraining
@@ -29,7 +30,7 @@ class Reconstructor:
         image_size: height and width of the crop in pixels, or one number for a square; the model's when omitted.
 
     Raises:
-        DataError: if there is no model, it has no decoder, or it can't take this size.
+        UserError: if the model can't be loaded, has no decoder, or can't take this size.
     """
 
     def __init__(self, path: str, image_size: Sequence[int] | None = None):
@@ -58,8 +59,8 @@ def reconstruct_files(recipe: ReconstructRecipe) -> dict[str, Any]:
     """Draw the reconstructions of images.
 
     Returns:
-        `path` of the picture; `images`, their number; `bad`: (key, reason) of those that can't be decoded; `scores`:
-        for each mask ratio, the mean `psnr` (dB) and `ssim` of the hidden part.
+        `path`: the picture's file; `images`: the number of images in it; `bad`: (key, reason) of images that can't be
+        decoded; `scores`: the mean `psnr` (dB) and `ssim` of the hidden part for each mask ratio.
 
     Raises:
         UserError: if the images, the model or a key can't be used, or the picture can't be written.
@@ -84,11 +85,9 @@ def reconstruct_files(recipe: ReconstructRecipe) -> dict[str, Any]:
         picture = reconstruction_grid(results, mean, std, recipe.bands, details=True, cell=recipe.cell)
     except ValueError as error:
         raise UserError(str(error)) from error
-    try:
+    with writing(recipe.output, "--output"):
         Path(recipe.output).parent.mkdir(parents=True, exist_ok=True)
         picture.save(recipe.output)
-    except OSError as error:
-        raise UserError(f"{recipe.output} can't be written: {error}") from error
     scores = []
     for result in results:
         psnr, ssim = (score.mean().item() for score in masked_scores(result, mean, std))

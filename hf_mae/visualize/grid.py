@@ -28,20 +28,21 @@ def reconstruction_grid(
     cell: int = 128,
     pairs: int = 1,
 ) -> Image.Image:
-    """A picture with one row for each image: original | masked | reconstruction | reconstruction with visible patches.
+    """A picture with one row for each image: original | masked | predicted patches | visible and predicted patches.
 
     Args:
-        reconstructions: of the same images with the same `statistics`, e.g. with several mask ratios; the last three
-            columns are repeated for each.
+        reconstructions: of the same images with the same `statistics`, e.g. with several mask ratios; all columns but
+            the first are repeated for each.
         image_mean: (C,) mean that the normalisation subtracted.
         image_std: (C,) standard deviation that the normalisation divided by.
         bands: one channel or three (red, green, blue) to show, from 0. When omitted, the first three, or the first.
-        details: also show a map of the error, and the scores of the hidden part.
+        details: also show an error map of the hidden patches (white: none, dark red: a quarter of the range or more),
+            and PSNR and SSIM of the hidden part below each row.
         cell: longer side of an image in the picture, in pixels; small images are enlarged without smoothing.
         pairs: number of images side by side in the picture.
 
     Raises:
-        ValueError: if there are no such channels.
+        ValueError: if the images lack a channel in `bands`, or `bands` isn't one channel or three.
     """
     images = reconstructions[0].pixel_values
     original = shown_bands(images, images, image_mean, image_std, bands)
@@ -54,11 +55,11 @@ def reconstruction_grid(
         captions = [f"{psnr.item():.1f} dB, SSIM {ssim.item():.2f}" for psnr, ssim in scores]
         columns += [
             (f"masked {result.mask_ratio:.0%}", to_pictures(masked, cell), None),
-            (f"reconstruction{star}", to_pictures(predicted, cell), None),
-            (f"with visible{star}", to_pictures(pasted, cell), captions),
+            (f"predicted patches{star}", to_pictures(predicted, cell), None),
+            (f"visible + predicted{star}", to_pictures(pasted, cell), captions),
         ]
         if details:
-            columns.append(("error", to_pictures(_error_map(original, pasted, removed), cell), None))
+            columns.append(("error (red = large)", to_pictures(_error_map(original, pasted, removed), cell), None))
     return _arrange(columns, details, FOOTERS.get(reconstructions[0].statistics), min(pairs, len(images)))
 
 
@@ -79,7 +80,7 @@ def shown_bands(
 
 
 def _error_map(images: torch.Tensor, others: torch.Tensor, removed: torch.Tensor) -> torch.Tensor:
-    """(B, 3, H, W): white without an error, red from a quarter of the range on, gray where nothing was hidden."""
+    """(B, 3, H, W): white for no error, dark red for a quarter of the range or more, gray where nothing was hidden."""
     error = ((images - others).abs().mean(dim=1, keepdim=True) * 4).clamp(0, 1)
     colours = torch.cat([1 - 0.3 * error, 1 - error, 1 - error], dim=1)
     return torch.where(removed, colours, GRAY)
@@ -105,12 +106,12 @@ def _arrange(columns: Sequence[Column], captions: bool, footer: str | None, pair
         for index, picture in enumerate(pictures):
             left, top = index % pairs * step + MARGIN + number * across, HEADER + index // pairs * down
             if index < pairs:
-                draw.text((left, 5), title, fill="black", font_size=12)
+                draw.text((left, 5), title, fill="black", font_size=11)
             grid.paste(picture, (left, top))
             if captions and texts:
                 draw.text((left, top + height + 1), texts[index], fill="black", font_size=11)
     if footer:
-        # A picture of one image may be narrower than the footer.
+        # The picture may be narrower than the footer.
         missing = max(0, 2 * MARGIN + math.ceil(draw.textlength(footer, font_size=12)) - grid.width)
         grid = ImageOps.expand(grid, (0, 0, missing, HEADER), "white")
         ImageDraw.Draw(grid).text((MARGIN, grid.height - HEADER + 2), footer, fill="black", font_size=12)

@@ -70,7 +70,7 @@ def reconstruct(
         statistics: the way back to pixels: "visible", "true" or "raw".
 
     Raises:
-        ValueError: for what the model's forward refuses, unknown statistics, or a mask that hides nothing.
+        ValueError: if the model's forward refuses the arguments, statistics are unknown, or the mask hides nothing.
     """
     if statistics not in get_args(Statistics):
         raise ValueError(f"statistics {statistics!r} is unknown; use one of {', '.join(get_args(Statistics))}")

@@ -39,5 +39,5 @@ def test_two_runs_get_the_same_images_and_the_pair_is_named():
 
     assert torch.equal(make_probe(config).images, make_probe(config).images)
     assert compare_runs(run, run, config, "a and b") == 0
-    with pytest.raises(UserError, match=rf"a and b differ by more than {TOLERANCE:g} .* in mean: .*, nothing was"):
+    with pytest.raises(UserError, match=rf"a and b differ by more than {TOLERANCE:g} .* in mean: .*; nothing was"):
         compare_runs(run, lambda probe: {"mean": probe.images.mean(dim=0) + 1}, config, "a and b")

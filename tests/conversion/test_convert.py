@@ -387,7 +387,7 @@ def test_facebooks_models_are_converted_by_their_id_and_keep_their_licence(tmp_p
         said = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     assert said.returncode == 0, said.stderr
     assert "CC-BY-NC" in said.stdout
-    assert "hf-mae: error: facebook/nothing is neither here nor on the Hub" in said.stderr
+    assert "hf-mae: error: facebook/nothing is neither a path nor on the Hub" in said.stderr
     ours = AutoModelForPreTraining.from_pretrained(tmp_path / "ours")
     assert same_bits(keys.to_layout(ours.state_dict(), "transformers"), peer.state_dict())
     # The licence goes along with what is made of it, whatever the format.
@@ -417,6 +417,28 @@ def test_facebooks_models_are_converted_by_their_id_and_keep_their_licence(tmp_p
 )
 def test_copies_of_facebooks_models_are_known_by_their_names(tmp_path, folder, licence):
     vit_mae(tmp_path / folder)
+    assert convert(tmp_path / folder, tmp_path / "ours") == 0
+    assert record(tmp_path / "ours")["licence"] == licence
+
+
+@pytest.mark.parametrize(
+    ("folder", "stated", "licence"),
+    [
+        ("vit_base_patch16_224.mae", None, "cc-by-nc-4.0"),
+        ("models--timm--vit_huge_patch14_224.mae/snapshots/12ab", None, "cc-by-nc-4.0"),
+        ("vit_base_patch16_224.mae", "mit", "mit"),
+        ("vit_base_patch16_224.mae_mine", None, None),
+        ("mine", None, None),
+    ],
+)
+def test_timms_models_have_the_licence_that_they_state_or_that_of_their_names(tmp_path, folder, stated, licence):
+    save_ours(tiny(MAEModel), tmp_path / "model")
+    assert convert(tmp_path / "model", tmp_path / folder, to="timm") == 0
+    (tmp_path / folder / "conversion.json").unlink()
+    file = tmp_path / folder / "config.json"
+    config = json.loads(file.read_text())
+    config["pretrained_cfg"] |= {"license": stated} if stated else {}
+    file.write_text(json.dumps(config))
     assert convert(tmp_path / folder, tmp_path / "ours") == 0
     assert record(tmp_path / "ours")["licence"] == licence
 
@@ -521,7 +543,9 @@ def test_what_a_file_does_not_record_has_to_be_given(tmp_path, capsys):
     """Heads leave no trace in the weights, so that no check could find a wrong number."""
     save_pth(tmp_path / "x.pth", "full")
     assert convert(tmp_path / "x.pth", tmp_path / "a", norm_pix_loss="true") == 2
-    assert "a width of 48 is in no file and no table; give --num_attention_heads NUMBER" in capsys.readouterr().err
+    assert (
+        "the number of heads for width 48 is not recorded; give --num_attention_heads NUMBER" in capsys.readouterr().err
+    )
     assert convert(tmp_path / "x.pth", tmp_path / "a", norm_pix_loss="true", num_attention_heads=4) == 2
     assert "give --decoder_num_attention_heads NUMBER" in capsys.readouterr().err
     assert convert(tmp_path / "x.pth", tmp_path / "a", **HEADS) == 2
@@ -642,8 +666,8 @@ def test_what_can_not_be_expressed_is_refused_in_one_line(tmp_path, capsys):
         ("probe.pth", "mae", "has head.1.bias"),
         ("other.pth", "mae", "e.g. resnet"),
         ("bert", "mae", "type bert"),
-        ("absent.pth", "mae", "is not there"),
-        ("no/such/place", "mae", "is not there"),
+        ("absent.pth", "mae", "does not exist"),
+        ("no/such/place", "mae", "does not exist"),
         ("mean", "gguf", "--to 'gguf' is not one of mae, vit_mae, vit, timm, original"),
     ):
         heads = {"num_attention_heads": 4} if source == "probe.pth" else {}

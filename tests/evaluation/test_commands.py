@@ -17,7 +17,7 @@ from tiny import save_model
 
 from hf_mae import MAEConfig, MAEForPreTraining, MAEImageProcessor
 from hf_mae.data.sources import open_splits
-from hf_mae.errors import DataError
+from hf_mae.errors import UserError
 from hf_mae.evaluation.encoder import FrozenEncoder
 from hf_mae.evaluation.fast_linear import fast_linear_accuracy
 from hf_mae.evaluation.knn import knn_accuracy
@@ -120,10 +120,10 @@ def test_a_file_that_holds_something_else_is_not_overwritten(folder, tmp_path, m
     other = tmp_path / "notes.json"
     for text in ("precious", '{"a": 1}', "[1, 2]"):
         other.write_text(text)
-        assert "is no list of results" in mistake(*command("knn", folder, "--results", other))
+        assert "is not a list of results" in mistake(*command("knn", folder, "--results", other))
         assert other.read_text() == text
-    with pytest.raises(DataError, match="can't be written"):
-        add_result({"protocol": 1, "data": 2, "checkpoint": 3, "figures": {}}, other / "below")
+    with pytest.raises(UserError, match="can't be written"):
+        add_result(other / "below", {"protocol": 1, "data": 2, "checkpoint": 3, "figures": {}})
 
 
 def class_folder(path, classes, count=3):

@@ -12,11 +12,12 @@ import yaml
 from hub_server import HubServer
 from huggingface_hub import ModelCard, repocard
 from PIL import Image
-from runs import REPOSITORY, load_finetune_recipe, load_pretrain_recipe, mistake, start, tree, weights_hash
+from runs import REPOSITORY, load_finetune_recipe, load_pretrain_recipe, mistake, run, start, tree, weights_hash
 from tiny import tiny
 
 from hf_mae import MAEForImageClassification, MAEForPreTraining, MAEImageProcessor
 from hf_mae.hub.card import Card, licence_of
+from hf_mae.run_folder import RunFolder
 
 RECIPE = {
     "recipe": "quickstart", "dataset": "/home/me/pictures", "dataset_revision": None, "split": "train", "model": None,
@@ -40,7 +41,7 @@ def entry(sha256, name="knn", **figures):
     return {
         "protocol": {"name": name, "k": [10, 20], "temperature": 0.07, "source": None},
         "data": {"dataset": "user/data", "config": None, "revision": "abc", "split": "train", "train_images": 1705,
-                 "evaluated_on": "split test", "eval_images": 92, "classes": 10},
+                 "evaluated_on": "split test", "eval_images": 920, "classes": 10},
         "checkpoint": {"path": "/home/me/out", "sha256": sha256},
         "figures": figures or {"knn_top1_k10": 51.0869},
         "versions": {},
@@ -95,15 +96,15 @@ def test_a_card_has_the_figures_of_the_run_with_their_protocol(full):
     for row in (
         "| training images | 12,345 |", "| images a step | 64 |", "| steps | 30 |", "| peak learning rate | 0.00025 |",
         "| processes | 2 (DDP) |", "| precision | bf16 |", "| throughput | 300 images a second (median) |",
-        "| data | pictures, split train |", "| started from | random weights |",
+        "| data | pictures (local), split train |", "| started from | random weights |",
     ):  # fmt: skip
         assert row in training
     assert "54,321 parameters" in text
-    assert "| knn_top1_k10 | 51.09 % |" in results
-    assert "| linear_top1 | 93.48 % (92.00 to 94.50) |" in results
-    assert "| linear_penalty | 0.0001 (0.0001 to 0.0001) |" in results
+    assert "| knn_top1_k10 | 51.09 % | 920 |" in results
+    assert "| linear_top1 | 93.48 % (92.00 to 94.50) | 920 |" in results
+    assert "| linear_penalty | 0.0001 (0.0001 to 0.0001) | 920 |" in results
     assert "Protocol: k 10 20, temperature 0.07." in results
-    assert "learnt from 1,705 images, evaluated on 92 images (split test), 10 classes" in results
+    assert "using 1,705 labelled images, evaluated on 920 images (split test), 10 classes" in results
     assert "0.6250 after step 30 (1.2500 before step 1)" in results
     assert "step-30.png)" in section(text, "Reconstructions")
 
@@ -171,9 +172,62 @@ def test_the_reproduction_command_is_the_recorded_run(full, tmp_path):
     assert command[1] == "--recipe recipe.yaml --output_dir outputs/name"
     (tmp_path / "recipe.yaml").write_text(recipe[1])
     run = load_pretrain_recipe(["--recipe", str(tmp_path / "recipe.yaml")]).to_dict()
-    changed = {"recipe": str(tmp_path / "recipe.yaml"), "output_dir": "outputs/recipe", "dataset": "pictures"}
+    changed = {"recipe": str(tmp_path / "recipe.yaml"), "output_dir": "outputs/recipe", "dataset": "path/to/pictures"}
     for key, value in {**RECIPE, "resume": "none", **changed}.items():
         assert run[key] == value, key
+
+
+@pytest.mark.parametrize(
+    ("dataset", "recorded", "shown", "repeated", "metadata"),
+    [
+        ("my/images", True, "images (local)", "path/to/images", None),
+        ("my/images", False, "my/images", "my/images", ["my/images"]),
+        ("./images", False, "images (local)", "path/to/images", None),
+        ("a/b/images", False, "images (local)", "path/to/images", None),
+        ("shards-{000..003}.tar", False, "shards-{000..003}.tar (local)", "path/to/shards-{000..003}.tar", None),
+        ("hf://datasets/my/images", False, "hf://datasets/my/images", "hf://datasets/my/images", None),
+        ("digits", True, "digits", "digits", None),
+    ],
+)
+def test_a_local_folder_is_not_taken_for_a_data_set_on_the_hub(full, dataset, recorded, shown, repeated, metadata):
+    derived = {**DERIVED, "evaluated_on": f"split test of {dataset}", "local_keys": ["dataset"] if recorded else []}
+    settings = {"recipe": {**RECIPE, "dataset": dataset}, "derived": derived}
+    (full / "run_config.yaml").write_text(yaml.safe_dump(settings))
+    result = entry(weights_hash(full))
+    result["data"] |= {"dataset": dataset, "evaluated_on": f"split test of {dataset}"}
+    (full / "results.json").write_text(json.dumps([result]))
+    card = Card(full)
+    text, head = card.text(), ModelCard(card.text()).data
+    assert f"| data | {shown}, split train |" in text
+    assert f"| evaluated on | split test of {shown} |" in text
+    assert f"**knn** on {shown}: " in text
+    assert yaml.safe_load(card.recipe_yaml())["dataset"] == repeated
+    assert ("replace each `path/to`" in text) == (shown != dataset)
+    assert head.datasets == metadata
+    (figure,) = head.eval_results
+    assert figure.dataset_name == f"{shown}, split test of {shown}"
+    assert figure.dataset_type == (dataset if metadata else figure.dataset_type)
+    assert ("/" in figure.dataset_type) == bool(metadata)
+
+
+def test_a_run_records_which_of_its_keys_are_paths(tmp_path):
+    folder = RunFolder(run(tmp_path / "first"))
+    assert "local_keys" not in folder.config()[1]
+    again = RunFolder(run(tmp_path / "second", model=folder.path))
+    assert again.config()[1]["local_keys"] == ["model"]
+    assert "| started from | first (local) |" in Card(again.path).text()
+
+
+def test_figures_on_few_images_are_in_the_text_alone(full):
+    few = entry(weights_hash(full), knn_top1_k10=100.0)
+    few["data"] |= {"eval_images": 99}
+    (full / "results.json").write_text(json.dumps([few]))
+    text = Card(full).text()
+    assert "| knn_top1_k10 | 100.00 % | 99 |" in text
+    assert ModelCard(text).data.eval_results is None
+    few["data"] |= {"eval_images": 100}
+    (full / "results.json").write_text(json.dumps([few]))
+    assert [result.metric_value for result in ModelCard(Card(full).text()).data.eval_results] == [100.0]
 
 
 def test_a_checkpoints_card_is_the_runs_up_to_its_step(full):

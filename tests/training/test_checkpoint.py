@@ -54,15 +54,15 @@ def write_all(model, optimizer):
         model.save_pretrained(folder, state_dict=full_state_dict(model))
         MAEImageProcessor(num_channels=3).save_pretrained(folder)
         save_tensors(optimizer_tensors(model, optimizer), folder / "optimizer.safetensors")
-        write_json({"step": 2}, folder / "trainer.json")
-        write_json({"positions": [1, 2]}, folder / "data.json")
+        write_json(folder / "trainer.json", {"step": 2})
+        write_json(folder / "data.json", {"positions": [1, 2]})
 
     return write
 
 
 def write_small(folder):
     save_tensors({"weight": torch.arange(3.0)}, folder / "model.safetensors")
-    write_json({"step": 1}, folder / "trainer.json")
+    write_json(folder / "trainer.json", {"step": 1})
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +226,7 @@ def test_a_run_that_dies_while_it_saves_leaves_no_checkpoint(tmp_path, monkeypat
 
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
     write_checkpoint(tmp_path, 1, write_small, keep=2)
-    folder = write_checkpoint(tmp_path, 1, lambda folder: write_json("new", folder / "only.json"), keep=2)
+    folder = write_checkpoint(tmp_path, 1, lambda folder: write_json(folder / "only.json", "new"), keep=2)
     assert sorted(path.name for path in folder.iterdir()) == ["COMPLETE", "only.json"]
     verify_checkpoint(folder)
 
@@ -256,7 +256,7 @@ def test_a_final_model_that_cannot_be_written_is_one_line_and_leaves_the_old_fil
     before = (tmp_path / "trainer.json").read_bytes()
 
     def fill(folder):
-        write_json({"step": 2}, folder / "trainer.json")
+        write_json(folder / "trainer.json", {"step": 2})
         raise error
 
     with pytest.raises(CheckpointError, match=r"the final model can't be written into .* with --resume auto$"):
@@ -345,6 +345,17 @@ def test_a_manifest_that_lists_no_file_of_the_checkpoint_makes_the_one_before_be
 def test_a_file_in_the_place_of_a_checkpoint_is_replaced(tmp_path):
     (tmp_path / "checkpoint-5").write_text("a file")
     assert find_checkpoint(tmp_path, str(write_checkpoint(tmp_path, 5, write_small, keep=2)))
+
+
+def test_a_link_in_the_place_of_a_checkpoint_is_replaced_or_removed_and_its_target_stays(tmp_path):
+    elsewhere = write_checkpoint(tmp_path / "elsewhere", 7, write_small, keep=2)
+    for step in (1, 5):
+        (tmp_path / f"checkpoint-{step}").symlink_to(elsewhere)
+    for step in (5, 6):
+        write_checkpoint(tmp_path, step, write_small, keep=2)
+    verify_checkpoint(elsewhere)
+    assert [path.name for path in RunFolder(tmp_path).checkpoints()] == ["checkpoint-5", "checkpoint-6"]
+    assert not any(path.is_symlink() for path in tmp_path.iterdir())
 
 
 def test_a_named_checkpoint_is_taken_or_refused_never_replaced_by_another(tmp_path):

@@ -73,7 +73,7 @@ def test_a_finished_run_says_so_again_and_is_not_run_again(pretrained, tmp_path,
 def test_a_finished_run_says_so_without_a_count_of_bad_samples(pretrained, tmp_path, capsys):
     data = {"dataset": "d", "evaluated_on": "test", "eval_images": 5, "classes": 2}
     entry = {"protocol": {"name": "fine-tuning"}, "data": data, "checkpoint": {}, "figures": {"top1": 50.0}}
-    add_result(entry, tmp_path / "out" / "results.json")
+    add_result(tmp_path / "out" / "results.json", entry)
     assert start("finetune", *arguments(tmp_path / "out", model=pretrained, resume="auto")) == 0
     assert capsys.readouterr().out.startswith("top1 50, on 5 images\nmodel ")
 
@@ -309,7 +309,7 @@ def test_results_that_cannot_be_added_to_are_reported_before_the_training(pretra
     out = tmp_path / "out"
     out.mkdir()
     (out / "results.json").write_text("mine")
-    assert "is no list of results of hf-mae; move it away" in mistake(
+    assert "is not a list of results of hf-mae; move it away" in mistake(
         capsys, "finetune", *arguments(out, model=pretrained)
     )
     assert [path.name for path in out.iterdir()] == ["results.json"]
@@ -317,7 +317,7 @@ def test_results_that_cannot_be_added_to_are_reported_before_the_training(pretra
 
 def test_other_results_in_the_folder_are_not_taken_for_those_of_the_run(pretrained, tmp_path):
     other = {"protocol": {"name": "knn"}, "data": {}, "checkpoint": {}, "figures": {"knn_top1": 50.0}}
-    add_result(other, tmp_path / "out" / "results.json")
+    add_result(tmp_path / "out" / "results.json", other)
     out = tune(tmp_path / "out", model=pretrained, resume="auto", total_steps=1)
     assert [entry["protocol"]["name"] for entry in read_results(out / "results.json")] == ["knn", "fine-tuning"]
 
