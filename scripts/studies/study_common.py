@@ -118,21 +118,24 @@ def pretrained(sitting: Sitting, cell: Cell, options: argparse.Namespace) -> Pat
     """The cell's model, pretrained unless it exists."""
     model = sitting.folder / "pretrain"
     if not (model / "model.safetensors").exists():
-        words = ["pretrain", "--recipe", options.recipe, "--dataset", options.dataset, *cell.keys, "--output_dir"]
-        steps = options.total_steps if options.minutes is None else steps_that_fit(sitting, words, options.minutes)
-        sitting.run([*words, model, "--total_steps", steps, "--resume", "auto"])
+        steps = options.total_steps if options.minutes is None else steps_that_fit(sitting, cell, options)
+        sitting.run([*command_of(cell, options), model, "--total_steps", steps, "--resume", "auto"])
     return model
 
 
-def steps_that_fit(sitting: Sitting, words: Sequence[Any], minutes: float) -> int:
-    """The number of steps that `hf-mae pretrain` takes in these minutes, measured once by a short run."""
+def command_of(cell: Cell, options: argparse.Namespace) -> list[Any]:
+    return ["pretrain", "--recipe", options.recipe, "--dataset", options.dataset, *cell.keys, "--output_dir"]
+
+
+def steps_that_fit(sitting: Sitting, cell: Cell, options: argparse.Namespace) -> int:
+    """The number of steps that `hf-mae pretrain` takes in `options.minutes`, measured once by a short run."""
     short, file = sitting.folder / "short", sitting.folder / "steps.json"
     if not file.exists():
         quick = ["--log_steps", 1, "--quality_steps", 0, "--eval_steps", SHORT_RUN, "--save_steps", SHORT_RUN]
-        sitting.run([*words, short, "--total_steps", SHORT_RUN, *quick])
+        sitting.run([*command_of(cell, options), short, "--total_steps", SHORT_RUN, *quick])
         events = [event for event in read_log(short) if "loss" in event]
         seconds = [e["images_seen"] / e["step"] / e["images_per_second"] for e in events[SHORT_RUN // 2 :]]
-        file.write_text(json.dumps(max(SHORT_RUN, round(60 * minutes / statistics.median(seconds)))))
+        file.write_text(json.dumps(max(SHORT_RUN, round(60 * options.minutes / statistics.median(seconds)))))
     return json.loads(file.read_text())
 
 
@@ -143,6 +146,9 @@ def read_log(run: Path) -> list[dict[str, Any]]:
 def run_study(cells: Sequence[Cell], options: argparse.Namespace) -> list[dict[str, Any]]:
     """Pretrain and measure every cell; returns the table's rows of the finished cells."""
     rows = []
+    # All speeds are measured right after each other, so that other work on the machine doesn't favour a cell.
+    for cell in cells if options.minutes else []:
+        steps_that_fit(Sitting(options.output_dir / cell.name, None), cell, options)
     for cell in cells:
         sitting = Sitting(options.output_dir / cell.name, options.max_minutes_per_cell)
         try:
