@@ -109,7 +109,9 @@ class ReconstructRecipe(ModelInput):
 
     images: list[str] = positional_key("image files, folders of them, or data sets", group="data", metavar="IMAGE")
     output: str = output_key("reconstruction.png", "file for the picture, .png, .webp or .jpg", metavar="FILE")
-    mask_ratios: list[float] = masking_key([0.75], "fractions of patches to hide, one after the other")
+    mask_ratios: list[float] | None = masking_key(
+        None, "fractions of patches to hide, one after the other", "the model's own"
+    )
     seed: int = masking_key(0, "random seed of the masks")
     statistics: Statistics = output_key(
         "visible", "how hidden patches get mean and contrast: from the visible patches, their true ones, or not at all"

@@ -79,7 +79,7 @@ def reconstruct_files(recipe: ReconstructRecipe) -> dict[str, Any]:
     try:
         results = [
             reconstruct(reconstructor.model, pixel_values, ratio, recipe.seed, statistics=recipe.statistics)
-            for ratio in recipe.mask_ratios
+            for ratio in recipe.mask_ratios or [reconstructor.model.config.mask_ratio]
         ]
         mean, std = reconstructor.mean, reconstructor.std
         picture = reconstruction_grid(results, mean, std, recipe.bands, details=True, cell=recipe.cell)

@@ -44,6 +44,14 @@ def test_the_command_draws_files_and_folders_with_several_mask_ratios(saved, pho
         assert picture.width == 9 * (48 + MARGIN) + 2 * MARGIN
 
 
+def test_without_mask_ratios_the_model_s_own_is_used(tmp_path, capsys):
+    model_for(3, 32, 32, mask_ratio=0.5).save_pretrained(tmp_path)
+    MAEImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    Image.new("RGB", (40, 40), "teal").save(tmp_path / "photo.png")
+    assert start("reconstruct", tmp_path / "photo.png", "--model", tmp_path, "--output", tmp_path / "x.png") == 0
+    assert "masked 50%: " in capsys.readouterr().out
+
+
 def test_the_command_shows_what_the_functions_give(saved, photos, tmp_path):
     out = tmp_path / "x.png"
     assert start("reconstruct", "--model", saved, "--images", photos / "1.png", "--seed", 7, "--output", out) == 0
