@@ -172,6 +172,7 @@ for number in range(20):
 """
 
 
+@pytest.mark.slow
 def test_what_several_processes_add_under_the_lock_is_all_there(tmp_path):
     path = tmp_path / "list.json"
     command = [sys.executable, "-c", ADD, path]

@@ -353,6 +353,7 @@ def test_a_result_takes_the_place_of_the_same_measurement_of_the_same_weights(fo
     assert read_results(folder.results_file) == [entry("linear_probe"), again]
 
 
+@pytest.mark.slow
 def test_results_that_two_processes_add_at_once_are_both_there(tmp_path):
     code = """import json, sys
 from pathlib import Path

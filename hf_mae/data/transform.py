@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,7 +25,9 @@ from ..configuration_mae import MAEConfig
 from ..errors import UserError
 from ..image_processing_base_mae import center_spans, per_channel, resize_bands, shortest_edge_size
 from ..image_processing_mae import MAEImageProcessor
-from .decode import BadImage, decode_image
+
+if TYPE_CHECKING:
+    from .decode import BadImage
 
 BICUBIC = Image.Resampling.BICUBIC
 LONGEST = 100  # times the shorter side
@@ -144,8 +146,10 @@ class ImageSpec:
     resample: int = BICUBIC
     one_draw: bool = False
 
-    def decode(self, data: bytes | np.ndarray | BadImage, for_crops: bool = False) -> Image.Image | np.ndarray:
+    def decode(self, data: "bytes | np.ndarray | BadImage", for_crops: bool = False) -> Image.Image | np.ndarray:
         """`decode_image` with these channels and this dtype; `for_crops` lets it reduce JPEGs (see `pixels_needed`)."""
+        from .decode import decode_image  # here, because conversion needs the crop rule and no decoder
+
         least = pixels_needed(self.size, self.crop_scale) if for_crops else None
         return decode_image(data, self.num_channels, self.dtype, least)
 

@@ -193,7 +193,7 @@ def played(monkeypatch):
 @pytest.fixture
 def order_only(monkeypatch):
     """Images are taken as they are: what becomes of them is tested elsewhere, and takes most of the time."""
-    monkeypatch.setattr("hf_mae.data.transform.decode_image", lambda image, *_: image)
+    monkeypatch.setattr("hf_mae.data.decode.decode_image", lambda image, *_: image)
     monkeypatch.setattr(loader_module, "training_view", lambda *_: np.zeros((1, *SPEC.size), np.uint8))
 
 
@@ -404,7 +404,7 @@ def test_the_first_batch_after_a_resume_costs_that_batch_whatever_came_before(op
     read, open_bytes = source.read, parquet.open_bytes
     monkeypatch.setattr(source, "read", lambda *place: reads.append(place) or read(*place))
     monkeypatch.setattr(parquet, "open_bytes", lambda url: opened.append(url) or open_bytes(url))
-    monkeypatch.setattr("hf_mae.data.transform.decode_image", lambda *image: decoded.append(1) or decode_image(*image))
+    monkeypatch.setattr("hf_mae.data.decode.decode_image", lambda *image: decoded.append(1) or decode_image(*image))
 
     def costs(positions: list[int], first: int, stop: int) -> tuple[list[int], list[list[int]]]:
         """Reads after each step, and positions."""
@@ -440,7 +440,7 @@ def test_real_workers_decode_only_what_they_read_ahead_before_a_resumed_batch(wo
             decoded.value += 1
         return decode_image(*arguments)
 
-    monkeypatch.setattr("hf_mae.data.transform.decode_image", counting)
+    monkeypatch.setattr("hf_mae.data.decode.decode_image", counting)
     positions = run_grid((1, 0), rows, [0] * 16, 0, 60).positions
     for k in (1, 23, 60):
         decoded.value = 0

@@ -169,7 +169,7 @@ def test_after_a_resume_nothing_is_decoded_twice_and_a_block_a_stream_read_twice
         decoded.append(image.tobytes())
         return decode_image(image, *arguments)
 
-    monkeypatch.setattr("hf_mae.data.transform.decode_image", counting)
+    monkeypatch.setattr("hf_mae.data.decode.decode_image", counting)
     steps = 22  # two epochs
     list(TrainingStream(rows, plan, SPEC, 0, [0] * 8, 0, steps))
     uninterrupted, decoded_whole = list(rows.source.reads), list(decoded)
@@ -236,7 +236,7 @@ def test_large_photographs_are_decoded_at_the_scale_that_the_smallest_crop_needs
 @pytest.mark.parametrize("classes", [10, 1000])
 def test_batches_of_local_data_sorted_by_class_are_as_mixed_as_a_full_permutations(classes, monkeypatch):
     pixel = np.zeros((1, 1, 1), np.uint8)
-    monkeypatch.setattr("hf_mae.data.transform.decode_image", lambda image, *_: image)
+    monkeypatch.setattr("hf_mae.data.decode.decode_image", lambda image, *_: image)
     monkeypatch.setattr(loader_module, "training_view", lambda image, *_: image)
     samples = 20_000
     labels = np.arange(samples) * classes // samples

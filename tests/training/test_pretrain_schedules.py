@@ -81,6 +81,7 @@ def test_checkpoints_and_model_have_the_last_size_and_the_schedule_matters(whole
     assert weights_difference(usual, whole) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_compiled_run_follows_the_schedule_too(whole, tmp_path, monkeypatch):
     compiled = MAEForPreTraining.compile
     monkeypatch.setattr(MAEForPreTraining, "compile", lambda model: compiled(model, backend="eager"))

@@ -106,7 +106,7 @@ def test_images_of_every_kind_are_shown_or_named(saved, tmp_path, capsys):
     [
         ({"images": "missing.png"}, "there is no file missing.png; check --images"),
         ({"images": "text.png"}, "text.png can't be shown: "),
-        ({"model": "nowhere"}, "--model nowhere can't be loaded"),
+        ({"model": "./nowhere"}, "--model ./nowhere can't be loaded"),
         ({"model": "encoder"}, "--model encoder has no weights for decoder"),
         ({"output": "x.txt"}, "output x.txt is not the name of a picture; give it the ending .png, .webp or .jpg"),
         ({"mask_ratios": 1.0}, "mask_ratio 1.0"),
