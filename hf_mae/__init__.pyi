@@ -17,6 +17,7 @@ from .data.transform import crop_settings as crop_settings
 from .errors import UserError as UserError
 from .evaluation.metrics import Top1 as Top1
 from .evaluation.metrics import Top5 as Top5
+from .evaluation.metrics import make_compute_metrics as make_compute_metrics
 from .image_processing_mae import MAEImageProcessor as MAEImageProcessor
 from .image_processing_pil_mae import MAEImageProcessorPil as MAEImageProcessorPil
 from .keys.data_keys import PrepareRecipe as PrepareRecipe

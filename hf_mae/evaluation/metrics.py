@@ -78,6 +78,9 @@ def make_compute_metrics(problem_type: str | None) -> Callable[[EvalPrediction],
             all images have, is left out; if no class remains, the figure is nan.
             "regression": `mae`, the mean absolute error, in the labels' unit.
 
+    Returns:
+        A function of the Trainer's predictions (n, K) and labels, (n,) or (n, K), that gives these figures by name.
+
     Raises:
         ValueError: for another problem type.
     """
