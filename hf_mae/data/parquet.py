@@ -190,7 +190,7 @@ class ParquetSource(BlockSource):
         return self._edges[shard][number], table
 
     def _read_row_group(self, shard: int, group: int) -> Any:
-        with open_bytes(self._urls[shard]) as file:
+        with reading(self._urls[shard]), open_bytes(self._urls[shard]) as file:
             try:
                 # pre_buffer joins the column chunks into one request; no threads, because workers may be forked.
                 parquet = pq.ParquetFile(
@@ -202,8 +202,7 @@ class ParquetSource(BlockSource):
                     raise pa.ArrowInvalid(f"it holds {len(table)} rows")
             except (pa.ArrowException, OSError) as error:
                 if isinstance(error, OSError) and error.errno is not None:
-                    raise DataError(f"cannot read {self._urls[shard]}: {one_line(error)}; check the disk") from error
-                # No errno: the bytes were read, but are corrupt.
+                    raise  # the disk's fault; without an errno, the bytes were read, but are corrupt
                 message = f"row group {group} of {self.shard_names[shard]} is corrupt ({one_line(error)})"
                 return BadImage(message, "CorruptRowGroup")
         return table
