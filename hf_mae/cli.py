@@ -43,7 +43,8 @@ Masked autoencoders (arXiv:2111.06377) as Hugging Face Transformers models.
 
 {commands}
 
-hf-mae COMMAND --help lists the keys of a command. A first run, on handwritten digits that need no download:
+hf-mae COMMAND --help lists the keys of a command.
+For a first run, on handwritten digits that need no download:
   hf-mae pretrain --recipe quickstart
 """
 EVALUATE_USAGE = """usage: hf-mae evaluate PROTOCOL [--key value ...]
@@ -65,7 +66,7 @@ hf-mae evaluate linear-probe --model outputs/mine --dataset path/to/images
 hf-mae evaluate linear-probe --recipe linear_probe_vit_base_in1k --model outputs/base
 hf-mae evaluate classification --model outputs/finetune_quickstart --dataset digits
 hf-mae embed --model outputs/mine --dataset path/to/images --output features.parquet
-hf-mae reconstruct photo.jpg path/to/images --model outputs/mine --mask_ratios 0.75 --output picture.png
+hf-mae reconstruct photo.jpg path/to/images --model outputs/mine --output picture.png
 hf-mae report outputs/mine
 hf-mae report outputs/a outputs/b --output compared.html
 hf-mae demo --model outputs/mine --gallery path/to/images
@@ -366,25 +367,15 @@ COMMANDS: dict[str, Command] = {
         "draw original, masked and reconstructed images of a pretrained model", ReconstructRecipe, _reconstruct
     ),
     "report": Command("write one HTML file about a run, or about several side by side", ReportRecipe, _report),
-    "demo": Command(
-        "start a page to try a pretrained model on your own photos, or write it as a Space", DemoRecipe, _demo
-    ),
+    "demo": Command("start a page to try a model on your own photos, or write it as a Space", DemoRecipe, _demo),
     "convert": Command(
-        "convert weights from and to the formats of the original (.pth), transformers' vit_mae and vit, and timm",
-        ConvertRecipe,
-        _convert,
+        "convert weights from and to the original's, transformers' and timm's formats", ConvertRecipe, _convert
     ),
-    "export": Command(
-        "write an encoder or a classifier as an ONNX file, or as a file of torch.export", ExportRecipe, _export
-    ),
-    "push": Command(
-        "publish a model on the Hugging Face Hub with the code that loads it, and check what comes back",
-        PushRecipe,
-        _push,
-    ),
+    "export": Command("write an encoder or a classifier as a file of ONNX or torch.export", ExportRecipe, _export),
+    "push": Command("publish a model on the Hub with the code that loads it, and check the upload", PushRecipe, _push),
     "card": Command("write a model's card to a file, as push would publish it", CardRecipe, _card),
     "prepare": Command(
-        "re-encode a data set once, at the size that training needs, to sharded parquet", PrepareRecipe, _prepare
+        "re-encode images once, at the size that training needs, into parquet shards", PrepareRecipe, _prepare
     ),
     "stats": Command("print a data set's mean and standard deviation per channel", StatsRecipe, _stats),
 }
