@@ -33,9 +33,10 @@ def missing_path(name: str, endings: Collection[str] = ()) -> str | None:
     """
     path = Path(os.path.expanduser(name))
     is_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) and path.suffix.lower() not in endings
-    if is_id and not (len(path.parts) > 1 and Path(path.parts[0]).is_dir()):
+    if is_id and not (len(path.parts) > 1 and os.path.isdir(path.parts[0])):
         return None
-    parent = next(folder for folder in (*path.parents, Path()) if folder.is_dir())
+    # os.path, because Path.is_dir raises an error for a folder that can't be read and for a name that is too long.
+    parent = next(folder for folder in (*path.parents, Path()) if os.path.isdir(folder))
     wrong = "".join(path.relative_to(parent).parts[:1])
     near = get_close_matches(wrong, os.listdir(parent) if os.access(parent, os.R_OK) else [], n=1)
     return f"there is no file or folder {name}; " + (

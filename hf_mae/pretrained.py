@@ -1,8 +1,8 @@
 """Load a pretrained model with its image processor, or report in one line why it can't be loaded."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -39,7 +39,7 @@ def model_failure(model: str) -> str:
         UserError: if the name is a local path that doesn't exist, before the network is asked for it.
     """
     failure = f"--model {model} can't be loaded"
-    if Path(model).is_dir():
+    if os.path.isdir(model):
         return failure
     if missing := missing_path(model, (".safetensors", ".pth", ".pt", ".bin")):
         raise UserError(f"{failure}: {missing}")

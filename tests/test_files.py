@@ -194,6 +194,7 @@ def test_a_path_that_is_missing_is_told_from_a_hub_id(tmp_path, monkeypatch):
     (tmp_path / "outputs" / "quickstart").mkdir(parents=True)
     for name in ("mnist", "uoft-cs/cifar10", "timm/vit_base.mae_in1k"):
         assert files.missing_path(name, (".png",)) is None
+    assert "check the path" in files.missing_path("./" + 300 * "x")
     close = "there is no file or folder outputs/quikstart; did you mean 'outputs/quickstart'?"
     assert files.missing_path("outputs/quikstart") == close
     assert files.missing_path("output/quickstart/x") == (

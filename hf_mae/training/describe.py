@@ -1,5 +1,6 @@
 """What a recipe leads to on this machine and data: `derived` in run_config.yaml, and the first printed lines."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,8 @@ def derive_facts(recipe: PretrainRecipe | FinetuneRecipe, setup: RunSetup) -> di
         "evaluation_images": setup.evaluation_images,
         "evaluated_on": setup.evaluated_on,
         # A card can't tell a relative path such as my/images from a Hub id.
-        "local_keys": [key for key, place in places.items() if place and Path(place).expanduser().exists()] or None,
+        "local_keys": [key for key, place in places.items() if place and os.path.exists(os.path.expanduser(place))]
+        or None,
         "classes": setup.classes,
         "parameters": setup.model.num_parameters(),
         "trained_parameters": trained,
