@@ -55,7 +55,8 @@ class MAEBackbone(BackboneMixin, MAEPreTrainedModel):
     patch size.
 
     Raises:
-        ValueError: if `pyramid_scales` has another length than `out_indices`, or `reshape_hidden_states` is False.
+        ValueError: if `pyramid_scales` is set and `out_indices` has neither one entry nor one per scale, or if
+            `reshape_hidden_states` is False.
     """
 
     _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^(mae\.)?norm\."]

@@ -199,17 +199,19 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     except (ValueError, OSError):
         results = None
     if not isinstance(results, list) or not all(isinstance(entry, dict) and "figures" in entry for entry in results):
-        raise DataError(f"{path} is not a list of results of hf-mae; move it away, or name another file by --results")
+        raise DataError(f"{path} is not a list of results of hf-mae; move it away, or name another file")
     return results
 
 
-def add_result(path: Path, result: dict[str, Any]) -> None:
+def add_result(path: Path, result: dict[str, Any], key: str = "--results") -> None:
     """Add an entry to a results.json; it replaces one with the same protocol, data and weights.
+
+    `key` names the place on the command line.
 
     Raises a DataError if the file is something else, a UserError if it can't be written.
     """
     same = ("protocol", "data", "checkpoint")
-    with writing(path, "--results"):  # `read_results` raises no OSError
+    with writing(path, key):  # `read_results` raises no OSError
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path):
             others = [entry for entry in read_results(path) if any(entry.get(key) != result[key] for key in same)]

@@ -322,7 +322,7 @@ FOREIGN = ["", "precious", "{}", "[1, 2]", '[{"a": 1}]', "3", "null", "\udc80"]
 def test_a_foreign_file_of_results_is_an_error_for_who_adds_to_it(folder, text):
     folder.results_file.write_bytes(text.encode(errors="surrogateescape"))
     before = folder.results_file.read_bytes()
-    remedy = "is not a list of results of hf-mae; move it away, or name another file by --results"
+    remedy = "is not a list of results of hf-mae; move it away, or name another file"
     for action in (read_results, lambda path: add_result(path, entry("linear_probe"))):
         with pytest.raises(DataError, match=re.escape(f"{folder.results_file} {remedy}")):
             action(folder.results_file)

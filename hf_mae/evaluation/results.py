@@ -119,4 +119,4 @@ def _describe_figure(key: str, result: dict[str, Any]) -> Iterator[str]:
         yield "({:.2f} to {:.2f})".format(*result["ranges"][key])
     neighbours = re.fullmatch(r"knn_top1_k(\d+)", key)
     if neighbours and int(neighbours[1]) > (bank := sample_size(data["train_images"], fraction)):
-        yield f"(k is larger than the bank: all {bank} images vote)"
+        yield f"(k is larger than the training set, so all {bank} images vote)"

@@ -233,7 +233,7 @@ class FinetuneRun:
             "classes": len(self.labels.names),
         }
         result = make_result(protocol, data, str(output_dir), [log.figures])
-        add_result(self.folder.results_file, result)
+        add_result(self.folder.results_file, result, "--output_dir")
         for checkpoint in self.folder.checkpoints():
             remove_folder(checkpoint)
         return result

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..errors import one_line
 from ..files import replaced
 from ..run_folder import RunFolder, is_number
 from ..visualize.grid import with_title
@@ -53,7 +54,7 @@ class RunLog:
         try:
             self.folder.append_event(event)
         except OSError as error:  # for example a full disk; losing one line is better than ending the run
-            self.say(f"WARNING: a line of {self.folder.metrics_file} is lost: {error.strerror}")
+            self.say(f"WARNING: a line of {self.folder.metrics_file} is lost: {one_line(error)}")
         self.accelerator.log({key: value for key, value in values.items() if isinstance(value, int | float)}, step=step)
 
     def steps(self, step: int, **values: Any) -> None:
@@ -78,7 +79,7 @@ class RunLog:
         try:
             self.folder.save_picture(step, picture)
         except OSError as error:
-            self.say(f"WARNING: {self.folder.picture_file(step)} is lost: {error.strerror}")
+            self.say(f"WARNING: {self.folder.picture_file(step)} is lost: {one_line(error)}")
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}

@@ -99,7 +99,8 @@ def test_figures_of_few_images_name_their_number_and_a_k_above_the_bank_is_marke
     lines = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"  knn_top1_k20 +\d+\.\d\d % of 40 images", lines[2])
     assert re.fullmatch(
-        r"  knn_top1_k200 +\d+\.\d\d % of 40 images \(k is larger than the bank: all 120 images vote\)", lines[3]
+        r"  knn_top1_k200 +\d+\.\d\d % of 40 images \(k is larger than the training set, so all 120 images vote\)",
+        lines[3],
     )
     assert (
         start(
