@@ -388,10 +388,14 @@ def test_code_that_comes_back_changed_is_not_run(server, trusting, finished, tmp
     monkeypatch.undo()
     for name, value in {**server.env, "HF_TOKEN": TOKEN}.items():
         monkeypatch.setenv(name, value)
+    pushed = tmp_path / "pushed"
+    pushed.mkdir()
+    for path in (server.root / "models" / "user" / "x").glob("*.py"):
+        shutil.copy(path, pushed)
     code = server.root / "models" / "user" / "x" / "configuration_mae.py"
     code.write_text(f"open({str(tmp_path / 'canary')!r}, 'w').close()\n" + code.read_text())
     with pytest.raises(hub.UserError, match=r"configuration_mae.py differs from the file that was pushed"):
-        hub._pull_back("user/x", "main", tmp_path, REPOSITORY / "hf_mae", tmp_path / "cache")
+        hub._pull_back("user/x", "main", tmp_path, pushed, tmp_path / "cache")
     assert not (tmp_path / "canary").exists()
 
 

@@ -128,7 +128,7 @@ def test_a_kill_inside_each_file_of_a_save_changes_nothing_about_the_weights(who
         complete = checkpoint.find_checkpoint(output_dir, "auto")
         assert not before or complete  # the one before is still there
     # And while the end of the run is written, beside the last checkpoint.
-    for change in (dies_at(saving, "replace_files", 1), dies_at_end(1), dies_at_end(2)):
+    for change in (dies_at(files, "replace_files", 1), dies_at_end(1), dies_at_end(2)):
         codes = ends(fork(output_dir, ranks, change, **OPTIONS))
         assert codes[0] == -signal.SIGKILL
         assert max(checkpoints(output_dir)) == 140
