@@ -16,7 +16,7 @@ from processes import ends, fork, last_step
 from runs import arguments, checkpoints, environment, losses, weights_hash
 
 from hf_mae import files
-from hf_mae.training import checkpoint, saving
+from hf_mae.training import checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")]
 
@@ -58,7 +58,7 @@ def dies_inside(name: str, share: float) -> Callable[[], None]:
 
 
 def dies_at(module, function: str, call: int) -> Callable[[], None]:
-    """A change of this process: it is killed where it calls a function for the so-manyeth time."""
+    """A change of this process: it is killed where it calls a function for the `call`-th time."""
 
     def change() -> None:
         original, calls = getattr(module, function), []
@@ -156,14 +156,16 @@ def dies_half_way_through_removing(kind: str) -> Callable[[], None]:
 
 
 def dies_at_end(call: int) -> Callable[[], None]:
-    """Killed at the so-manyeth file of the final model that is put in place."""
+    """Killed as the `call`-th file of the final model is put in place."""
 
     def change() -> None:
+        replace_files = files.replace_files
+
         def replace_some(folder: Path, write: Callable[[Path], None]) -> None:
             dies_at(Path, "replace", call)()
-            files.replace_files(folder, write)
+            replace_files(folder, write)
 
-        saving.replace_files = replace_some
+        files.replace_files = replace_some
 
     return change
 
