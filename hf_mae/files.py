@@ -160,7 +160,7 @@ def new_folder(folder: Path, what: str = "folder") -> Iterator[Path]:
             fsync(final.parent)
     except (OSError, SafetensorError) as error:
         # The caller may also read other files, and these errors are not about writing.
-        if is_disk_full(error) or temporary in Path(str(getattr(error, "filename", None))).parents:
+        if is_disk_full(error) or Path(str(getattr(error, "filename", None))).is_relative_to(temporary):
             raise cannot_write(folder, error, what) from error
         raise
     finally:
