@@ -279,7 +279,7 @@ def space_requirements() -> list[str]:
 def export_space(recipe: DemoRecipe) -> str:
     """Write the files of a Space (the page, this package, and the model if it is a folder); returns its folder."""
     target, model = Path(str(recipe.output_dir)), Path(recipe.model)
-    check_free(target, "name another folder by --output_dir")
+    check_free(target, "name another folder with --output_dir")
     Reconstructor(recipe.model)  # raises if it can't be loaded
     name = model.resolve().name if model.is_dir() else recipe.model
     with new_folder(target, "--output_dir") as folder:

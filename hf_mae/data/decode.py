@@ -42,7 +42,7 @@ _NPY_MAGIC = b"\x93NUMPY"
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL, _TILE_WIDTH, _TILE_HEIGHT = 258, 277, 322, 323  # TIFF tags
 # TIFF compressions (deflate under two numbers, LZMA) that tifffile expands fully, even beyond the size in the header,
-# with the maximum number of bytes that one compressed byte becomes.
+# with the maximum number of bytes that one compressed byte can become.
 _DEFLATE, _LZMA = (zlib.decompressobj, 1032), (lzma.LZMADecompressor, math.inf)
 _EXPANDERS: dict[int, Any] = {8: _DEFLATE, 32946: _DEFLATE, 34925: _LZMA}
 _HARMLESS = 2**28  # bytes

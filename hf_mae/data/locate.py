@@ -74,7 +74,7 @@ def locate(keys: SourceKeys) -> Place:
 
     Raises:
         DataError: if nothing has this name, or it holds no images.
-        SourceUnavailable: if the network failed at every try.
+        SourceUnavailable: if the network failed on every try.
     """
     place = _locate(keys.dataset, keys.dataset_config, keys.dataset_revision)
     return replace(place, image_column=keys.image_column, label_column=keys.label_column)

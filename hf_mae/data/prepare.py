@@ -41,7 +41,7 @@ from .sources import open_split
 from .transform import BICUBIC, size_of
 
 ROW_GROUP = 100  # rows; streaming fetches this many at once
-TYPE_ROWS = 100  # rows that the type of a label column is found from
+TYPE_ROWS = 100  # rows used to find the type of a label column
 
 
 def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
@@ -294,7 +294,7 @@ def _card(manifest: dict[str, Any], features: Any) -> str:
     return (
         f"---\n{data.to_yaml()}\n---\n\n# Images of {side} pixels\n\nRe-encoded by `hf-mae prepare "
         f"--shortest_edge {side} --quality {manifest['quality']}`: the shorter side is at most "
-        f"{side} pixels; smaller images are the source's bytes. The licence is the source's.\n\n"
-        f"| split | images | shards | left out, as they can't be decoded |\n|---|---|---|---|\n{table}\n"
+        f"{side} pixels; smaller images keep the source's bytes. The licence is the source's.\n\n"
+        f"| split | images | shards | left out (can't be decoded) |\n|---|---|---|---|\n{table}\n"
         "`manifest.json` has the rows, bytes and sha256 of each shard; `bad_samples.jsonl` lists the left-out images.\n"
     )

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageOps
 from .reconstruction import Reconstruction, masked_psnr, masked_ssim, to_unit_range
 
 GRAY = 0.5
-Column = tuple[str, list[Image.Image], list[str] | None]  # title, pictures, a caption of each
+Column = tuple[str, list[Image.Image], list[str] | None]  # title, pictures, a caption for each
 MARGIN, HEADER, CAPTION = 6, 22, 16
 # Footers that say where the mean and contrast of hidden patches come from.
 FOOTERS: dict[str | None, str] = {

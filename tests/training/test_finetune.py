@@ -232,7 +232,7 @@ def test_numbers_of_an_image(colourful, tmp_path, capsys):
     figures = results(out)["figures"]
     assert figures["mae"] < 0.12  # the mean alone would be off by 0.25
     printed = capsys.readouterr().out
-    assert "1 numbers an image" in printed
+    assert "1 numbers per image" in printed
     use = printed.splitlines()[-1].removeprefix("use it   ")
     assert "pipeline" not in use
     names = {"image": Image.new("RGB", (12, 9), (100,) * 3)}
