@@ -159,7 +159,7 @@ def read_keys(name: str, words: list[str]) -> Any:
 
 def _run(name: str, words: list[str]) -> int:
     try:
-        keys = read_keys(name, words)  # before torch is imported, so that a mistake is answered at once
+        keys = read_keys(name, words)  # before torch is imported, so that a mistake is reported at once
         _prepare_transformers()
         COMMANDS[name].run(keys)
     except ModuleNotFoundError as error:

@@ -127,7 +127,7 @@ def _kind(file: str) -> str | None:
 
 
 def _kind_of_folder(names: Iterable[str]) -> str | None:
-    """The most frequent kind of a folder's files; parquet if there is any, since images may belong to a README."""
+    """The most frequent kind of a folder's files; parquet if there is any, because images may belong to a README."""
     kinds = Counter(_kind(name) for name in names if posixpath.basename(name) != "metadata.parquet")
     kinds.pop(None, None)
     if "parquet" in kinds:

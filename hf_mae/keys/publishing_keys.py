@@ -19,13 +19,13 @@ class SourceFacts(Recipe):
 
     image_size: ImageSize | None = model_key(None, "new image size in pixels, such as 224 or 208x320", "unchanged")
     num_attention_heads: int | None = model_key(
-        None, "attention heads of the encoder in a .pth or .safetensors file", "by its width"
+        None, "attention heads of the encoder in a .pth or .safetensors file", "from its width"
     )
     decoder_num_attention_heads: int | None = model_key(
-        None, "attention heads of the decoder in a .pth or .safetensors file", "by its width"
+        None, "attention heads of the decoder in a .pth or .safetensors file", "from its width"
     )
     norm_pix_loss: bool | None = model_key(
-        None, "whether the decoder in a .pth file predicts normalised patches", "by the file's name"
+        None, "whether the decoder in a .pth file predicts normalised patches", "from the file's name"
     )
 
     def check(self) -> None:

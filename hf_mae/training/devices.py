@@ -23,7 +23,7 @@ from ..keys.run_keys import PretrainRecipe, RunRecipe
 
 
 def prepare_process(recipe: RunRecipe) -> str:
-    """Set up this process, for deterministic steps if the recipe says so.
+    """Set up this process, with deterministic steps if the recipe asks for them.
 
     Returns:
         The precision that `mixed_precision` selects on this machine: "no", "bf16" or "fp16".
