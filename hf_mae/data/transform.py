@@ -6,8 +6,8 @@
     evaluation_view                    one image, resized and cropped, in the source's pixel type
     make_normalizer                    batches -> pixel_values, on the device
 
-Nothing here is random; training crops are in augment.py. Every command uses these functions. The image processor has its
-own code, which Hub repositories carry, and gives the same pixels.
+Nothing here is random; training crops are in augment.py. Every command uses these functions. The image processor, with
+its own code, which Hub repositories carry, gives the same pixels.
 """
 
 import math
