@@ -105,7 +105,7 @@ class Demo:
         return min(int(y * h / height), h - 1) * w + min(int(x * w / width), w - 1)
 
     def toggle(self, session: Session, patch: int) -> Session:
-        """Hide a visible patch, or show a hidden one; at least one of each stays."""
+        """Hide a visible patch, or show a hidden one; at least one of each remains."""
         hidden = session.hidden.clone()
         hidden[patch] = ~hidden[patch]
         return replace(session, hidden=hidden) if hidden.any() and not hidden.all() else session

@@ -158,7 +158,7 @@ def new_folder(folder: Path, what: str = "folder") -> Iterator[Path]:
 def locked(path: Path) -> Iterator[None]:
     """Lock a file for one process at a time, so that nothing is lost between reading and writing it.
 
-    Raises an OSError if the lock can't be had within `LOCK_SECONDS`.
+    Raises an OSError if the lock can't be acquired within `LOCK_SECONDS`.
     """
     lock = path.with_name(f".{path.name}.lock")
     with FileLock(lock, timeout=LOCK_SECONDS):
@@ -170,7 +170,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a folder with everything in it, or a link, whose target stays."""
+    """Remove a file, a folder with everything in it, or a link but not its target."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.exists():

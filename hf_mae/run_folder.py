@@ -86,7 +86,7 @@ class RunFolder:
         return _read_lines(self.metrics_file, lambda event: is_count(event.get("step")))
 
     def cut_events(self, last_step: int) -> list[dict[str, Any]]:
-        """Remove the events after a step, and all lines that aren't events; returns the events that stay."""
+        """Remove the events after a step, and all lines that aren't events; returns the remaining events."""
         events = [] if last_step < 0 else [event for event in self.events() if event["step"] <= last_step]
         if self.metrics_file.exists():
             write_lines(self.metrics_file, events)

@@ -34,7 +34,7 @@ _AUTHORS_WEIGHTS = re.compile(r"(^|/|--)(vit-mae-(base|large|huge)|vit_(base|lar
 
 @dataclass
 class Source:
-    """A model of ours, in float32 and eval mode, and where it came from."""
+    """One of our models, in float32 and eval mode, and where it came from."""
 
     format: str
     model: Any
@@ -187,7 +187,7 @@ def _read_original(path: Path, numbers: SourceFacts) -> Source:
 
 
 def make_model(model_class: Any, settings: dict[str, Any], weights: dict[str, torch.Tensor], layout: str) -> Any:
-    """A model of ours with these weights; a UserError if settings and weights don't fit together."""
+    """One of our models with these weights; a UserError if settings and weights don't match."""
     try:
         model = model_class(MAEConfig(**settings)).eval()
     except ValueError as error:
@@ -197,7 +197,7 @@ def make_model(model_class: Any, settings: dict[str, Any], weights: dict[str, to
 
 
 def _class_and_settings(weights: dict[str, torch.Tensor], image_size: Any) -> tuple[Any, dict[str, Any]]:
-    """Class and settings, from names and shapes of weights. Heads don't show in them; a square image is assumed."""
+    """Class and settings, from names and shapes of weights, except the numbers of heads; assumes a square image."""
     D, C, P, Q = weights["patch_embed.proj.weight"].shape
     N = weights["pos_embed"].shape[1] - 1
     side = round(N**0.5)

@@ -123,7 +123,7 @@ def _check_bad(bad: list[BadSample], rows: Rows, recipe: PrepareRecipe) -> None:
 def reencode(data: bytes | np.ndarray | BadImage, shortest_edge: int, quality: int) -> bytes:
     """Check that an image can be decoded, and reduce its shorter side to at most `shortest_edge` pixels.
 
-    Encoded images that are small enough keep their bytes. Larger 8-bit colour (RGB, CMYK) and gray images become JPEG.
+    Encoded images that are small enough keep their bytes. Larger 8-bit colour (RGB, CMYK) and grey images become JPEG.
     Images that JPEG can't hold (transparency, palettes, 16 bits) become PNG, which loses only resolution; those that
     Pillow can't hold become `.npy` files. EXIF data is dropped; training doesn't apply its orientation either.
 

@@ -1,4 +1,4 @@
-"""results.json: figures, with the protocol, data and weights that they belong to; model cards read it."""
+"""results.json: figures, with their protocol, data and weights; model cards read it."""
 
 import json
 import re

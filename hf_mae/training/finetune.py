@@ -205,8 +205,8 @@ class FinetuneRun:
         """Save model and scores; returns the entry of results.json. Deletes Trainer's checkpoints: they hold pickles.
 
         Raises:
-            CheckpointError: if the model can't be written; the checkpoints then stay.
-            UserError: if results.json can't be written; the checkpoints then stay.
+            CheckpointError: if the model can't be written; the checkpoints are kept then.
+            UserError: if results.json can't be written; the checkpoints are kept then.
         """
         recipe, output_dir = self.recipe, self.output_dir
 

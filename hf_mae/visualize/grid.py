@@ -80,7 +80,7 @@ def shown_bands(
 
 
 def _error_map(images: torch.Tensor, others: torch.Tensor, removed: torch.Tensor) -> torch.Tensor:
-    """(B, 3, H, W): white for no error, dark red for a quarter of the range or more, gray where nothing was hidden."""
+    """(B, 3, H, W): white for no error, dark red for a quarter of the range or more, grey where nothing was hidden."""
     error = ((images - others).abs().mean(dim=1, keepdim=True) * 4).clamp(0, 1)
     colours = torch.cat([1 - 0.3 * error, 1 - error, 1 - error], dim=1)
     return torch.where(removed, colours, GRAY)

@@ -189,7 +189,7 @@ def train(model: UperNetForSemanticSegmentation, batches: Iterator[tuple[torch.T
 
 
 def mean_iou(confusion: torch.Tensor) -> float:
-    """Mean over classes of intersection / union, in per cent, of a table (true classes, predicted classes) of pixels.
+    """Mean over classes of intersection / union, in percent, of a table (true classes, predicted classes) of pixels.
 
     A class that is neither present nor predicted has no union, and is left out.
     """
