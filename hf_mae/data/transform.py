@@ -89,7 +89,7 @@ def _crop(processor: MAEImageProcessor) -> tuple[int, int]:
 
 
 def move_crop(processor: MAEImageProcessor, size: tuple[int, int]) -> None:
-    """Make a processor crop to another (height, width) in pixels, keeping the same share of a resized side; in place."""
+    """Make a processor crop to another (height, width) in pixels, with the same share of a resized side; in place."""
     if size != _crop(processor):
         for name, sides in crop_settings(size, stored_crop_pct(processor)).items():
             setattr(processor, name, SizeDict(**sides))
