@@ -66,7 +66,7 @@ def parse(
     for name, one in keys.items():
         if one.default is MISSING and name not in values:
             raise UserError(f"--{name} is missing: {one.metadata['help']}; see {prog} --help")
-    if name := values.get("recipe"):
+    if values.get("recipe"):
         kind.adapt(values, [one.name for one in keys.values() if typed.intersection(one.flags)])
     return kind(**values)
 
@@ -182,12 +182,17 @@ def _name_positionals(keys: dict[str, Key], words: Sequence[str], prog: str) -> 
         free = free[len(taken) :]
         if any(word.partition("=")[0] in one.flags for word in flags):
             raise UserError(f"{one.name} is given twice, as '{taken[0]}' and as --{one.name}; leave one of them out")
-        flags += [f"--{one.name}", *taken]
+        flags += [f"--{one.name}", *map(_as_value, taken)]
     if free:
         raise UserError(
             f"'{short(free[0])}' has no key; write --key {short(free[0])}, with one of the keys of {prog} --help"
         )
     return flags
+
+
+def _as_value(word: str) -> str:
+    """argparse takes -1e-5 for a flag, but never a word that starts with a space; `Key.read` removes it."""
+    return f" {word}" if word.startswith("-") else word
 
 
 def _part_words(keys: dict[str, Key], words: Sequence[str], first: bool) -> tuple[list[str], list[str]]:
@@ -208,8 +213,7 @@ def _part_words(keys: dict[str, Key], words: Sequence[str], first: bool) -> tupl
             room = 0 if taking is None or equals else len(words) if taking.several else 1
             flags.append(word)
         elif room and not (first and taking and taking.base is bool and word.lower() not in (*BOOLEANS, "none")):
-            # argparse takes -1e-5 for a flag, but never a word that starts with a space; `Key.read` removes it.
-            flags.append(f" {word}" if word.startswith("-") else word)
+            flags.append(_as_value(word))
             room -= 1
         else:
             free.append(word)

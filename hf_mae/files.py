@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from .errors import UserError, one_line
 
 LOCK_SECONDS = 60
+WEIGHT_ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
 
 
 def is_disk_full(error: Exception) -> bool:
@@ -26,14 +27,24 @@ def is_disk_full(error: Exception) -> bool:
     return getattr(error, "errno", None) in full or any(f"os error {number}" in str(error) for number in full)
 
 
+def local_path(name: str) -> str:
+    """The path of a file or folder as a user typed it: without file://, and with the home folder for ~."""
+    return os.path.expanduser(name.removeprefix("file://"))
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name may be that of a Hub repository; relative paths look the same."""
+    return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name))
+
+
 def missing_path(name: str, endings: Collection[str] = ()) -> str | None:
     """A message about a local path that doesn't exist, with the nearest that does; None if it may be a Hub id instead.
 
     A name can't be a Hub id if it has other characters, one of the file `endings`, or an existing folder as first part.
     """
-    path = Path(os.path.expanduser(name))
-    is_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) and path.suffix.lower() not in endings
-    if is_id and not (len(path.parts) > 1 and os.path.isdir(path.parts[0])):
+    path = Path(local_path(name))
+    below = len(path.parts) > 1 and os.path.isdir(path.parts[0])
+    if is_hub_id(name) and path.suffix.lower() not in endings and not below:
         return None
     # os.path, because Path.is_dir raises an error for a folder that can't be read and for a name that is too long.
     parent = next(folder for folder in (*path.parents, Path()) if os.path.isdir(folder))
@@ -112,12 +123,14 @@ def replace_files(folder: Path, write: Callable[[Path], None]) -> None:
     temporary = folder / ".tmp-files"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    write(temporary)
-    for file in sorted(temporary.iterdir()):
-        settle(file)
-        file.replace(folder / file.name)
-    temporary.rmdir()
-    fsync(folder)
+    try:
+        write(temporary)
+        for file in sorted(temporary.iterdir()):
+            settle(file)
+            file.replace(folder / file.name)
+        fsync(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_free(folder: Path, remedy: str = "name another folder") -> None:
@@ -147,7 +160,7 @@ def new_folder(folder: Path, what: str = "folder") -> Iterator[Path]:
             fsync(final.parent)
     except (OSError, SafetensorError) as error:
         # The caller may also read other files, and these errors are not about writing.
-        if is_disk_full(error) or str(temporary) in str(error):
+        if is_disk_full(error) or temporary in Path(str(getattr(error, "filename", None))).parents:
             raise cannot_write(folder, error, what) from error
         raise
     finally:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from .errors import UserError, one_line
-from .files import missing_path
+from .files import WEIGHT_ENDINGS, missing_path
 from .image_processing_mae import MAEImageProcessor
 from .modeling_mae import MAEPreTrainedModel
 
@@ -41,7 +41,7 @@ def model_failure(model: str) -> str:
     failure = f"--model {model} can't be loaded"
     if os.path.isdir(model):
         return failure
-    if missing := missing_path(model, (".safetensors", ".pth", ".pt", ".bin")):
+    if missing := missing_path(model, WEIGHT_ENDINGS):
         raise UserError(f"{failure}: {missing}")
     return f"{failure}: no local folder has this name, and reading it from the Hub failed"
 

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 # Files of a model's folder, named as transformers names them; importing its constants would load all of transformers.
 CONFIG_NAME, WEIGHTS_NAME, PROCESSOR_NAME = "config.json", "model.safetensors", "preprocessor_config.json"
 CHECKPOINT, PICTURE = r"checkpoint-(\d+)", r"step-(\d+)\.png"
+FEW_IMAGES = 100  # an accuracy on fewer evaluation images says little
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
@@ -155,11 +156,11 @@ class RunFolder:
 
 def run_of(folder: Path) -> tuple[RunFolder, int | None]:
     """The run that a folder belongs to, and its step: for `checkpoint-STEP` the folder above, else itself and None."""
-    # A checkpoint may be a link, under its own name or under another one.
-    for path in (folder.absolute(), folder.resolve()):
-        if (step := _step(path, CHECKPOINT)) is not None:
-            return RunFolder(path.parent), step
-    return RunFolder(folder), None
+    # A checkpoint may be a link, under its own name or under another one, beside its run or elsewhere.
+    places = [(_step(path, CHECKPOINT), RunFolder(path.parent)) for path in (folder.absolute(), folder.resolve())]
+    found = [(run, step) for step, run in places if step is not None]
+    recorded = [(run, step) for run, step in found if run.config_file.exists()]
+    return next(iter([*recorded, *found]), (RunFolder(folder), None))
 
 
 def _step(path: Path, name: str) -> int | None:

@@ -44,7 +44,7 @@ def convert(recipe: ConvertRecipe) -> dict[str, Any]:
     differences = {"read": compare_runs(source.run, ours, config, f"{recipe.model} and hf_mae")}
     changes = _adapt(source, recipe)
     model, more = part_for(source.model, recipe.to)
-    with new_folder(Path(recipe.output_dir), "DST") as folder:
+    with new_folder(Path(recipe.output_dir), "--output_dir") as folder:
         written = WRITERS[recipe.to](model, source.processor, folder)
         pair = f"hf_mae and {recipe.to}"
         differences["written"] = compare_runs(partial(run_ours, model), written, config, pair)

@@ -45,7 +45,8 @@ def export(recipe: ExportRecipe) -> dict[str, Any]:
         `difference`: the largest one; `use`: the code that runs the result.
 
     Raises:
-        UserError: if the source can't be read, DEST isn't empty, or outputs differ by more than 1e-5 of their scale.
+        UserError: if the source can't be read, the output folder isn't empty, or outputs differ by more than 1e-5 of
+            their scale.
     """
     check_free(Path(recipe.output_dir))
     source = open_source(recipe.model, SourceFacts())
@@ -53,7 +54,7 @@ def export(recipe: ExportRecipe) -> dict[str, Any]:
     name, write = WRITERS[recipe.to]
     tensors = Tensors(model).eval()
     batches = [make_probe(model.config, images, seed=images).images for images in BATCHES]
-    with new_folder(Path(recipe.output_dir), "DST") as folder:
+    with new_folder(Path(recipe.output_dir), "--output_dir") as folder:
         graph = write(tensors, batches[1], folder / name)
         difference = max(_difference(tensors, graph, batch, recipe.to) for batch in batches)
         model.config.save_pretrained(folder)

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from ..classifier_mae import MAEForImageClassification
 from ..configuration_mae import SIZES, MAEConfig
 from ..errors import UserError, one_line
-from ..files import read_json, sha256
+from ..files import WEIGHT_ENDINGS, local_path, missing_path, read_json, sha256
 from ..image_processing_mae import MAEImageProcessor
 from ..keys import height_width
 from ..keys.publishing_keys import SourceFacts
@@ -46,7 +46,7 @@ class Source:
     before: dict[str, Any] | None = None  # what an earlier conversion recorded
 
 
-def open_source(source: str, numbers: SourceFacts) -> Source:
+def open_source(source: str, facts: SourceFacts) -> Source:
     """Read a file, a folder or a repository of the Hub.
 
     The licence is what the folder states: in conversion.json, or in timm's config.json. If it states none, the authors'
@@ -59,12 +59,13 @@ def open_source(source: str, numbers: SourceFacts) -> Source:
     if path.is_dir() and not (path / CONFIG_NAME).exists() and (path / WEIGHTS_NAME).exists():
         path = path / WEIGHTS_NAME
     if path.is_dir():
-        folder, result = path, _read_folder(path, source, numbers)
+        folder, result = path, _read_folder(path, source, facts)
         files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".pth"))
     else:
-        folder, result = path.parent, _read_original(path, numbers)
+        folder, result = path.parent, _read_original(path, facts)
         files = [path]
-    result.revision = folder.name if not Path(source).exists() else None  # snapshots/COMMIT, in the Hub's cache
+    if not Path(local_path(source)).exists():
+        result.revision = folder.name  # snapshots/COMMIT, in the Hub's cache
     result.sha256 = {file.name: sha256(file) for file in files}
     # This package writes no .pth, so a record beside one belongs to another file.
     record = _record(folder) if path.is_dir() or path.suffix == ".safetensors" else None
@@ -73,9 +74,9 @@ def open_source(source: str, numbers: SourceFacts) -> Source:
     return result
 
 
-def _read_folder(folder: Path, source: str, numbers: SourceFacts) -> Source:
+def _read_folder(folder: Path, source: str, facts: SourceFacts) -> Source:
     for key in ("num_attention_heads", "decoder_num_attention_heads", "norm_pix_loss"):
-        if getattr(numbers, key) is not None:
+        if getattr(facts, key) is not None:
             raise UserError(f"{source} records its own {key}; leave --{key} out")
     try:
         config = read_json(folder / CONFIG_NAME)
@@ -95,11 +96,11 @@ def _read_folder(folder: Path, source: str, numbers: SourceFacts) -> Source:
 
 def _local(source: str) -> Path:
     """The path itself, or a folder with the configuration and weights of a Hub repository."""
-    path = Path(source)
+    path = Path(local_path(source))
     if path.exists():
         return path
-    if path.suffix in (".pth", ".pt", ".safetensors", ".bin") or source.count("/") != 1 or source[0] in "./~":
-        raise UserError(f"{source} does not exist; check the name")
+    if missing := missing_path(source, WEIGHT_ENDINGS):
+        raise UserError(missing)
     try:
         for weights in ("*.safetensors", "pytorch_model*.bin"):
             folder = Path(snapshot_download(source, allow_patterns=["*.json", weights], ignore_patterns=["*/*"]))
@@ -168,18 +169,18 @@ def _read_transformers(folder: Path, config: dict[str, Any]) -> Source:
 # ---------------------------------------------------------------------------------------------- the original's layout
 
 
-def _read_original(path: Path, numbers: SourceFacts) -> Source:
+def _read_original(path: Path, facts: SourceFacts) -> Source:
     weights, metadata = read_weights(path)
     if not {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"} <= weights.keys():
         raise UserError(
             f"{path} has no weights with the original's names, but e.g. {', '.join(sorted(weights)[:3])}; "
             "give the original's file, or the folder of a model"
         )
-    model_class, settings = _class_and_settings(weights, numbers.image_size)
+    model_class, settings = _class_and_settings(weights, facts.image_size)
     for prefix in ("", "decoder_") if model_class is MAEForPreTraining else ("",):
-        settings[f"{prefix}num_attention_heads"] = _heads(settings, prefix, numbers, metadata)
+        settings[f"{prefix}num_attention_heads"] = _heads(settings, prefix, facts, metadata)
     if model_class is MAEForPreTraining:
-        settings["norm_pix_loss"] = _norm_pix_loss(path, numbers, metadata)
+        settings["norm_pix_loss"] = _norm_pix_loss(path, facts, metadata)
     model = make_model(model_class, settings, weights, "original")
     ours = RunFolder(path.parent).conversion_file.exists() and path.suffix == ".safetensors"
     processor = read_processor(path.parent, model.config) if ours else evaluation_processor(model.config)
@@ -228,20 +229,20 @@ def _class_and_settings(weights: dict[str, torch.Tensor], image_size: Any) -> tu
     return MAEModel, settings
 
 
-def _heads(settings: dict[str, Any], prefix: str, numbers: SourceFacts, metadata: dict[str, Any]) -> int:
+def _heads(settings: dict[str, Any], prefix: str, facts: SourceFacts, metadata: dict[str, Any]) -> int:
     key, width = f"{prefix}num_attention_heads", settings[f"{prefix}hidden_size"]
     # By width: the encoders of the table of sizes, and their common decoder, 512 wide with 16 heads.
     known = {512: 16} if prefix else {size["hidden_size"]: size["num_attention_heads"] for size in SIZES.values()}
-    heads = getattr(numbers, key) or metadata.get(key) or known.get(width)
+    heads = getattr(facts, key) or metadata.get(key) or known.get(width)
     if not heads:
         raise UserError(f"the number of heads for width {width} is not recorded; give --{key} NUMBER")
     return int(heads)
 
 
-def _norm_pix_loss(path: Path, numbers: SourceFacts, metadata: dict[str, Any]) -> bool:
+def _norm_pix_loss(path: Path, facts: SourceFacts, metadata: dict[str, Any]) -> bool:
     """The given value, else the recorded one, else the known one for files that the original's authors published."""
-    if numbers.norm_pix_loss is not None:
-        return numbers.norm_pix_loss
+    if facts.norm_pix_loss is not None:
+        return facts.norm_pix_loss
     if "norm_pix_loss" in metadata:
         return str(metadata["norm_pix_loss"]).lower() == "true"
     if path.name.startswith(("mae_pretrain_vit_", "mae_visualize_vit_")):

@@ -14,12 +14,17 @@ from typing import Any
 
 import torch
 
-from ..errors import DataError
+from ..errors import DataError, one_line
 from ..keys.finetune_keys import Problem
 from .order import Rows
 from .shards import Source
 
 LABELS_AT_ONCE = 256  # rows; all their images are in memory at once
+
+
+def mixed_labels(rows: Rows, error: Exception) -> DataError:
+    """The error for labels that Arrow can't store in one column."""
+    return DataError(f"labels of {rows.name} are of different types ({one_line(error)}); choose a --label_column")
 
 
 @dataclass(frozen=True)

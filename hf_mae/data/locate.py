@@ -15,7 +15,7 @@ import fsspec
 from huggingface_hub import HfApi
 
 from ..errors import DataError, SourceUnavailable, one_line
-from ..files import missing_path, read_json
+from ..files import local_path, missing_path, read_json
 from ..keys.data_keys import SourceKeys
 from .remote import is_remote, with_retries
 
@@ -85,10 +85,9 @@ def _locate(dataset: str, config_name: str | None, revision: str | None) -> Plac
         return Place(dataset, "digits", {"train": []})
     if on_hub := re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/?", dataset):
         return _locate_on_hub(dataset, on_hub[1], config_name, on_hub[2] or revision)
-    path = dataset.removeprefix("file://")
+    path = local_path(dataset)
     if is_remote(path):
         return _locate_url(dataset)
-    path = os.path.expanduser(path)
     if os.path.isdir(path):
         return _locate_folder(dataset, path, config_name)
     patterns = _expand_braces(path)
@@ -287,7 +286,11 @@ def load_builder(dataset: str, path: str, **options: Any) -> Any:
         raise
     except Exception as error:  # any: it lets those of its parsers through, for YAML among others
         text = one_line(error).split(" Example of usage", 1)[0]
-        remedy = "choose one with --dataset_config NAME" if "onfig" in text else "check its README and files"
+        remedy = "check its README and files"
+        if isinstance(error, ImportError):
+            remedy = "install the missing package"
+        elif "BuilderConfig" in text or "Config name is missing" in text:
+            remedy = "choose one with --dataset_config NAME"
         raise DataError(f"{dataset}: {text}; {remedy}") from error
 
 

@@ -31,13 +31,18 @@ _BLOCKS, _ROWS = 1, 2
 def held_out(shards: np.ndarray, rows: np.ndarray, fraction: float) -> np.ndarray:
     """Choose rows to hold out for evaluation by a hash of their place, which doesn't depend on the seed.
 
+    At least one of several rows is held out, unless `fraction` is 0, so that a few images are enough.
+
     `shards` and `rows` (n,) are each row's shard and its number there; `fraction` is in [0, 1). Returns (n,) bool.
     """
     key = (shards.astype(np.uint64) << np.uint64(40)) + rows.astype(np.uint64)
     # splitmix64: neighbouring places get unrelated numbers.
     key = (key + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
     key = (key ^ (key >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (key ^ (key >> np.uint64(31))).astype(np.float64) / 2.0**64 < fraction
+    out = (key := key ^ (key >> np.uint64(31))).astype(np.float64) / 2.0**64 < fraction
+    if fraction and len(out) > 1 and not out.any():
+        out[key.argmin()] = True
+    return out
 
 
 def spread(index: np.ndarray, most: int, source: Source) -> np.ndarray:
@@ -74,8 +79,6 @@ class Rows:
         index = np.arange(self.shard_starts[-1])
         if part != "all":
             out = held_out(*self.place(index), held_out_fraction)
-            if held_out_fraction and len(out) > 1 and not out.any():
-                out[-1] = True  # at least one row, so that a few images are enough
             index = index[out if part == "held_out" else ~out]
         if max_samples is not None:
             index = spread(index, max_samples, source)

@@ -27,12 +27,13 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..errors import DataError, one_line, short
+from ..errors import DataError, short
 from ..files import as_utf8, sha256, write_bytes, write_json, write_text, writing
 from ..image_processing_base_mae import resize_bands
 from ..keys.data_keys import PrepareRecipe
 from ..run_folder import RunFolder, write_lines
 from .decode import BadImage, BadSample, as_bad_image, bands_last, load_image, to_native
+from .labels import mixed_labels
 from .loader import check_bad, each_batch, ignore_termination
 from .locate import locate
 from .order import Rows
@@ -97,17 +98,13 @@ def _find_features(splits: list[Rows]) -> Any:
             try:
                 labels = pa.array([row.label for row in rows.read(rows.index[:TYPE_ROWS])])
             except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-                raise _mixed_labels(rows, error) from error
+                raise mixed_labels(rows, error) from error
             if labels.null_count == len(labels):
                 continue
             label = datasets.Features.from_arrow_schema(pa.schema({"label": labels.type}))["label"]
         if label_feature.setdefault("label", label) != label:
             raise DataError(f"splits of {rows.source.name} have different labels; prepare them one by one with --split")
     return datasets.Features({"image": datasets.Image(), **label_feature})
-
-
-def _mixed_labels(rows: Rows, error: Exception) -> DataError:
-    return DataError(f"labels of {rows.name} are of different types ({one_line(error)}); choose a --label_column")
 
 
 def _check_bad(bad: list[BadSample], rows: Rows, recipe: PrepareRecipe) -> None:
@@ -223,6 +220,10 @@ class _Shards(Dataset):
             text = pq.read_schema(path).metadata[b"hf_mae"]
         except (FileNotFoundError, pa.ArrowInvalid, KeyError, TypeError):
             return None
+        except OSError as error:
+            if error.errno is None:  # Arrow's error for a broken footer
+                return None
+            raise
         remedy = "name another folder, or remove this one"
         try:
             record = json.loads(text)
@@ -255,7 +256,7 @@ class _Shards(Dataset):
         try:
             table = pa.table([pa.array(columns[column.name], column.type) for column in schema], schema=schema)
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            raise _mixed_labels(self.rows, error) from error
+            raise mixed_labels(self.rows, error) from error
         record = json.dumps({"settings": self.settings, "bad": bad}).encode()
         table = table.replace_schema_metadata({**(schema.metadata or {}), b"hf_mae": record})
         stream = io.BytesIO()

@@ -12,7 +12,16 @@ from ..errors import UserError
 from ..keys.evaluation_keys import EvaluateRecipe, Pooling
 from .encoder import FrozenEncoder
 from .results import check_results_file, named_data, record_result
-from .table import Features, Table, encoded_batches, even_batches, extract_table, report_bad, with_class_numbers
+from .table import (
+    Features,
+    Table,
+    encoded_batches,
+    even_batches,
+    extract_table,
+    report_bad,
+    sample_size,
+    with_class_numbers,
+)
 
 
 class Evaluation:
@@ -64,7 +73,7 @@ class Evaluation:
             return None
         fraction = self.recipe.fraction
         runs = [measure(train.sample(fraction, seed), test.sample(fraction, seed)) for seed in range(self.recipe.seeds)]
-        images = len(train.labels), len(test.labels)
+        images = sample_size(len(train.labels), fraction), sample_size(len(test.labels), fraction)
         return self.result({**protocol, "fraction": fraction}, images, int(train.labels.max()) + 1, runs)
 
     def result(
@@ -72,7 +81,7 @@ class Evaluation:
     ) -> dict[str, Any]:
         """Make the entry of results.json, and add it to the file that the recipe names.
 
-        `images` are the numbers of training and evaluation images, `runs` the figures of each repetition.
+        `images` are the numbers of training and evaluation images used, `runs` the figures of each repetition.
         """
         recipe, spec = self.recipe, self.encoder.spec
         common = {

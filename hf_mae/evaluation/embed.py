@@ -12,11 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from accelerate import Accelerator
 
+from ..data.decode import BadSample
+from ..data.labels import mixed_labels
 from ..data.locate import locate
 from ..data.order import Rows
 from ..data.sources import open_split
 from ..errors import UserError
-from ..files import as_utf8, cannot_write, replaced
+from ..files import as_utf8, replaced, writing
 from ..keys.evaluation_keys import EmbedRecipe
 from .encoder import FrozenEncoder
 from .table import encoded_batches, even_batches, report_bad
@@ -44,7 +46,7 @@ def embed(recipe: EmbedRecipe) -> dict[str, Any]:
     source = open_split(locate(recipe), recipe.split)
     rows = Rows(source, max_samples=recipe.max_samples)
     origin = {"model": recipe.model, "dataset": recipe.dataset, "split": source.split, "pooling": recipe.pooling}
-    bad: list[tuple[str, str]] = []
+    bad: list[BadSample] = []
 
     def written() -> Batches:
         batches = even_batches(rows, encoder.spec, recipe.batch_size, recipe.num_workers, accelerator, bar="features")
@@ -58,10 +60,11 @@ def embed(recipe: EmbedRecipe) -> dict[str, Any]:
 
     path = Path(recipe.output)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        FEATURE_WRITERS[path.suffix](path, written(), origin)
-    except (OSError, pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise cannot_write(path, error, "--output") from error
+        with writing(path, "--output"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            FEATURE_WRITERS[path.suffix](path, written(), origin)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise mixed_labels(rows, error) from error
     width = [encoder.spec.num_patches] if recipe.pooling == "patches" else []
     return {"path": str(path), "images": len(rows) - len(bad), "width": [*width, encoder.width]}
 

@@ -14,10 +14,8 @@ from .. import __version__
 from ..files import sha256
 from ..keys.data_keys import SplitKeys
 from ..keys.evaluation_keys import ScoreRecipe
-from ..run_folder import WEIGHTS_NAME, add_result, read_results
-from .table import sample_size
+from ..run_folder import FEW_IMAGES, WEIGHTS_NAME, add_result, read_results
 
-FEW_IMAGES = 100  # a percentage of fewer images is printed with their number
 PACKAGES = ("torch", "transformers", "datasets", "scikit-learn", "numpy", "pillow")
 
 
@@ -112,11 +110,10 @@ def _describe_figure(key: str, result: dict[str, Any]) -> Iterator[str]:
         yield f"{value:.3g}"
         return
     yield f"{value:.2f} %"
-    fraction = result["protocol"].get("fraction", 1)
-    if (images := sample_size(data["eval_images"], fraction)) < FEW_IMAGES:
-        yield f"of {images} images"
+    if data["eval_images"] < FEW_IMAGES:
+        yield f"of {data['eval_images']} images"
     if "ranges" in result:
         yield "({:.2f} to {:.2f})".format(*result["ranges"][key])
     neighbours = re.fullmatch(r"knn_top1_k(\d+)", key)
-    if neighbours and int(neighbours[1]) > (bank := sample_size(data["train_images"], fraction)):
+    if neighbours and int(neighbours[1]) > (bank := data["train_images"]):
         yield f"(k is larger than the training set, so all {bank} images vote)"

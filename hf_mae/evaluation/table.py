@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
+from ..data.decode import BadSample
 from ..data.labels import class_numbers, common_classes
 from ..data.loader import Batch, EvaluationSet, check_bad, each_batch, make_loader
 from ..data.order import Rows
@@ -52,7 +53,7 @@ class Table:
     values: torch.Tensor  # (n, ...) float32 on the host
     labels: list[Any]  # (n,) as the source stores them
     keys: list[str]  # (n,) places of the images
-    bad: list[tuple[str, str]]  # key and reason of the images that can't be decoded
+    bad: list[BadSample]  # key and reason of the images that can't be decoded
     num_rows: int  # all images, decoded or not
 
 
@@ -133,7 +134,7 @@ def with_class_numbers(
     return first, second
 
 
-def report_bad(rows: Rows, bad: list[tuple[str, str]], most: float) -> None:
+def report_bad(rows: Rows, bad: list[BadSample], most: float) -> None:
     """Warn about images that can't be decoded, given as (key, reason).
 
     Raises:

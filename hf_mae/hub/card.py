@@ -15,14 +15,13 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..files import as_utf8, read_json, sha256
+from ..files import as_utf8, is_hub_id, local_path, read_json, sha256
 from ..keys import height_width, names_where
 from ..keys.finetune_keys import FinetuneRecipe
 from ..keys.run_keys import PretrainRecipe
-from ..run_folder import CONFIG_NAME, RunFolder, curve, run_of
+from ..run_folder import CONFIG_NAME, FEW_IMAGES, RunFolder, curve, run_of
 
 LICENCES = {"apache-2.0": "Apache-2.0", "cc-by-nc-4.0": "CC BY-NC 4.0 (not for commercial use)"}
-LEAST_IMAGES = 100  # The metadata, which is compared across models, leaves out accuracies on fewer images.
 LOCAL = " (local)"
 EVALUATED_ON = r"(split \S+ of )(.+)"
 
@@ -117,7 +116,8 @@ class Card:
             )
             for entry in self.results
             for figure, value in entry["figures"].items()
-            if "top" in figure and entry["data"]["eval_images"] >= LEAST_IMAGES
+            # The metadata is compared across models.
+            if "top" in figure and entry["data"]["eval_images"] >= FEW_IMAGES
         ]
         return ModelCardData(
             library_name="transformers",
@@ -125,8 +125,8 @@ class Card:
             license_name=None if known else re.sub(r"[^a-z0-9.-]+", "-", str(self.licence).lower()),
             pipeline_tag="image-classification" if self.classifies else "image-feature-extraction",
             tags=["masked-autoencoder", "mae", "vision", "self-supervised-learning", "arxiv:2111.06377"],
-            datasets=[dataset] if _is_hub_id(dataset) else None,
-            base_model=model if _is_hub_id(model) else None,
+            datasets=[dataset] if _names_repository(dataset) else None,
+            base_model=model if _names_repository(model) else None,
             model_name=self.name if results else None,
             eval_results=results or None,
         )
@@ -200,9 +200,10 @@ class _Places:
         self.recorded = [recipe.get(key) for key in keys] if isinstance(keys, list) else []
 
     def show(self, place: str) -> str:
-        may_be_on_hub = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", place) and not os.path.exists(place)
-        elsewhere = place == "digits" or "://" in place or (may_be_on_hub and place not in self.recorded)
-        return place if elsewhere else f"{Path(place).name or 'folder'}{LOCAL}"
+        path = local_path(place)
+        may_be_on_hub = is_hub_id(place) and not os.path.exists(place)
+        elsewhere = place == "digits" or "://" in path or (may_be_on_hub and place not in self.recorded)
+        return place if elsewhere else f"{Path(path).name or 'folder'}{LOCAL}"
 
     def show_all(self, values: dict[str, Any]) -> dict[str, Any]:
         """The values of a table, without "local_keys". Paths under other keys become their last names."""
@@ -214,18 +215,18 @@ class _Places:
                 shown[key] = self.show(value)
             elif key == "evaluated_on" and (parts := re.fullmatch(EVALUATED_ON, value)):
                 shown[key] = parts[1] + self.show(parts[2])
-            elif value.startswith(("/", "~")):
+            elif value.startswith(("/", "~", "file://")):
                 shown[key] = Path(value).name
         return shown
 
 
-def _is_hub_id(name: str) -> bool:
-    return bool(re.fullmatch(r"[\w-]+/[\w.-]+", name)) and not Path(name).suffix
+def _names_repository(name: str) -> bool:
+    return "/" in name and is_hub_id(name) and not Path(name).suffix
 
 
 def _slug(name: str) -> str:
     """An id for the metadata, even for data that isn't on the Hub."""
-    return name if _is_hub_id(name) else re.sub(r"[^\w.-]+", "-", Path(name).name).strip("-") or "data"
+    return name if _names_repository(name) else re.sub(r"[^\w.-]+", "-", Path(name).name).strip("-") or "data"
 
 
 def _count(number: Any) -> str | None:

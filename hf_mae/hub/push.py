@@ -22,7 +22,7 @@ from ..backbone_mae import MAEBackbone
 from ..classifier_mae import MAEForImageClassification
 from ..conversion.compare import Outputs, compare
 from ..errors import UserError, one_line
-from ..files import read_json, write_json, write_text, writing
+from ..files import read_json, write_bytes, write_json, write_text, writing
 from ..image_processing_mae import MAEImageProcessor
 from ..modeling_mae import MAEForPreTraining, MAEModel
 from ..pretrained import loading
@@ -52,15 +52,15 @@ def write_card(folder: str, output: str) -> str | None:
     file, picture = Path(output), Path(output).with_suffix(".png")
     with _whole_folder(folder):
         card = Card(folder)
-        source = card.picture
-        card.name, card.picture = file.stem, picture.name if source else None
+        content = Path(card.picture).read_bytes() if card.picture else None
+        card.name, card.picture = file.stem, picture.name if content else None
         text = card.text()
     with writing(output, "file"):
         file.parent.mkdir(parents=True, exist_ok=True)
-        if source:
-            shutil.copyfile(source, picture)
+        if content:
+            write_bytes(picture, content)
         write_text(file, text)
-    return str(picture) if source else None
+    return str(picture) if content else None
 
 
 def push(folder: str, repo_id: str, private: bool = False, revision: str | None = None) -> dict[str, Any]:

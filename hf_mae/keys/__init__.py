@@ -106,7 +106,7 @@ class Recipe:
 
     @classmethod
     def adapt(cls, values: dict[str, Any], typed: Collection[str]) -> None:
-        """Change values of a recipe file that don't suit other keys; those of the keys `typed` must stay."""
+        """Change values of a recipe file that don't suit other keys, but none of the keys `typed` by the user."""
 
     def check_least(self, **limits: float) -> None:
         """Raise a UserError for a key, or one number of its list, below its limit; None passes."""

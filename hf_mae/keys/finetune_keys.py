@@ -77,7 +77,10 @@ class FinetuneRecipe(RunRecipe):
         unfit = [name for name in CLASS_MIXING if values.get(name) and name not in typed]
         if unfit and problem != "single_label_classification":
             values |= dict.fromkeys(unfit, 0.0)
-            logger.warning("%s of recipe %s set to 0: not for %s", ", ".join(unfit), values["recipe"], problem)
+            logger.warning(
+                "recipe %s: %s set to 0, because they need one class per image and problem_type is %s",
+                values["recipe"], ", ".join(unfit), problem,
+            )  # fmt: skip
 
     def check(self) -> None:
         super().check()
@@ -88,4 +91,6 @@ class FinetuneRecipe(RunRecipe):
         self.check_range("random_erasing", "label_smoothing", "drop_path_rate", "layer_decay", "ema_decay", high=1)
         mixed = [name for name in CLASS_MIXING if getattr(self, name)]
         if mixed and self.problem_type != "single_label_classification":
-            raise UserError(f"{mixed[0]} is for one class an image, not for {self.problem_type}; pass --{mixed[0]} 0")
+            raise UserError(
+                f"{mixed[0]} needs one class per image, but problem_type is {self.problem_type}; pass --{mixed[0]} 0"
+            )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from accelerate.utils import gather_object
 
+from ..data.decode import BadSample
 from ..data.loader import Batch, TrainingStream, each_batch, make_loader
 
 
@@ -22,7 +23,7 @@ class MicroBatches:
 
     def __post_init__(self) -> None:
         self._read_up_to: dict[int, int] = {}
-        self._bad: list[tuple[str, str]] = []
+        self._bad: list[BadSample] = []
         self._batches = self._generate()
 
     def __next__(self) -> Batch:
@@ -49,7 +50,7 @@ class MicroBatches:
         """Number of a stream -> rows read, for the streams that any process has read. Every process must call it."""
         return {stream: rows for process in gather_object([self._read_up_to]) for stream, rows in process.items()}
 
-    def take_bad(self) -> list[tuple[str, str]]:
+    def take_bad(self) -> list[BadSample]:
         """(key, reason) of samples that failed to decode since the last call, on any process. All must call it."""
         bad = gather_object(self._bad)
         self._bad = []

@@ -152,8 +152,9 @@ def make_training_specs(
         sized.image_size = size
         try:
             sized.check()
-            for _, ratio in recipe.mask_ratios:
-                sized.num_kept_patches(ratio)
+            for ratio in [config.mask_ratio, *(ratio for _, ratio in recipe.mask_ratios)]:
+                if sized.num_kept_patches(ratio) == sized.num_patches:
+                    raise ValueError(f"mask_ratio {ratio} hides none of the {sized.num_patches} patches; use e.g. 0.75")
         except ValueError as error:
             raise UserError(f"image_size {size}, from fraction {at:g} of the run on: {error}") from error
         specs.append((at, replace(spec, size=sized.image_height_width, num_patches=sized.num_patches)))

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from .. import __version__
 from ..data.transform import ImageSpec
+from ..files import local_path
 from ..keys.finetune_keys import FinetuneRecipe
 from ..keys.run_keys import PretrainRecipe
 from ..run_folder import RunFolder
@@ -57,8 +58,7 @@ def derive_facts(recipe: PretrainRecipe | FinetuneRecipe, setup: RunSetup) -> di
         "evaluation_images": setup.evaluation_images,
         "evaluated_on": setup.evaluated_on,
         # A card can't tell a relative path such as my/images from a Hub id.
-        "local_keys": [key for key, place in places.items() if place and os.path.exists(os.path.expanduser(place))]
-        or None,
+        "local_keys": [key for key, place in places.items() if place and os.path.exists(local_path(place))] or None,
         "classes": setup.classes,
         "parameters": setup.model.num_parameters(),
         "trained_parameters": trained,

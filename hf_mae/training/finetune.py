@@ -38,7 +38,7 @@ from .finetune_setup import (
     find_trainer_checkpoint,
     training_arguments,
 )
-from .resume import check_folder
+from .resume import check_folder, check_step
 
 PROTOCOL = "fine-tuning"
 
@@ -192,6 +192,7 @@ class FinetuneRun:
         if self.stored is None:
             return False
         state = TrainerState.load_from_json(str(self.stored / "trainer_state.json"))
+        check_step(self.stored, state.global_step, self.args.max_steps)
         if state.global_step < self.args.max_steps:
             return False
         self.model.load_state_dict(load_tensors(self.stored / WEIGHTS_NAME))

@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 from torch import nn
 
+from ..data.decode import BadSample
 from ..data.loader import EvaluationSet
 from ..data.order import Rows
 from ..data.transform import ImageSpec
@@ -38,13 +39,13 @@ class HeldOut:
     mask_seed: int  # a row's mask depends on this and on its index
 
     @torch.no_grad()
-    def loss(self, model: nn.Module) -> tuple[float, list[tuple[str, str]]]:
+    def loss(self, model: nn.Module) -> tuple[float, list[BadSample]]:
         """Mean loss, and (key, reason) of the images that can't be decoded; every process must call it.
 
         Raises:
             DataError: if no image can be decoded.
         """
-        accelerator, bad = self.accelerator, list[tuple[str, str]]()
+        accelerator, bad = self.accelerator, list[BadSample]()
         total = torch.zeros(2, device=accelerator.device, dtype=torch.float64)
         model.eval()
         batches = even_batches(

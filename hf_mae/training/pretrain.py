@@ -31,7 +31,7 @@ from .devices import make_accelerator, strategy_name, tune_for_device
 from .guard import StepGuard, StopSignals
 from .held_out import HeldOut
 from .log import RunLog, Stopwatch
-from .resume import find_stored
+from .resume import check_step, find_stored
 from .saving import OPTIMIZER, Saver
 
 
@@ -45,8 +45,7 @@ def pretrain(recipe: PretrainRecipe) -> dict[str, Any]:
         A dictionary; after a dry run it has only `steps`, `model` and `picture`.
         `steps`: optimizer steps taken so far; in a dry run, those of the whole run.
         `model`: folder of the final model; None if the run was stopped before its end, or is a dry run.
-        `picture`: path of the newest reconstructions; None where `model` is, without pictures, and on every process
-        but the main one.
+        `picture`: path of the newest reconstructions, on the main process of a finished run that drew any; else None.
         `first_eval_loss`, `last_eval_loss`: mean losses of the evaluation images; None if not finite, or not logged.
         `images_per_second`: of all processes, over the logged steps; None without any.
         `quality`: the newest event with `rankme`, and with `knn_top1` and `linear_top1` in percent if there are labels;
@@ -80,11 +79,7 @@ class PretrainRun:
         total_steps, self.warmup_steps = recipe.steps(len(self.data.rows))
         self.per_device_batch_size, self.grad_accum_steps = recipe.micro_batch(ranks)
         self.state = start_state(recipe, self.data, total_steps, ranks, state)
-        if self.state.step > total_steps:
-            raise CheckpointError(
-                f"{self.stored} is at step {self.state.step}, but the run ends at step {total_steps}; use the recipe "
-                "and the data of its run"
-            )
+        check_step(self.stored, self.state.step, total_steps)
         self._build_model()
         self._build_batches()
         self._build_evaluation()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..data.decode import BadSample
 from ..data.order import StreamPlan
 from ..errors import CheckpointError
 from ..files import read_json, write_json
@@ -69,7 +70,7 @@ class RunState:
         self.step += 1
         self.images_seen += images
 
-    def add_bad(self, samples: list[tuple[str, str]]) -> None:
+    def add_bad(self, samples: list[BadSample]) -> None:
         """Add (key, reason) of samples that could not be decoded."""
         counts = self.bad["counts"]
         for _, reason in samples:
