@@ -95,7 +95,7 @@ def write_model(output_dir: Path, write: Callable[[Path], None]) -> None:
         files.replace_files(output_dir, write)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"the final model can't be written into {output_dir} ({one_line(error)}); mend that, and repeat the "
+            f"the final model can't be written into {output_dir} ({one_line(error)}); fix that, and repeat the "
             "command with --resume auto"
         ) from error
 
