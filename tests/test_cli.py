@@ -548,7 +548,7 @@ def test_the_commands_of_the_readme_for_a_first_run_work(tmp_path):
         ("stats --dataset d --max_samples 0", "max_samples 0 is too small"),
         ("demo --model a --port 99999", "port 99999 is out of range"),
         ("card a ''", "--output '' is not a single word"),
-        ("card a /", "output / is not the name of a card; give it the ending .md"),
+        ("card a /", "output / is not a .md file; change its ending"),
         ("report a --output ''", "--output '' is not a single word"),
     ],
 )

@@ -58,7 +58,8 @@ def test_the_report_of_a_run_shows_its_figures_curves_pictures_recipe_and_machin
     losses = evaluations(finished)
     assert f"{losses[0]:.4g} → {losses[6]:.4g}" in found.text
     assert "6 of 6" in found.text
-    for title in ("Training loss", "Evaluation loss", "Learning rate", "Images a second", "kNN accuracy, %", "RankMe"):
+    titles = ("Training loss", "Evaluation loss", "Learning rate", "Images per second", "kNN accuracy, %", "RankMe")
+    for title in titles:
         assert title in found.text
     config = yaml.safe_load((finished / "run_config.yaml").read_text())
     assert f"dataset {config['recipe']['dataset']}" in found.text

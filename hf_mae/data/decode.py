@@ -42,7 +42,7 @@ _NPY_MAGIC = b"\x93NUMPY"
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL, _TILE_WIDTH, _TILE_HEIGHT = 258, 277, 322, 323  # TIFF tags
 # TIFF compressions (deflate under two numbers, LZMA) that tifffile expands fully, even beyond the size in the header,
-# with the maximum number of bytes that one compressed byte becomes.
+# with the maximum number of bytes that one compressed byte can become.
 _DEFLATE, _LZMA = (zlib.decompressobj, 1032), (lzma.LZMADecompressor, math.inf)
 _EXPANDERS: dict[int, Any] = {8: _DEFLATE, 32946: _DEFLATE, 34925: _LZMA}
 _HARMLESS = 2**28  # bytes
@@ -71,7 +71,7 @@ def decode_image(
 ) -> Image.Image | np.ndarray:
     """Decode one sample: an encoded file or an array.
 
-    Encoded images are converted between gray and colour as by `PIL.Image.convert`. Transparency is composited on white,
+    Encoded images are converted between grey and colour as by `PIL.Image.convert`. Transparency is composited on white,
     as in our image processors. An animation gives its first frame, and EXIF orientation is not applied, as in
     torchvision's ImageFolder. Integers are scaled between 8 and 16 bits (by 257), never clipped.
 
@@ -317,7 +317,7 @@ def _from_pil(image: Image.Image, num_channels: int, dtype: str) -> Image.Image 
     if dtype == "uint8" and image.mode == {1: "L", 3: "RGB"}.get(num_channels) and not image.has_transparency_data:
         return image
     if num_channels in (1, 3):
-        # Pillow's own conversion clips 16-bit gray to 255, so those modes have already returned.
+        # Pillow's own conversion clips 16-bit grey to 255, so those modes have already returned.
         image = to_opaque(image, num_channels)
         return image if dtype == "uint8" else _from_array(np.asarray(image), num_channels, dtype)
     return _from_array(np.asarray(image), num_channels, dtype)

@@ -74,7 +74,7 @@ def locate(keys: SourceKeys) -> Place:
 
     Raises:
         DataError: if nothing has this name, or it holds no images.
-        SourceUnavailable: if the network failed at every try.
+        SourceUnavailable: if the network failed on every try.
     """
     place = _locate(keys.dataset, keys.dataset_config, keys.dataset_revision)
     return replace(place, image_column=keys.image_column, label_column=keys.label_column)
@@ -126,7 +126,7 @@ def _kind(file: str) -> str | None:
 
 
 def _kind_of_folder(names: Iterable[str]) -> str | None:
-    """The most frequent kind of a folder's files; parquet if there is any, since images may belong to a README."""
+    """The most frequent kind of a folder's files; parquet if there is any, because images may belong to a README."""
     kinds = Counter(_kind(name) for name in names if posixpath.basename(name) != "metadata.parquet")
     kinds.pop(None, None)
     if "parquet" in kinds:

@@ -42,7 +42,7 @@ from .sources import open_split
 from .transform import BICUBIC, size_of
 
 ROW_GROUP = 100  # rows; streaming fetches this many at once
-TYPE_ROWS = 100  # rows that the type of a label column is found from
+TYPE_ROWS = 100  # rows used to find the type of a label column
 
 
 def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def _check_bad(bad: list[BadSample], rows: Rows, recipe: PrepareRecipe) -> None:
 def reencode(data: bytes | np.ndarray | BadImage, shortest_edge: int, quality: int) -> bytes:
     """Check that an image can be decoded, and reduce its shorter side to at most `shortest_edge` pixels.
 
-    Encoded images that are small enough keep their bytes. Larger 8-bit colour (RGB, CMYK) and gray images become JPEG.
+    Encoded images that are small enough keep their bytes. Larger 8-bit colour (RGB, CMYK) and grey images become JPEG.
     Images that JPEG can't hold (transparency, palettes, 16 bits) become PNG, which loses only resolution; those that
     Pillow can't hold become `.npy` files. EXIF data is dropped; training doesn't apply its orientation either.
 
@@ -295,7 +295,7 @@ def _card(manifest: dict[str, Any], features: Any) -> str:
     return (
         f"---\n{data.to_yaml()}\n---\n\n# Images of {side} pixels\n\nRe-encoded by `hf-mae prepare "
         f"--shortest_edge {side} --quality {manifest['quality']}`: the shorter side is at most "
-        f"{side} pixels; smaller images are the source's bytes. The licence is the source's.\n\n"
-        f"| split | images | shards | left out, as they can't be decoded |\n|---|---|---|---|\n{table}\n"
+        f"{side} pixels; smaller images keep the source's bytes. The licence is the source's.\n\n"
+        f"| split | images | shards | left out (can't be decoded) |\n|---|---|---|---|\n{table}\n"
         "`manifest.json` has the rows, bytes and sha256 of each shard; `bad_samples.jsonl` lists the left-out images.\n"
     )

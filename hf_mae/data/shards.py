@@ -78,7 +78,7 @@ class Source:
         Without random access, ask for rows of one block at a time, so that it is fetched only once.
 
         Raises:
-            SourceUnavailable: if the network failed at every try.
+            SourceUnavailable: if the network failed on every try.
             DataError: if a file no longer exists, or can't be read.
         """
         raise NotImplementedError

@@ -1,7 +1,7 @@
 """A data set that was found -> the rows of its splits, undecoded.
 
-`locate.py` finds a data set once. Here each of its splits gets a reader. It reads the files in place if that is cheap,
-or if the user wants it; else it reads a table that `datasets` makes and maps.
+`locate.py` finds a data set once. Here each of its splits gets a reader. It reads the files in place if that is cheap
+or the user asks for it; otherwise it reads a table that `datasets` makes and maps.
 """
 
 import glob
@@ -48,7 +48,7 @@ def open_splits(keys: SplitKeys, streaming: bool | None = None) -> tuple[Rows, R
     `locate` and `open_split`.
 
     Returns:
-        Rows to learn from, rows to evaluate on, and what the latter are, for people.
+        Rows to learn from, rows to evaluate on, and a description of the latter.
     """
     place = locate(keys)
     source = open_split(place, keys.split, streaming)
@@ -76,7 +76,7 @@ def open_split(place: Place, split: str, streaming: bool | None = None) -> Sourc
 
     Raises:
         DataError: if there is no such split, a package is missing, or the files can't be read.
-        SourceUnavailable: if the network failed at every try.
+        SourceUnavailable: if the network failed on every try.
     """
     place, split = _with_split(place, split)
     if place.kind == "digits":
@@ -120,7 +120,7 @@ def _must_map(place: Place, split: str, streaming: bool | None) -> bool:
     """Whether rows come from a table that `datasets` makes, not from the files where they are."""
     readable = place.kind in ("parquet", "webdataset", "imagefolder")
     archives = any(file.endswith((".zip", ".gz")) for file in place.splits[split])
-    # Labels of an imagefolder on the Hub that are not its class folders are in a file of metadata.
+    # If the labels of an imagefolder on the Hub are not its class folders, a metadata file has them.
     metadata = place.kind == "imagefolder" and place.builder is not None and place.label_column is not None
     if not readable or archives or metadata:
         if streaming:
@@ -211,7 +211,7 @@ def _open_mapped(place: Place, split: str) -> Source:
         # `datasets` 5.2 takes the archive's own folder for the class of each of its files, and then refuses it.
         logger.warning("%s: class folders inside zip files are not read as labels", place.name)
         builder.config.drop_labels = True
-    # Part of a data set may have been copied, with the README that counts the rows of the whole.
+    # A user may have copied part of a data set, with the README that counts the rows of all of it.
     checks = "basic_checks" if place.remote else "no_checks"
     try:
         with_retries(lambda: builder.download_and_prepare(verification_mode=checks), place.name)

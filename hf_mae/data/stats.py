@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 def probe_rows(rows: Rows, most: int = 16) -> tuple[int, str]:
     """The `num_channels` and `dtype` of a data set, found from up to `most` of its images.
 
-    Gray images among colour images count as colour, 8-bit images among 16-bit images as 16-bit.
+    Grey images among colour images count as colour, 8-bit images among 16-bit images as 16-bit.
 
     Raises:
         DataError: if none can be decoded, or the numbers of channels don't match.
@@ -40,7 +40,7 @@ def probe_rows(rows: Rows, most: int = 16) -> tuple[int, str]:
 
 
 def channels_fit(have: int, wanted: int) -> bool:
-    """Whether images of `have` channels can be decoded to `wanted` ones: the same number, or gray and colour."""
+    """Whether images of `have` channels can be decoded to `wanted` ones: the same number, or grey and colour."""
     return have == wanted or {have, wanted} == {1, 3}
 
 

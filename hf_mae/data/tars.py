@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 BLOCK_SAMPLES = 256
 BLOCK_BYTES = 64 * 2**20  # a block of a remote tar is one request, and is kept in memory
-INDEX_CACHE_SECONDS = 1.0  # an index that took longer is cached on disk: making one reads through the whole tar
+INDEX_CACHE_SECONDS = 1.0  # an index that took longer is cached on disk, because making it reads the whole tar
 
 Members = dict[str, tuple[int, int]]  # part of a name after its first dot -> offset and size in bytes
 

@@ -232,7 +232,7 @@ def test_numbers_of_an_image(colourful, tmp_path, capsys):
     figures = results(out)["figures"]
     assert figures["mae"] < 0.12  # the mean alone would be off by 0.25
     printed = capsys.readouterr().out
-    assert "1 numbers an image" in printed
+    assert "1 numbers per image" in printed
     use = printed.splitlines()[-1].removeprefix("use it   ")
     assert "pipeline" not in use
     names = {"image": Image.new("RGB", (12, 9), (100,) * 3)}
@@ -340,7 +340,7 @@ def test_data_that_does_not_fit_gets_one_line_with_the_remedy(colourful, pretrai
     error = mistake(capsys, "evaluate", "classification", "--model", out, "--dataset", other, "--eval_split", "train")
     assert "has the label cow, which is not one of the model's 2 classes (ant, bee)" in error
     error = mistake(capsys, "evaluate", "classification", "--model", colourful, "--dataset", data)
-    assert f"{colourful} has no classifier; make one by hf-mae finetune --model {colourful}" in error
+    assert f"{colourful} has no classifier; train one with hf-mae finetune --model {colourful}" in error
     bands = tmp_path / "bands"
     for i in range(4):
         (bands / "xy"[i % 2]).mkdir(parents=True, exist_ok=True)
