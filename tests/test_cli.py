@@ -246,6 +246,7 @@ def test_what_was_mistyped_is_named_in_one_line(mistake, words):
 IMPOSSIBLE = {
     "no steps": ({"total_steps": 0}, ["total_steps 0", "in [1, 1000000000]"]),
     "no mask left": ({"mask_ratio": 1}, ["mask_ratio 1", "[0, 1)"]),
+    "no patch masked": ({"mask_ratio": 0}, ["mask_ratio 0.0", "none of the 16 patches", "use e.g. 0.75"]),
     "all but a patch masked": ({"mask_ratio": 0.99}, ["mask_ratio 0.99", "16 patches", "use 0.937 or less"]),
     "a mask that is a word": ({"mask_ratio": "most"}, ["mask_ratio", "most"]),
     "sizes that don't divide": ({"image_size": 225, "patch_size": 16}, ["225x225", "16x16", "224x224"]),
