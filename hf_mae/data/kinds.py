@@ -10,11 +10,10 @@ IMAGE_EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".avif", ".npy"),
 )
-# Archives that `datasets` unpacks into its cache.
-ARCHIVES = (".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 # Kinds are named after the builders of `datasets`, except for archives.
-KINDS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
-KINDS |= dict.fromkeys(ARCHIVES, "archive") | dict.fromkeys(IMAGE_EXTENSIONS, "imagefolder")
+KINDS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow", ".zip": "archive"}
+KINDS |= dict.fromkeys(IMAGE_EXTENSIONS, "imagefolder")
+PACKED = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
 # Files that lie beside images and are not missed: texts, tables, annotations, programs.
 _BESIDE = {
@@ -32,7 +31,7 @@ def ending(name: str, of_url: bool = False) -> str:
     if of_url and "?" in name and (end := ending(name.split("?", 1)[0])) in KINDS:
         return end
     stem, last = posixpath.splitext(name.lower())
-    return f".tar{last}" if last in (".gz", ".bz2", ".xz", ".zst") and stem.endswith(".tar") else last
+    return f".tar{last}" if last in PACKED and stem.endswith(".tar") else last
 
 
 def kind_of(name: str, of_url: bool = False) -> str | None:
@@ -66,7 +65,8 @@ class Endings:
     def others(self, kind: str | None) -> LeftOut:
         """The files that don't go with files of this kind: images of formats that aren't read, and so on."""
         left_out = LeftOut()
-        others = {end: names for end, names in self._names.items() if KINDS.get(end) != kind and end not in _BESIDE}
+        left = (end for end in self._names if end not in _BESIDE and (kind is None or KINDS.get(end) != kind))
+        others = {end: self._names[end] for end in left}
         for end, names in sorted(others.items(), key=lambda item: -len(item[1]))[:_ENDINGS_SHOWN]:
             missed = sorted(name for name in names if posixpath.basename(name).lower() not in _BESIDE_NAMES)
             if missed:

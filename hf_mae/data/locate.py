@@ -19,8 +19,8 @@ from ..errors import DataError, SourceUnavailable, one_line
 from ..files import local_path, missing_path, read_json
 from ..keys.data_keys import SourceKeys
 from .builders import from_builder, load_builder, locate_shards, split_shards, warn_outside
-from .kinds import IMAGE_EXTENSIONS, KINDS, Endings, ending, kind_of
-from .listing import LINK_TO_FILE, LeftOut, list_folder, shown
+from .kinds import IMAGE_EXTENSIONS, KINDS, PACKED, Endings, ending, kind_of
+from .listing import LINK_TO_FILE, LeftOut, Listing, list_folder, shown
 from .place import Place, common_folder
 from .remote import is_remote, with_retries
 from .splits import find_splits, folders_like_splits, like_split
@@ -73,7 +73,7 @@ def _locate(dataset: str, config_name: str | None, revision: str | None) -> Plac
         raise DataError(f"{dataset} is not a regular file or folder; name a file or folder of images")
     if glob.has_magic(dataset):
         raise DataError(f"there is no file or folder {dataset}: nothing matches the pattern; check it")
-    if missing := missing_path(dataset, (*KINDS, ".gz")):
+    if missing := missing_path(dataset, (*KINDS, *PACKED)):
         raise DataError(missing)
     try:
         return _locate_on_hub(dataset, dataset, config_name, revision)
@@ -133,16 +133,25 @@ def _locate_folder(dataset: str, path: str, config_name: str | None) -> Place:
     listing = list_folder(path)
     endings = Endings(listing.names)
     kind = endings.kind()
-    _warn_left_out(dataset, listing.left_out, endings.others(kind) if kind else LeftOut())
     if kind is None:
+        _warn_left_out(dataset, listing.left_out)
         raise _no_images(dataset, endings)
+    place = _place_of_folder(dataset, path, config_name, listing, endings, kind)
+    images = kind == "parquet" and place.kind == "imagefolder"  # a few parquet files beside more images
+    _warn_left_out(dataset, listing.left_out, endings.others("imagefolder" if images else kind))
+    return place
+
+
+def _place_of_folder(
+    dataset: str, path: str, config_name: str | None, listing: Listing, endings: Endings, kind: str
+) -> Place:
     if kind == "imagefolder":
         return _locate_images(dataset, path, endings.of_kind(kind), listing.same_file)
     names = endings.of_kind(kind)
     # An absolute path, because a relative one may be the name of a builder of `datasets`, such as `text`.
     root = os.path.abspath(path)
     pattern = glob.escape(root) != root  # `datasets` would take this path for one
-    if kind == "archive" and (pattern or not all(name.lower().endswith(".zip") for name in names)):
+    if kind == "archive":
         return split_shards(Place(dataset, "imagefolder", {"train": names}, path))
     if pattern:
         if any(os.path.isfile(os.path.join(root, name)) for name in ("README.md", "dataset_infos.json")):
@@ -150,11 +159,10 @@ def _locate_folder(dataset: str, path: str, config_name: str | None) -> Place:
         return locate_shards(dataset, root, kind)
     builder = load_builder(dataset, root, name=config_name)
     place = from_builder(dataset, builder)
-    files = [file for files in place.splits.values() for file in files]
-    if place.kind == "imagefolder" and "archive" not in map(kind_of, files):
+    if place.kind == "imagefolder":
         return _locate_images(dataset, path, endings.of_kind("imagefolder"), listing.same_file)
     if len(builder.builder_configs) < 2:
-        real = set(map(os.path.realpath, files))
+        real = {os.path.realpath(file) for files in place.splits.values() for file in files}
         outside = [name for name in names if os.path.realpath(os.path.join(root, name)) not in real]
         warn_outside(dataset, place.splits, outside)
     return place
@@ -209,8 +217,10 @@ def _locate_files(dataset: str, files: list[str]) -> Place:
     kind = next(iter(kinds))
     if len(kinds) > 1 or kind is None:
         endings = sorted({ending(file, is_remote(file)) or "(no ending)" for file in files})
-        known = ".parquet, .tar, .arrow, .zip, .tar.gz or images"
-        raise DataError(f"{dataset} matches {' '.join(endings)} files; give one kind: {known}")
+        remedy = "give one kind: .parquet, .tar, .arrow, .zip or images"
+        if any(file.lower().endswith(PACKED) for file in files):
+            remedy += ", and unpack archives of other kinds"
+        raise DataError(f"{dataset} matches {' '.join(endings)} files; {remedy}")
     alike = Counter(filter(None, (like_split(posixpath.basename(file)) for file in files)))
     if len(alike) > 1 and kind != "imagefolder":
         found = ", ".join(f"{count} {split}" for split, count in alike.items())
@@ -218,7 +228,12 @@ def _locate_files(dataset: str, files: list[str]) -> Place:
     if kind not in ("imagefolder", "archive"):
         return Place(dataset, kind, {"train": files})
     root = common_folder(files) or ("" if files[0].startswith("/") else ".")
-    names = files if root == "." else [file.removeprefix(f"{root}/") for file in files]
+    names = [file.removeprefix(f"{root}/") for file in files]
+    if kind == "imagefolder" and (alike := folders_like_splits(names)):
+        logger.warning(
+            "%s is read as one split, although some of its folders look like splits: %s; name those of one",
+            *(dataset, ", ".join(map(shown, alike[:5]))),
+        )
     return Place(dataset, "imagefolder", {"train": names}, root)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from ..errors import DataError, one_line
 from ..keys.data_keys import DataKeys, SplitKeys
 from .builders import load_builder
-from .kinds import ARCHIVES
+from .kinds import PACKED
 from .listing import shown
 from .locate import locate
 from .order import HELD_OUT, Rows
@@ -123,7 +123,7 @@ def _with_split(place: Place, split: str) -> tuple[Place, str]:
 def _must_map(place: Place, split: str, streaming: bool | None) -> bool:
     """Whether rows come from a table that `datasets` makes, not from the files where they are."""
     readable = place.kind in ("parquet", "webdataset", "imagefolder")
-    archives = any(file.lower().endswith(ARCHIVES) for file in place.splits[split])
+    archives = any(file.lower().endswith(PACKED) for file in place.splits[split])
     # If the labels of an imagefolder on the Hub are not its class folders, a metadata file has them.
     metadata = place.kind == "imagefolder" and place.builder is not None and place.label_column is not None
     if not readable or archives or metadata:
@@ -217,7 +217,7 @@ def _open_mapped(place: Place, split: str) -> Source:
     if builder is None:
         data_files = {split: [glob.escape(file) for file in place.urls(split)]}
         builder = load_builder(place.name, place.kind, data_files=data_files)
-    if place.kind == "imagefolder" and any(file.lower().endswith(ARCHIVES) for file in place.splits[split]):
+    if place.kind == "imagefolder" and any(file.lower().endswith(PACKED) for file in place.splits[split]):
         # `datasets` 5.2 takes the archive's own folder for the class of each of its files, and then refuses it.
         logger.warning("%s: class folders inside archives are not read as labels; unpack them to use these", place.name)
         builder.config.drop_labels = True

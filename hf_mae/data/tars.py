@@ -19,7 +19,7 @@ import numpy as np
 from ..errors import DataError, one_line
 from ..files import replaced
 from .decode import BadImage
-from .kinds import IMAGE_EXTENSIONS, KINDS, Endings, ending
+from .kinds import IMAGE_EXTENSIONS, PACKED, Endings
 from .place import Place
 from .remote import is_remote, open_bytes, reading, with_retries
 from .shards import BlockSource, Row, in_threads
@@ -185,7 +185,7 @@ def _make_index(url: str, image_column: str | None, label_column: str | None) ->
             field = (label_column or "cls").lower()
             field = field if field in members and field not in images else "json"
             places.append((*members[images[0]], *members.get(field, (-1, 0)), field == "json"))
-    archive = next((name for name in without if KINDS.get(ending(name)) in ("webdataset", "archive")), None)
+    archive = next((name for name in without if name.endswith((".tar", *PACKED))), None)
     if archive and not places:
         raise DataError(f"{url} holds archives ({archive}), not images; unpack it, and give the folder")
     if left_out := Endings(without).others("imagefolder"):
