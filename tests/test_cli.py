@@ -493,7 +493,7 @@ def test_convert_loads_nothing_of_training():
     )
     result = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
     assert result.stdout == "2 ['hf_mae.data.transform']\n"  # the crop rule
-    assert result.stderr.endswith("hf-mae: error: nowhere.pth does not exist; check the name\n")
+    assert result.stderr.endswith("hf-mae: error: there is no file or folder nowhere.pth; check the path\n")
 
 
 @pytest.mark.slow

@@ -8,8 +8,8 @@ temporary folder, without dependencies. This file adds what the distribution lac
 helpers. Needs pytest and parameterized (`[dev]`).
 
 Prints how many tests passed, failed and were skipped, for ours and for Dinov2. The exit code is 1 if one of ours
-failed, or if ours skip more. Both use the same harness, which is the only difference from how transformers tests its own
-models. Each override in it states its reason.
+failed, or if ours skip more. Both use the same harness, which is the only difference from how transformers tests its
+own models. Each override in it states its reason.
 """
 
 import argparse

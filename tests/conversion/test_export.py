@@ -142,7 +142,7 @@ def test_mistakes_are_one_line_with_the_remedy(tmp_path, monkeypatch, capfd):
     (tmp_path / "full" / "file").write_text("mine")
     assert "already exists and is not empty; name another folder" in fails(capfd, tmp_path / "model", tmp_path / "full")
     assert "holds a MAEBackbone; give one of MAEForPreTraining" in fails(capfd, tmp_path / "backbone", tmp_path / "out")
-    assert "does not exist; check the name" in fails(capfd, tmp_path / "nowhere", tmp_path / "out")
+    assert "there is no file or folder" in fails(capfd, tmp_path / "nowhere", tmp_path / "out")
     assert "--to 'onxx' is not one of onnx, torch_export" in fails(
         capfd, tmp_path / "model", tmp_path / "out", "--to", "onxx"
     )

@@ -282,7 +282,7 @@ def test_broken_images_are_named_and_do_not_end_the_run(colourful, tmp_path, cap
         ({"trainable_blocks": 3}, "trainable_blocks 3 is not possible; choose 0, 0.5, 1 to 2, or all"),
         ({"trainable_blocks": "most"}, "trainable_blocks most is not possible"),
         ({"recipe": "quickstart"}, "unknown recipe 'quickstart'; did you mean 'finetune_quickstart'?"),
-        ({"mixup": 0.8, "problem_type": "regression"}, "mixup is for one class an image, not for regression; pass --"),
+        ({"mixup": 0.8, "problem_type": "regression"}, "problem_type is regression; pass --mixup 0"),
         ({"problem_type": "multi_label_classification"}, "pass --problem_type single_label_classification"),
         ({"layer_decay": 1.5}, "layer_decay 1.5 is out of range; give a number in [0, 1]"),
         ({"blr": 0}, "blr 0.0 is not positive"),
@@ -398,8 +398,9 @@ def test_every_recipe_turns_off_mixing_of_classes_where_an_image_has_not_one_cla
     recipe = load_finetune_recipe(words)
     assert (recipe.mixup, recipe.cutmix, recipe.label_smoothing) == (0, 0, 0)
     (line,) = caplog.messages
-    assert re.fullmatch(rf"[a-z_, ]*label_smoothing of recipe {name} set to 0: not for {problem}", line)
-    with pytest.raises(UserError, match=f"^label_smoothing is for one class an image, not for {problem}; pass --label"):
+    assert re.fullmatch(rf"recipe {name}: [a-z, ]*label_smoothing set to 0, because .* problem_type is {problem}", line)
+    message = f"^label_smoothing needs one class per image, but problem_type is {problem}; pass --label_smoothing 0"
+    with pytest.raises(UserError, match=message):
         load_finetune_recipe([*words, "--label_smoothing", "0.1"])
 
 
