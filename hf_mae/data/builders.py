@@ -97,5 +97,5 @@ def split_shards(place: Place) -> Place:
 
 def warn_outside(dataset: str, splits: Iterable[str], names: list[str]) -> None:
     if names:
-        message = "%s has the splits %s; left out: %d files outside of them, first %s"
+        message = "%s has the splits %s; files outside of them are left out: %d, first %s"
         logger.warning(message, dataset, ", ".join(splits), len(names), shown(names[0]))

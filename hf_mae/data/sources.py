@@ -176,9 +176,9 @@ def _labelled(
     """The files of a split, and their classes if it has class folders. A few files outside of these are left out."""
     outside, few = strays(names, classes)
     if outside and 2 * len(outside) < len(names):
-        message = "%s: %d images of split %s are in none of its class folders (first %s), so %s"
+        message = "%s: images of split %s that are in none of its class folders: %d (first %s); %s"
         effect = "they are left out" if few else "no image has a label"
-        logger.warning(message, place.name, len(outside), split, shown(outside[0]), effect)
+        logger.warning(message, place.name, split, len(outside), shown(outside[0]), effect)
     if not few:
         return names, None
     left_out = set(outside)
