@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from filelock import FileLock
 from safetensors import SafetensorError
@@ -28,8 +29,14 @@ def is_disk_full(error: Exception) -> bool:
 
 
 def local_path(name: str) -> str:
-    """The path of a file or folder as a user typed it: without file://, and with the home folder for ~."""
-    return os.path.expanduser(name.removeprefix("file://"))
+    """The path of a file or folder as a user typed it: without file://, and with the home folder for ~.
+
+    What exists under the very name is that: a `~x` here, or a file whose name has a %20.
+    """
+    path = name.removeprefix("file://").removeprefix("localhost" * name.startswith("file://localhost/"))
+    if os.path.lexists(path):
+        return path
+    return unquote(path) if path != name and os.path.lexists(unquote(path)) else os.path.expanduser(path)
 
 
 def is_hub_id(name: str) -> bool:

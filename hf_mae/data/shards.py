@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import DataError
 from .decode import BadImage
-from .locate import Place, short_names
+from .place import Place, short_names
 from .remote import is_remote, open_bytes, read_whole, reading
 
 FILES_BLOCK = 64  # remote image files
