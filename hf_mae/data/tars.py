@@ -30,7 +30,22 @@ BLOCK_SAMPLES = 256
 BLOCK_BYTES = 64 * 2**20  # a block of a remote tar is one request, and is kept in memory
 INDEX_CACHE_SECONDS = 1.0  # an index that took longer is cached on disk, because making it reads the whole tar
 
+HEADER_BYTES = 2**20  # of a long name, or of what is said of a member before its own header
+BEFORE_MEMBER = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
+
+ENDS_EARLY = (0, -1, -1, 0, 0)  # in an index, after the last whole sample
+
 Members = dict[str, tuple[int, int]]  # part of a name after its first dot -> offset and size in bytes
+
+
+class NotATar(DataError):
+    """A file is empty, or no tar."""
 
 
 class TarSource(BlockSource):
@@ -47,14 +62,21 @@ class TarSource(BlockSource):
     def __init__(self, place: Place, split: str):
         urls = place.splits[split]
         self._label_key = place.label_column or "label"
-        self._indices = in_threads(lambda url: _load_index(url, place.image_column, place.label_column), urls)
+        loaded = in_threads(lambda url: _load_index(url, place.image_column, place.label_column), urls)
+        wrong = [index for index in loaded if isinstance(index, NotATar)]
+        if len(wrong) == len(loaded):
+            raise wrong[0]
+        for error in wrong:
+            logger.warning("%s; it counts as one bad image", error)
+        self._indices = [np.array([ENDS_EARLY]) if isinstance(index, NotATar) else index for index in loaded]
         if place.image_column and not any(map(len, self._indices)):
             message = f"no sample of {place.name} has a member .{place.image_column}"
             raise DataError(f"{message}; choose another --image_column")
         remote = is_remote(urls[0])
         edges = [_block_edges(index) if remote else [0, len(index)] for index in self._indices]
         super().__init__(place, split, edges, random_access=not remote)
-        if place.label_column and self.read(self.blocks[0][0], [0])[0].label is None:
+        first = next((shard for shard, index in enumerate(self._indices) if len(index) and index[0, 1] >= 0), None)
+        if place.label_column and first is not None and self.read(first, [0])[0].label is None:
             message = f"the first sample of {place.name} has no member .{place.label_column}"
             raise DataError(f"{message} and no such key in its .json; choose another --label_column")
 
@@ -120,14 +142,17 @@ def _parse_label(text: bytes, key: str | None) -> Any:
         return None
 
 
-def _load_index(url: str, image_column: str | None, label_column: str | None) -> np.ndarray:
-    """The index of a tar, from the cache if it has one."""
+def _load_index(url: str, image_column: str | None, label_column: str | None) -> "np.ndarray | NotATar":
+    """The index of a tar, from the cache if it has one; an error if the file isn't a tar."""
     cached = _cache_path(url, image_column, label_column)
     if cached is not None:
         with suppress(ValueError, OSError, EOFError):  # absent, half written or outdated: it is made again below
             return np.load(cached, allow_pickle=False)
     started = time.monotonic()
-    index = _make_index(url, image_column, label_column)
+    try:
+        index = _make_index(url, image_column, label_column)
+    except NotATar as error:
+        return error
     if cached is not None and time.monotonic() - started > INDEX_CACHE_SECONDS:
         try:
             cached.parent.mkdir(parents=True, exist_ok=True)
@@ -170,7 +195,7 @@ def _make_index(url: str, image_column: str | None, label_column: str | None) ->
         for members in _samples(file, url):
             if members is None:
                 # At the offset of the previous sample, so that the block doesn't grow.
-                places.append((places[-1][0] if places else 0, -1, -1, 0, 0))
+                places.append((places[-1][0] if places else 0, *ENDS_EARLY[1:]))
                 continue
             if image_column is not None:
                 images = [image_column.lower()] if image_column.lower() in members else []
@@ -195,45 +220,101 @@ def _make_index(url: str, image_column: str | None, label_column: str | None) ->
 
 def _samples(file: BinaryIO, url: str) -> Iterator[Members | None]:
     """Groups of neighbouring members with one name; then None, if the tar ends early."""
-    end = file.seek(0, 2)
-    file.seek(0)
     sample: Members = {}
     current: str | None = None
     fields: set[str] = set()  # of the previous sample
+    damaged = False
     try:
-        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (it owns nothing: `file` is closed by its opener)
-    except tarfile.TarError as error:
-        message = f"{url} is not an uncompressed tar ({one_line(error)}); decompress it, or fetch it again"
-        raise DataError(message) from error
-    for member in _members(tar):
-        folder, slash, file_name = member.name.rpartition("/")
-        base, dot, field = file_name.partition(".")
-        if not (base and dot and member.isreg()) or member.issparse() or member.offset_data + member.size > end:
-            continue
-        if folder + slash + base != current or field.lower() in sample:
-            if sample:
-                yield sample
-                fields = set(sample)
-            sample, current = {}, folder + slash + base
-        sample[field.lower()] = (member.offset_data, member.size)
-    file.seek(tar.offset)
-    whole = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-    if sample and (whole or not fields or set(sample) == fields):
+        for name, offset, size in _members(file, url):
+            folder, slash, file_name = name.rpartition("/")
+            base, dot, field = file_name.partition(".")
+            if not (base and dot):
+                continue
+            if folder + slash + base != current or field.lower() in sample:
+                if sample:
+                    yield sample
+                    fields = set(sample)
+                sample, current = {}, folder + slash + base
+            sample[field.lower()] = (offset, size)
+    except tarfile.TarError:
+        damaged = True
+    # The last sample may lack members that lie behind the damage.
+    if sample and (not damaged or not fields or set(sample) == fields):
         yield sample
-    if not whole:
+    if damaged:
         logger.warning("%s ends early, in the middle of a sample or without its end mark; fetch it again", url)
         yield None
 
 
-def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+def _members(file: BinaryIO, url: str) -> Iterator[tuple[str, int, int]]:
+    """Name, offset and size of each regular file in a tar, without sparse ones.
+
+    `tarfile` trusts headers: a negative size sends it in circles, and a long name may fill the memory.
+
+    Raises:
+        NotATar: if it doesn't start as one.
+        tarfile.ReadError: at the first damaged or missing header, or if a member is cut off.
+    """
+    end, offset = file.seek(0, 2), 0
+    own: dict[str, bytes] = {}  # what headers before a member's own one say of it
     while True:
         try:
-            member = tar.next()
-        except DataError:
-            raise
-        except (tarfile.TarError, ValueError):  # cut off or corrupt; the caller sees that no end mark follows
-            return
-        if member is None:
-            return
-        tar.members = []  # type: ignore[misc]  # tarfile would keep a record of every member
-        yield member
+            block = _header_block(file, offset)
+            if not any(block):
+                return
+            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except tarfile.TarError as error:
+            if offset == 0:
+                message = f"{url} is not an uncompressed tar ({one_line(error)}); decompress it, or fetch it again"
+                raise NotATar(message) from error
+            raise tarfile.ReadError from error
+        offset += tarfile.BLOCKSIZE
+        sparse = header.type == tarfile.GNUTYPE_SPARSE
+        more = sparse and block[482]  # its map goes on in the next block
+        while more:
+            more = _header_block(file, offset)[504]
+            offset += tarfile.BLOCKSIZE
+        before = header.type in BEFORE_MEMBER
+        size = _whole_number(own["size"] if "size" in own and not before else b"%d" % header.size)
+        has_data = before or header.isreg() or header.type not in tarfile.SUPPORTED_TYPES
+        if has_data and size > min(end - offset, HEADER_BYTES if before else end):
+            raise tarfile.ReadError
+        if before:
+            own |= _said_before(header.type, file.read(size))
+        else:
+            sparse = sparse or any(key.startswith("GNU.sparse.") for key in own)
+            if header.isreg() and not sparse:
+                name = own["path"].decode(errors="surrogateescape") if "path" in own else header.name
+                yield name, offset, size
+            own = {}
+        offset += -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE if has_data else 0
+
+
+def _header_block(file: BinaryIO, offset: int) -> bytes:
+    file.seek(offset)
+    block = file.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("it ends in a header" if block else "it is empty")
+    return block
+
+
+def _said_before(kind: bytes, content: bytes) -> dict[str, bytes]:
+    """What a header before a member's own one says of it: "path", "size" and other keys of POSIX's extended headers."""
+    if kind == tarfile.GNUTYPE_LONGNAME:
+        return {"path": content.partition(b"\0")[0]}
+    said, at = {}, 0
+    while kind in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE) and at < len(content):
+        # LENGTH KEY=VALUE and a line end; LENGTH counts all of these bytes.
+        digits = content[at : at + 20].partition(b" ")[0]
+        start, stop = at + len(digits) + 1, at + _whole_number(digits)
+        key, equals, value = content[start : max(start, stop - 1)].partition(b"=")
+        if not equals or stop > len(content):
+            raise tarfile.ReadError
+        said[key.decode(errors="replace")], at = value, stop
+    return said
+
+
+def _whole_number(digits: bytes) -> int:
+    if digits.isdigit() and len(digits) < 20:
+        return int(digits)
+    raise tarfile.ReadError
