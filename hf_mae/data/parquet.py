@@ -1,13 +1,14 @@
 """Rows of tables: Arrow tables mapped from the local disk, and parquet files read in place.
 
-`find_columns` chooses the image and label columns of either. A parquet file is read one row group at a time, and a
-corrupt row group loses only its own rows. A mapped table is checked once, when it is opened. Import this module only
-when there is a table: datasets and pyarrow belong to an extra.
+`find_columns` chooses the image and label columns of either. A parquet file is read one row group at a time, or in
+parts of `BLOCK_BYTES` if it is larger, and a corrupt row group loses only its own rows. A mapped table is checked once,
+when it is opened. Import this module only when there is a table: datasets and pyarrow belong to an extra.
 """
 
 import itertools
 import logging
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import datasets
@@ -20,11 +21,13 @@ from datasets.table import embed_table_storage
 from ..errors import DataError, nearest, one_line
 from .decode import BadImage
 from .place import Place
-from .remote import is_remote, open_bytes, reading
+from .remote import READ_AHEAD, is_remote, open_bytes, reading
 from .shards import BlockSource, Row, Source, in_threads
 
 logger = logging.getLogger(__name__)
 
+BLOCK_BYTES = 128 * 2**20  # in memory; a reader keeps a block, and a stream copies its images
+NUMBER_BYTES = 8  # of a number in nested lists, with its share of the lists' offsets
 LABEL_NAMES = ("label", "labels", "fine_label", "cls")
 
 
@@ -82,19 +85,29 @@ def _image_rank(feature: Any) -> int | None:
     return 2 if depth in (2, 3) and feature.dtype.startswith(("int", "uint", "float")) else None
 
 
-def image_of(value: Any) -> bytes | np.ndarray | BadImage:
-    """The image in a cell of an image column (a `pyarrow.Scalar`), in the form of `Row.image`."""
+def image_of(value: Any, shared: dict[Any, Any]) -> bytes | np.ndarray | BadImage:
+    """The image in a cell of an image column (a `pyarrow.Scalar`), in the form of `Row.image`; `shared`: `_content`."""
     if isinstance(value, pa.ExtensionScalar):
         value = value.value
     if isinstance(value, pa.StructScalar) and value.is_valid:
         value = value["bytes"]
     if isinstance(value, pa.ListScalar) and value.is_valid:
         return _nested_array(value)
-    content = None if value is None else value.as_py()
+    content = None if value is None else _content(value, shared)
     if isinstance(content, bytes):
         return content
     # Don't follow a path in the data: data from elsewhere must not be able to open local files.
     return BadImage("the row has no image bytes (if it has a path, it is not followed)", "NoBytes")
+
+
+def _content(value: Any, shared: dict[Any, Any]) -> Any:
+    """The value in a cell. Cells with the same entry of a dictionary get one object, which is kept in `shared`."""
+    if not isinstance(value, pa.DictionaryScalar) or not value.is_valid:
+        return value.as_py()
+    place = value.dictionary.buffers()[-1].address, value.index.as_py()
+    if place not in shared:
+        shared[place] = value.as_py()
+    return shared[place]
 
 
 def _nested_array(value: Any) -> np.ndarray | BadImage:
@@ -143,7 +156,7 @@ class ArrowSource(Source):
                 table = embed_table_storage(table)
         images = table[self._image]
         labels = table[self._label].to_pylist() if self._label else [None] * len(rows)
-        return [self._row(shard, row, image_of(images[i]), labels[i]) for i, row in enumerate(rows)]
+        return [self._row(shard, row, image_of(images[i], {}), labels[i]) for i, row in enumerate(rows)]
 
     def known_labels(self) -> list[Any]:
         column = self._label
@@ -151,11 +164,12 @@ class ArrowSource(Source):
 
 
 class ParquetSource(BlockSource):
-    """Parquet files of a split, read in place, one row group at a time."""
+    """Parquet files of a split, read in place, one row group or part of one at a time."""
 
     def __init__(self, place: Place, split: str):
         footers = in_threads(_read_footer, place.splits[split])
-        super().__init__(place, split, [edges for _, edges, _ in footers])
+        self._groups = [edges for _, edges, _ in footers]  # of each file: the first row of every row group, and the end
+        super().__init__(place, split, self._groups)
         self._metadata = [metadata for metadata, _, _ in footers]
         self.file_sizes = [size for _, _, size in footers]
         schemas = [metadata.schema.to_arrow_schema() for metadata in self._metadata]
@@ -168,37 +182,65 @@ class ParquetSource(BlockSource):
                 if column not in schema.names:
                     message = f"{shard_name} has no column {column!r}, which other files of {place.name} have"
                     raise DataError(f"{message}; leave this file out")
+        self._cut(list(map(self._block_edges, range(len(footers)))))
+
+    def _block_edges(self, shard: int) -> list[int]:
+        """The first row of every block, a row group or an equal part of a large one; then the number of all rows."""
+        edges: list[int] = []
+        for group, (start, stop) in enumerate(itertools.pairwise(self._groups[shard])):
+            size = max(BLOCK_BYTES, _bytes_of(_chunks(self._metadata[shard], group, self._columns)))
+            edges += range(start, stop, max(1, (stop - start) * BLOCK_BYTES // size))
+        return [*edges, self._groups[shard][-1]]
 
     def read(self, shard: int, rows: Sequence[int]) -> list[Row]:
         result = []
+        shared: dict[Any, Any] = {}
         for row in rows:
             start, table = self._block(shard, row)
             image, label = table, None
             if not isinstance(table, BadImage):
-                image = image_of(table[self._image][row - start])
-                label = table[self._label][row - start].as_py() if self._label else None
+                image = image_of(table[self._image][row - start], shared)
+                label = _content(table[self._label][row - start], shared) if self._label else None
             result.append(self._row(shard, row, image, label))
         return result
 
     def _read_block(self, shard: int, number: int) -> tuple[int, Any]:
-        """A row group's first row, and its table or, if it is corrupt, a `BadImage` for all its rows."""
-        table = self._read_row_group(shard, number)
+        """A block's first row, and its table or, if its row group is corrupt, a `BadImage` for all its rows."""
+        start, stop = self._edges[shard][number : number + 2]
+        table = self._read_rows(shard, start, stop)
         if isinstance(table, BadImage) and is_remote(self._urls[shard]):
-            table = self._read_row_group(shard, number)  # the transfer may have been at fault
+            table = self._read_rows(shard, start, stop)  # the transfer may have been at fault
         if isinstance(table, BadImage):
             logger.warning("%s; its rows are skipped and counted as bad", table)
-        return self._edges[shard][number], table
+        return start, table
 
-    def _read_row_group(self, shard: int, group: int) -> Any:
+    def _read_rows(self, shard: int, start: int, stop: int) -> Any:
+        """The table of a block."""
+        edges, metadata = self._edges[shard], self._metadata[shard]
+        group = bisect_right(self._groups[shard], start) - 1
+        first, last = self._groups[shard][group : group + 2]
+        whole = (start, stop) == (first, last)
+        chunks = _chunks(metadata, group, self._columns)
         with reading(self._urls[shard]), open_bytes(self._urls[shard]) as file:
             try:
-                # pre_buffer joins the column chunks into one request; no threads, because workers may be forked.
                 parquet = pq.ParquetFile(
-                    file, metadata=self._metadata[shard], pre_buffer=True, page_checksum_verification=True
+                    file,
+                    metadata=metadata,
+                    pre_buffer=whole,  # joins the column chunks into one request, and keeps them in memory
+                    buffer_size=0 if whole else READ_AHEAD,
+                    read_dictionary=_with_dictionary(chunks),
+                    page_checksum_verification=True,
                 )
-                table = parquet.read_row_group(group, columns=self._columns, use_threads=False)
+                # No threads, because workers may be forked.
+                if whole:
+                    table = parquet.read_row_group(group, columns=self._columns, use_threads=False)
+                else:
+                    size = edges[bisect_right(edges, first)] - first
+                    parts = parquet.iter_batches(size, row_groups=[group], columns=self._columns, use_threads=False)
+                    part = next(itertools.islice(parts, (start - first) // size, None), None)
+                    table = pa.Table.from_batches([] if part is None else [part], parquet.schema_arrow)
                 table.validate(full=True)  # finds text that is not UTF-8 before a label is read
-                if len(table) != self._metadata[shard].row_group(group).num_rows:
+                if len(table) != stop - start:
                     raise pa.ArrowInvalid(f"it holds {len(table)} rows")
             except (pa.ArrowException, OSError) as error:
                 if isinstance(error, OSError) and error.errno is not None:
@@ -206,6 +248,9 @@ class ParquetSource(BlockSource):
                 message = f"row group {group} of {self.shard_names[shard]} is corrupt ({one_line(error)})"
                 return BadImage(message, "CorruptRowGroup")
         return table
+
+
+# ------------------------------------------------------------------------------------------ footers and sizes
 
 
 def _read_footer(url: str) -> tuple[Any, list[int], int]:
@@ -231,3 +276,63 @@ def _declared_features(schema: Any, shard_name: str) -> Any:
     except Exception as error:  # corrupt JSON can raise anything
         message = f"the column types in {shard_name} are corrupt ({one_line(error)})"
         raise DataError(f"{message}; fetch it again or leave it out") from error
+
+
+def _chunks(metadata: Any, group: int, columns: Sequence[str] | None = None) -> list[Any]:
+    """What a footer says of the columns of a row group; nested columns have several parts."""
+    chunks = map(metadata.row_group(group).column, range(metadata.num_columns))
+    return [chunk for chunk in chunks if columns is None or chunk.path_in_schema.split(".", 1)[0] in columns]
+
+
+def _bytes_of(chunks: Sequence[Any]) -> int:
+    """Bytes in memory, with each value of a dictionary once."""
+    numbers = (0 if chunk.physical_type.endswith("BYTE_ARRAY") else chunk.num_values for chunk in chunks)
+    sizes = (chunk.total_uncompressed_size for chunk in chunks)
+    return sum(max(size, count * NUMBER_BYTES) for size, count in zip(sizes, numbers, strict=True))
+
+
+def _with_dictionary(chunks: Sequence[Any]) -> list[str]:
+    """The columns to read as a dictionary and indices: it may have a few large values for many rows."""
+    return [
+        chunk.path_in_schema for chunk in chunks if chunk.has_dictionary_page and chunk.physical_type == "BYTE_ARRAY"
+    ]
+
+
+def largest_table(urls: Sequence[str]) -> tuple[int, int]:
+    """How large the table of parquet files may be without compression: bytes of all rows, and of a row at most.
+
+    Each row may have the longest value of its row group's dictionary.
+    """
+    total = longest = 0
+    for url in urls:
+        metadata, edges, _ = _read_footer(url)
+        for group, (start, stop) in enumerate(itertools.pairwise(edges)):
+            chunks, rows = _chunks(metadata, group), stop - start
+            size = _bytes_of(chunks)
+            if rows * size > BLOCK_BYTES and (columns := _with_dictionary(chunks)):
+                size += rows * sum(_longest_values(url, group, columns))
+            total, longest = total + size, max(longest, size // max(rows, 1))
+    return total, longest
+
+
+def _longest_values(url: str, group: int, columns: list[str]) -> list[int]:
+    """Bytes of the longest value in each dictionary of a row group; none if it is corrupt, which its reader reports."""
+    with reading(url), open_bytes(url) as file:
+        try:
+            parquet = pq.ParquetFile(file, read_dictionary=columns, buffer_size=READ_AHEAD)
+            first = next(parquet.iter_batches(1, row_groups=[group], columns=columns, use_threads=False))
+        except pa.ArrowException:
+            return []
+    lengths = [
+        pc.call_function("binary_length", [values]) for array in first.columns for values in _dictionaries(array)
+    ]
+    return [pc.call_function("max", [numbers]).as_py() or 0 for numbers in lengths]
+
+
+def _dictionaries(array: Any) -> Iterator[Any]:
+    if isinstance(array, pa.DictionaryArray):
+        yield array.dictionary
+    parts = array.flatten() if isinstance(array, pa.StructArray) else []
+    parts = [array.values] if isinstance(array, (pa.ListArray, pa.LargeListArray)) else parts
+    for part in parts:
+        yield from _dictionaries(part)

@@ -140,10 +140,14 @@ class BlockSource(Source):
     """
 
     def __init__(self, place: Place, split: str, edges: list[list[int]], random_access: bool = False):
-        self._urls, self._edges = place.splits[split], edges
+        self._urls = place.splits[split]
         super().__init__(place.name, split, short_names(self._urls), [rows[-1] for rows in edges], random_access)
-        self.blocks = _blocks(edges)
         self._last: tuple[tuple[int, int], Any] | None = None
+        self._cut(edges)
+
+    def _cut(self, edges: list[list[int]]) -> None:
+        """Read these blocks from now on."""
+        self._edges, self.blocks = edges, _blocks(edges)
 
     def __getstate__(self) -> dict[str, Any]:
         # Don't send the block in memory to a worker: it is cheaper to read again.

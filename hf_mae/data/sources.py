@@ -29,6 +29,8 @@ from .tars import TarSource
 
 logger = logging.getLogger(__name__)
 
+LARGE_TABLE, MOST_GROWTH = 2**30, 20  # bytes; a table on the disk that is larger and this many times its files
+
 
 def open_source(dataset: str, *, streaming: bool | None = None, **keys: Any) -> Source:
     """Find a data set and get ready to read one split of it, such as `open_source("digits")`.
@@ -90,7 +92,7 @@ def open_split(place: Place, split: str, streaming: bool | None = None) -> Sourc
         return _open_saved(place, split)
     if _must_map(place, split, streaming):
         try:
-            return _open_mapped(place, split)
+            return _open_mapped(place, split, streaming)
         except DataError as error:
             missing_package = isinstance(error.__cause__, ImportError)
             if place.kind != "parquet" or streaming is not None or missing_package:
@@ -212,7 +214,7 @@ def _open_saved(place: Place, split: str) -> Source:
     return source
 
 
-def _open_mapped(place: Place, split: str) -> Source:
+def _open_mapped(place: Place, split: str, streaming: bool | None) -> Source:
     builder = place.builder
     if builder is None:
         data_files = {split: [glob.escape(file) for file in place.urls(split)]}
@@ -221,6 +223,8 @@ def _open_mapped(place: Place, split: str) -> Source:
         # `datasets` 5.2 takes the archive's own folder for the class of each of its files, and then refuses it.
         logger.warning("%s: class folders inside archives are not read as labels; unpack them to use these", place.name)
         builder.config.drop_labels = True
+    if place.kind == "parquet" and not place.remote and not os.path.isdir(builder.cache_dir):
+        builder.config.batch_size = _rows_to_map(place, split, streaming)
     # A user may have copied part of a data set, with the README that counts the rows of all of it.
     checks = "basic_checks" if place.remote else "no_checks"
     try:
@@ -238,6 +242,20 @@ def _open_mapped(place: Place, split: str) -> Source:
     source = ArrowSource(place, split, table, follow_paths=own_files)
     source.fingerprint = _fingerprint(place, source) | {"kind": f"{place.kind}, mapped"}
     return source
+
+
+def _rows_to_map(place: Place, split: str, streaming: bool | None) -> int:
+    """The number of rows of parquet files to copy into a table at once; a DataError if it would fill the disk."""
+    from .parquet import BLOCK_BYTES, largest_table
+
+    # `datasets` also copies the other splits that it found.
+    urls = [url for part in (place.splits if place.builder else [split]) for url in place.urls(part)]
+    total, row = largest_table(urls)
+    stored = sum(map(os.path.getsize, urls))
+    if streaming is None and total > max(LARGE_TABLE, MOST_GROWTH * stored):
+        message = f"a table of the {len(urls)} files of {place.name} may take {total / 2**30:.1f} GB"
+        raise DataError(f"{message}, and they have {stored:,} bytes; write the images without repeating them")
+    return max(1, BLOCK_BYTES // max(1, row))
 
 
 def _fingerprint(place: Place, source: Source, files: Any = None) -> dict[str, Any]:
