@@ -1,14 +1,44 @@
 """Errors that a user can fix, and the few kinds that callers handle differently."""
 
 import difflib
+import logging
+import re
 from collections.abc import Iterable
+from typing import Any
+
+# A scheme, then a user and password, then host and path, then a query, up to a space or quotation mark.
+_URL = re.compile(r"""(\w://)(?:[^\s/?#'"]*@)?([^\s?'"]*)(?:\?[^\s'"]*)?""")
+
+
+def without_secrets(value: Any) -> Any:
+    """Cut user info and query out of the URLs in a text, or in the values of a list or table; others pass unchanged.
+
+    Both may hold a password, token or signature. Names are stored and shown without them.
+    """
+    if isinstance(value, str):
+        return _URL.sub(r"\1\2", value)
+    if isinstance(value, dict):
+        return {key: without_secrets(one) for key, one in value.items()}
+    return [without_secrets(one) for one in value] if isinstance(value, list) else value
+
+
+class _WithoutSecrets(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = without_secrets(record.getMessage()), ()
+        return True
+
+
+def public_logger(name: str) -> logging.Logger:
+    """The logger of a module that knows URLs; none of its messages has `without_secrets`' secrets."""
+    logger = logging.getLogger(name)
+    if not logger.filters:
+        logger.addFilter(_WithoutSecrets())
+    return logger
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error on one line of at most 300 characters."""
-    # Signed URLs carry their credentials behind the question mark.
-    words = [word.split("?", 1)[0] + "?[...]" if "://" in word and "?" in word else word for word in str(error).split()]
-    text = " ".join(words).rstrip(".") or type(error).__name__
+    """The message of an error on one line of at most 300 characters, without secrets."""
+    text = " ".join(without_secrets(str(error)).split()).rstrip(".") or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
 
 
@@ -25,7 +55,10 @@ def nearest(word: str, words: Iterable[str]) -> str:
 
 
 class UserError(ValueError):
-    """An error that a user can fix: one line that says what happened, both values, and the remedy."""
+    """An error that a user can fix: one line that says what happened, both values, and the remedy; without secrets."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*without_secrets(list(args)))
 
 
 class DataError(UserError):

@@ -105,6 +105,11 @@ def as_utf8(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
+def plain_name(name: str) -> str:
+    """The name of a file as plain text on one line: other bytes and control characters are written as escapes."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda match: ascii(match[0])[1:-1], as_utf8(name))
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON, the old or the new file at every instant."""
     write_text(path, json.dumps(value, indent=1) + "\n")

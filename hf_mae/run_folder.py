@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from .errors import DataError, one_line
+from .errors import DataError, one_line, without_secrets
 from .files import locked, read_bytes, read_json, replaced, write_json, write_text, writing
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class RunFolder:
 
     def config(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The run's keys, and the facts derived from them; empty where nothing is recorded."""
-        config = _read_table(self.config_file, _read_yaml)
+        config = without_secrets(_read_table(self.config_file, _read_yaml))
         parts = [config.get(name, {}) for name in ("recipe", "derived")]
         recipe, derived = (part if isinstance(part, dict) else {} for part in parts)
         if [recipe, derived] != parts:
@@ -134,7 +134,7 @@ class RunFolder:
         usable = [entry for entry in entries if _is_whole_result(entry)]
         if content is not None and not (isinstance(content, list) and len(usable) == len(content)):
             logger.warning("%s: entries that aren't results of hf-mae are skipped", self.results_file)
-        return usable
+        return without_secrets(usable)
 
     def conversion(self) -> dict[str, Any]:
         """Where converted weights come from; empty for weights that were trained."""

@@ -1,20 +1,19 @@
 """Data sets whose files and splits `datasets` finds: shards, and repositories of the Hub."""
 
 import glob
-import logging
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from ..errors import DataError, one_line
+from ..errors import DataError, one_line, public_logger
 from .kinds import KINDS, kind_of
 from .listing import shown
 from .place import Place, common_folder
 from .remote import with_retries
 from .splits import find_splits, like_split, splits_of_shards
 
-logger = logging.getLogger(__name__)
+logger = public_logger(__name__)
 
 
 def load_builder(dataset: str, path: str, **options: Any) -> Any:

@@ -1,7 +1,6 @@
 """The name of a data set -> its files, their kind and its splits. No row is read."""
 
 import glob
-import logging
 import os
 import posixpath
 import re
@@ -15,17 +14,17 @@ import fsspec
 from fsspec.utils import glob_translate
 from huggingface_hub import HfApi
 
-from ..errors import DataError, SourceUnavailable, one_line
+from ..errors import DataError, SourceUnavailable, one_line, public_logger, without_secrets
 from ..files import local_path, missing_path, read_json
 from ..keys.data_keys import SourceKeys
 from .builders import from_builder, load_builder, locate_shards, split_shards, warn_outside
 from .kinds import IMAGE_EXTENSIONS, KINDS, PACKED, Endings, ending, kind_of
 from .listing import LINK_TO_FILE, LeftOut, Listing, list_folder, shown
-from .place import Place, common_folder
+from .place import Place, common_folder, without_query
 from .remote import is_remote, with_retries
 from .splits import find_splits, folders_like_splits, like_split
 
-logger = logging.getLogger(__name__)
+logger = public_logger(__name__)
 
 
 def locate(keys: SourceKeys) -> Place:
@@ -37,7 +36,8 @@ def locate(keys: SourceKeys) -> Place:
     """
     _check_outputs(keys)
     place = _locate(keys.dataset, keys.dataset_config, keys.dataset_revision)
-    return replace(place, image_column=keys.image_column, label_column=keys.label_column)
+    name = without_secrets(keys.dataset)
+    return replace(place, name=name, image_column=keys.image_column, label_column=keys.label_column)
 
 
 def _check_outputs(keys: SourceKeys) -> None:
@@ -227,7 +227,7 @@ def _locate_files(dataset: str, files: list[str]) -> Place:
         logger.warning("%s is read as one split, although its files are called %s; name those of one", dataset, found)
     if kind not in ("imagefolder", "archive"):
         return Place(dataset, kind, {"train": files})
-    root = common_folder(files) or ("" if files[0].startswith("/") else ".")
+    root = common_folder(list(map(without_query, files))) or ("" if files[0].startswith("/") else ".")
     names = [file.removeprefix(f"{root}/") for file in files]
     if kind == "imagefolder" and (alike := folders_like_splits(names)):
         logger.warning(

@@ -6,7 +6,6 @@ when it is opened. Import this module only when there is a table: datasets and p
 """
 
 import itertools
-import logging
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,13 +17,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets.table import embed_table_storage
 
-from ..errors import DataError, nearest, one_line
+from ..errors import DataError, nearest, one_line, public_logger
 from .decode import BadImage
 from .place import Place
 from .remote import READ_AHEAD, is_remote, open_bytes, reading
 from .shards import BlockSource, Row, Source, in_threads
 
-logger = logging.getLogger(__name__)
+logger = public_logger(__name__)
 
 BLOCK_BYTES = 128 * 2**20  # in memory; a reader keeps a block, and a stream copies its images
 NUMBER_BYTES = 8  # of a number in nested lists, with its share of the lists' offsets

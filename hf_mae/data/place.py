@@ -2,9 +2,11 @@
 
 import os
 import posixpath
+import re
 from dataclasses import dataclass
 from typing import Any
 
+from ..files import plain_name
 from .remote import is_remote
 
 
@@ -13,7 +15,7 @@ class Place:
     """A data set that was found. Each of its splits can be opened without another search.
 
     Attributes:
-        name: what the user typed.
+        name: what the user typed, without secrets.
         kind: `digits`, `disk` (made by `save_to_disk`), or the name of the `datasets` builder for these files.
         splits: split -> its files, as paths or URLs; for `imagefolder`, relative to `root`.
         root: path or URL of the folder, for `imagefolder` and `disk`.
@@ -52,10 +54,16 @@ def common_folder(paths: list[str]) -> str:
 
 
 def short_names(urls: list[str]) -> list[str]:
-    """File names; if they are not unique, paths relative to the common folder."""
-    paths = [url.split("?", 1)[0] if is_remote(url) else url for url in urls]
-    names = [posixpath.basename(path) for path in paths]
-    if len(set(names)) == len(urls):
-        return names
-    folder = common_folder(urls)
-    return [url.removeprefix(f"{folder}/") for url in urls]
+    """Plain file names; if they are not unique, paths relative to the common folder, and numbered if they must be."""
+    paths = [without_query(url) for url in urls]
+    folder = common_folder(paths)
+    for names in (map(posixpath.basename, paths), (path.removeprefix(f"{folder}/") for path in paths)):
+        plain = list(map(plain_name, names))
+        if len(set(plain)) == len(urls):
+            return plain
+    return [f"{name} ({number})" for number, name in enumerate(plain)]
+
+
+def without_query(url: str) -> str:
+    """A path or URL without its query: only web servers have these, elsewhere the question mark is part of a name."""
+    return url.split("?", 1)[0] if re.match(r"(\w+::)*https?://", url) else url

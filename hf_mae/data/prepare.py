@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..errors import DataError, short
-from ..files import as_utf8, sha256, write_bytes, write_json, write_text, writing
+from ..files import sha256, write_bytes, write_json, write_text, writing
 from ..image_processing_base_mae import resize_bands
 from ..keys.data_keys import PrepareRecipe
 from ..run_folder import RunFolder, write_lines
@@ -249,8 +249,7 @@ class _Shards(Dataset):
             except BadImage as error:
                 bad.append((row.key, error.reason))
                 continue
-            key = as_utf8(row.key)  # a file's name may not be valid text
-            columns["image"].append({"bytes": content, "path": key})
+            columns["image"].append({"bytes": content, "path": row.key})
             columns["label"].append(row.label)
         schema = self.features.arrow_schema
         try:

@@ -5,7 +5,6 @@ never counts as a bad sample.
 """
 
 import io
-import logging
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -14,10 +13,10 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
 
-from ..errors import DataError, SourceUnavailable, one_line
+from ..errors import DataError, SourceUnavailable, one_line, public_logger
 from ..files import is_disk_full
 
-logger = logging.getLogger(__name__)
+logger = public_logger(__name__)
 
 RETRY_TRIES = 6  # reads, including the first
 RETRY_FIRST_DELAY = 1.0  # seconds, doubled each time

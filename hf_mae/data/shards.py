@@ -15,8 +15,9 @@ import fsspec
 import numpy as np
 
 from ..errors import DataError
+from ..files import plain_name
 from .decode import BadImage
-from .place import Place, short_names
+from .place import Place, short_names, without_query
 from .remote import is_remote, open_bytes, read_whole, reading
 
 FILES_BLOCK = 64  # remote image files
@@ -32,7 +33,8 @@ class Row:
     Attributes:
         shard: index into `Source.shard_names`.
         row: row number inside that shard, from 0.
-        key: readable place: `train-00000-of-00008.parquet#17`, or a file's path relative to its folder.
+        key: readable place: `train-00000-of-00008.parquet#17`, or a file's path relative to its folder; plain text on
+            one line, see `plain_name`, without the query of a URL.
         image: the encoded file's bytes, or an array; or, if the source can't give the image, a `BadImage` that says
             why. `decode_image` accepts all three, and raises the last.
         label: class index if there are classes, else the value of the label column; None without a label.
@@ -49,14 +51,14 @@ class Source:
     """Rows by place. Subclasses read them; all attributes are set when the constructor returns.
 
     Attributes:
-        name: what the user typed.
+        name: what the user typed, without secrets.
         split: name of the split.
         shard_names: readable names of the shards, unique.
         shard_sizes: number of rows in each shard.
         random_access: True if any row is cheap to read, as on a local disk; False if blocks should be read in order.
         blocks: (shard, start, stop) in order; together they cover every row once.
         label_names: class names by index; None if they are unknown.
-        fingerprint: values that can be stored as JSON and differ if the data differs; no absolute paths.
+        fingerprint: values that can be stored as JSON and differ if the data differs; no absolute paths, no secrets.
     """
 
     def __init__(self, name: str, split: str, shard_names: list[str], shard_sizes: list[int], random_access: bool):
@@ -109,6 +111,7 @@ class FileSource(Source):
     def __init__(self, place: Place, split: str, names: list[str], labels: np.ndarray | None):
         super().__init__(place.name, split, [split], [len(names)], random_access=not is_remote(place.root))
         self._root, self._names, self._labels = place.root.rstrip("/"), names, labels
+        self._start = len(f"{self._root}/")  # of a file's name in its URL
         if not self.random_access:
             self.blocks = _blocks([[*range(0, len(names), FILES_BLOCK), len(names)]])
 
@@ -120,9 +123,12 @@ class FileSource(Source):
             fs, _ = fsspec.core.url_to_fs(self._root)
             images = in_threads(lambda url: read_whole(fs, url), urls)
         return [
-            Row(shard, row, self._names[row], image, None if self._labels is None else int(self._labels[row]))
+            Row(shard, row, self._key(row), image, None if self._labels is None else int(self._labels[row]))
             for row, image in zip(rows, images, strict=True)
         ]
+
+    def _key(self, row: int) -> str:
+        return plain_name(without_query(f"{self._root}/{self._names[row]}")[self._start :])
 
     def known_labels(self) -> list[Any]:
         return [None] * len(self) if self._labels is None else self._labels.tolist()

@@ -6,7 +6,6 @@ or the user asks for it; otherwise it reads a table that `datasets` makes and ma
 
 import glob
 import hashlib
-import logging
 import os
 from dataclasses import replace
 from typing import Any
@@ -14,20 +13,21 @@ from typing import Any
 import fsspec
 import numpy as np
 
-from ..errors import DataError, one_line
+from ..errors import DataError, one_line, public_logger
+from ..files import plain_name
 from ..keys.data_keys import DataKeys, SplitKeys
 from .builders import load_builder
 from .kinds import PACKED
 from .listing import shown
 from .locate import locate
 from .order import HELD_OUT, Rows
-from .place import Place, short_names
+from .place import Place, short_names, without_query
 from .remote import is_remote, with_retries
 from .shards import ArraySource, FileSource, Source, in_threads
 from .splits import SPLIT_FOLDERS, class_folders, folder_of, split_named, strays
 from .tars import TarSource
 
-logger = logging.getLogger(__name__)
+logger = public_logger(__name__)
 
 LARGE_TABLE, MOST_GROWTH = 2**30, 20  # bytes; a table on the disk that is larger and this many times its files
 
@@ -160,14 +160,16 @@ def _open_images(place: Place, split: str) -> Source:
     if place.revision is None:
         sizes = _sizes([f"{place.root}/{name}" for name in names])
         # A digest: the list itself would be in every checkpoint, and may have millions of files.
-        listing = "\n".join(f"{size or 0} {name}" for name, size in zip(names, sizes, strict=True))
+        start = len(f"{place.root}/")
+        paths = [without_query(f"{place.root}/{name}")[start:] for name in names]  # a signature may change
+        listing = "\n".join(f"{size or 0} {path}" for path, size in zip(paths, sizes, strict=True))
         digest = hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()
         files = {"count": len(names), "bytes": sum(size or 0 for size in sizes), "sha256": digest}
     class_names = sorted(set(classes.values()))
     number = {name: i for i, name in enumerate(class_names)}
     numbers = None if labels is None else np.array([number[label] for label in labels], dtype=np.int64)
     source = FileSource(place, split, names, numbers)
-    source.label_names = None if labels is None else class_names
+    source.label_names = None if labels is None else list(map(plain_name, class_names))
     source.fingerprint = _fingerprint(place, source, files)
     return source
 

@@ -5,7 +5,6 @@ Member names are untrusted. They group members into samples and tell image from 
 
 import hashlib
 import json
-import logging
 import tarfile
 import time
 from collections.abc import Iterator, Sequence
@@ -16,15 +15,15 @@ from typing import Any, BinaryIO
 import fsspec
 import numpy as np
 
-from ..errors import DataError, one_line
-from ..files import replaced
+from ..errors import DataError, one_line, public_logger
+from ..files import as_utf8, replaced
 from .decode import BadImage
 from .kinds import IMAGE_EXTENSIONS, PACKED, Endings
 from .place import Place
 from .remote import is_remote, open_bytes, reading, with_retries
 from .shards import BlockSource, Row, in_threads
 
-logger = logging.getLogger(__name__)
+logger = public_logger(__name__)
 
 BLOCK_SAMPLES = 256
 BLOCK_BYTES = 64 * 2**20  # a block of a remote tar is one request, and is kept in memory
@@ -135,7 +134,8 @@ def _parse_label(text: bytes, key: str | None) -> Any:
     """The label in a member, as an integer if it is one; None if it can't be read."""
     try:
         if key is not None:
-            return json.loads(text)[key]
+            label = json.loads(text)[key]
+            return as_utf8(label) if isinstance(label, str) else label
         word = text.decode().strip()
         return int(word) if word.lstrip("+-").isdecimal() else word
     except (ValueError, KeyError, TypeError, RecursionError):

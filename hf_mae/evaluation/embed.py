@@ -18,7 +18,7 @@ from ..data.locate import locate
 from ..data.order import Rows
 from ..data.sources import open_split
 from ..errors import UserError
-from ..files import as_utf8, replaced, writing
+from ..files import replaced, writing
 from ..keys.evaluation_keys import EmbedRecipe
 from .encoder import FrozenEncoder
 from .table import encoded_batches, even_batches, report_bad
@@ -45,7 +45,7 @@ def embed(recipe: EmbedRecipe) -> dict[str, Any]:
     encoder = FrozenEncoder(recipe.model, recipe.pooling, recipe.mixed_precision).to(accelerator.device)
     source = open_split(locate(recipe), recipe.split)
     rows = Rows(source, max_samples=recipe.max_samples)
-    origin = {"model": recipe.model, "dataset": recipe.dataset, "split": source.split, "pooling": recipe.pooling}
+    origin = {"model": recipe.model, "dataset": source.name, "split": source.split, "pooling": recipe.pooling}
     bad: list[BadSample] = []
 
     def written() -> Batches:
@@ -53,9 +53,7 @@ def embed(recipe: EmbedRecipe) -> dict[str, Any]:
         for batch, values in encoded_batches(encoder, batches):
             bad.extend(batch.bad)
             if batch.keys:
-                # Names of files, and of folders that are labels, may hold bytes that are not text.
-                labels = [as_utf8(label) if isinstance(label, str) else label for label in batch.labels]
-                yield list(map(as_utf8, batch.keys)), labels, values.cpu().numpy()
+                yield batch.keys, batch.labels, values.cpu().numpy()
         report_bad(rows, bad, recipe.max_bad_fraction)
 
     path = Path(recipe.output)

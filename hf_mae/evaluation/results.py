@@ -11,6 +11,7 @@ from typing import Any
 from transformers.utils.hub import cached_file
 
 from .. import __version__
+from ..errors import without_secrets
 from ..files import sha256
 from ..keys.data_keys import SplitKeys
 from ..keys.evaluation_keys import ScoreRecipe
@@ -36,7 +37,7 @@ def named_data(recipe: SplitKeys, split: str, evaluated_on: str, learned: bool =
     """
     source = recipe if learned else recipe.evaluation_source()
     return {
-        "dataset": source.dataset,
+        "dataset": without_secrets(source.dataset),
         "config": source.dataset_config,
         "revision": source.dataset_revision,
         "split": split,

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..errors import without_secrets
 from ..files import as_utf8, is_hub_id, local_path, read_json, sha256
 from ..keys import height_width, names_where
 from ..keys.finetune_keys import FinetuneRecipe
@@ -207,7 +208,7 @@ class _Places:
 
     def show_all(self, values: dict[str, Any]) -> dict[str, Any]:
         """The values of a table, without "local_keys". Paths under other keys become their last names."""
-        shown = {key: value for key, value in values.items() if key != "local_keys"}
+        shown = without_secrets({key: value for key, value in values.items() if key != "local_keys"})
         for key, value in shown.items():
             if not isinstance(value, str):
                 continue

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
-from ..errors import UserError
+from ..errors import UserError, without_secrets
 from ..optim.batch import micro_batch
 from ..optim.schedule import read_points, scaled_lr, steps_of
 from . import (
@@ -141,8 +141,8 @@ class RunRecipe(SplitKeys):
         return micro_batch(self.total_batch_size, self.per_device_batch_size, ranks, masks=self.masks_per_image)
 
     def to_dict(self) -> dict[str, Any]:
-        """All keys, flat, as a recipe file has them."""
-        return asdict(self)
+        """All keys, flat, as a recipe file has them; URLs without secrets."""
+        return without_secrets(asdict(self))
 
     def __post_init__(self) -> None:
         if self.output_dir is None:

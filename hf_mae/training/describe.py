@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from .. import __version__
 from ..data.transform import ImageSpec
+from ..errors import without_secrets
 from ..files import local_path
 from ..keys.finetune_keys import FinetuneRecipe
 from ..keys.run_keys import PretrainRecipe
@@ -95,7 +96,7 @@ def announce(
     strategy = f"{facts['strategy']}, " if "strategy" in facts else ""
     start = f"continuing from {stored}" if stored else f"from {recipe.model or 'scratch'}"
     print(
-        f"{recipe.recipe or recipe.command}: {facts['training_images']:,} images of {recipe.dataset}, "
+        f"{recipe.recipe or recipe.command}: {facts['training_images']:,} images of {without_secrets(recipe.dataset)}, "
         f"{spec.num_channels} x {height} x {width} {spec.dtype}, {content}, "
         f"{facts['parameters'] / 1e6:.1f} M parameters{trained}\n"
         f"{facts['total_steps']:,} steps of {recipe.images_per_step} images{masks} = {facts['processes']} "
