@@ -226,7 +226,7 @@ class PretrainRecipe(ModelKeys, PretrainRunKeys):
 
     def to_dict(self) -> dict[str, Any]:
         """All keys, flat, as a recipe file has them; those of the model only if they were given."""
-        return {name: value for name, value in asdict(self).items() if value is not None or name not in MODEL_KEYS}
+        return {name: value for name, value in super().to_dict().items() if value is not None or name not in MODEL_KEYS}
 
     def check(self) -> None:
         super().check()
