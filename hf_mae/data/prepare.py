@@ -92,11 +92,14 @@ def _find_features(splits: list[Rows]) -> Any:
     """The `datasets.Features` of all splits: image, and label if any split has labels."""
     label_feature: dict[str, Any] = {}
     for rows in splits:
-        if rows.source.label_names is not None:
-            label = datasets.ClassLabel(names=rows.source.label_names)
+        names = rows.source.label_names
+        first = [row.label for row in rows.read(rows.index[:TYPE_ROWS])]
+        if names is not None:
+            label = datasets.ClassLabel(names=names)
+            label = datasets.List(label) if any(isinstance(value, list) for value in first) else label
         else:
             try:
-                labels = pa.array([row.label for row in rows.read(rows.index[:TYPE_ROWS])])
+                labels = pa.array(first)
             except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
                 raise mixed_labels(rows, error) from error
             if labels.null_count == len(labels):

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from accelerate import Accelerator
 
 from ..data.decode import BadSample
-from ..data.labels import mixed_labels
+from ..data.labels import mixed_labels, named
 from ..data.locate import locate
 from ..data.order import Rows
 from ..data.sources import open_split
@@ -29,9 +29,9 @@ Batches = Iterator[tuple[list[str], list[Any], np.ndarray]]  # keys, labels, and
 def embed(recipe: EmbedRecipe) -> dict[str, Any]:
     """Write the features of a split.
 
-    The parquet file has the columns `key` (the image's place in the source), `label` (as the source stores it; null
-    without one) and `features`. The numpy file has only the features, (n, D) or (n, N, D) float32; the keys and labels
-    of its rows are in the CSV file of the same name.
+    The parquet file has the columns `key` (the image's place in the source), `label` (the name of its class, or the
+    label as the source stores it; null without one) and `features`. The numpy file has only the features, (n, D) or
+    (n, N, D) float32; the keys and labels of its rows are in the CSV file of the same name.
 
     Returns:
         `path`; `images`, the number written; `width`, the shape of one image's features.
@@ -54,7 +54,8 @@ def embed(recipe: EmbedRecipe) -> dict[str, Any]:
             bad.extend(batch.bad)
             if batch.keys:
                 # Names of files, and of folders that are labels, may hold bytes that are not text.
-                labels = [as_utf8(label) if isinstance(label, str) else label for label in batch.labels]
+                labels = [named(label, source) for label in batch.labels]
+                labels = [as_utf8(label) if isinstance(label, str) else label for label in labels]
                 yield list(map(as_utf8, batch.keys)), labels, values.cpu().numpy()
         report_bad(rows, bad, recipe.max_bad_fraction)
 

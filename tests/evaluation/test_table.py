@@ -31,7 +31,7 @@ def rows_of(labels, names=None) -> Rows:
 def numbered(train, test, **options):
     rows, eval_rows = rows_of(train, options.pop("names", None)), rows_of(test, options.pop("eval_names", None))
     classes = common_classes(train, rows, test, eval_rows, **options)
-    return class_numbers(train, classes).tolist(), class_numbers(test, classes).tolist()
+    return class_numbers(train, rows.source, classes).tolist(), class_numbers(test, eval_rows.source, classes).tolist()
 
 
 @pytest.mark.parametrize(
@@ -61,8 +61,8 @@ def test_classes_of_any_kind_are_numbered_without_gaps(train, test):
         ([float("inf"), 1.0], [1], {}, ["label inf", "not a class"]),
         ([4, 4, 4], [4], {}, ["3 images", "only one class (4)", "two or more"]),
         ([0, 1], [0, 5, 6], {}, ["2 of 3 classes", "the first 5", "the 2 of", "more images"]),
-        ([0, 1], [0, 1], {"names": ["cat", "dog"], "eval_names": ["cat", "eel"]}, ["class 1 is 'dog'", "'eel'"]),
-        ([0, 1], [0, 1], {"names": ["cat", "dog"], "eval_names": ["cat"]}, ["class 1 is 'dog'", "None"]),
+        ([0, 1], [0, 1], {"names": ["cat", "dog"], "eval_names": ["cat", "eel"]}, ["1 of 2 classes", "first eel"]),
+        ([0, 1], [0, 1], {"names": ["cat", "dog"], "eval_names": ["cat"]}, ["the first 1 (of 1 named classes)"]),
     ],
 )  # fmt: skip
 def test_labels_that_will_not_do_get_one_line(train, test, options, words):
