@@ -7,6 +7,7 @@ came from class folders or a label column.
 import hashlib
 import json
 import logging
+import os
 import posixpath
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,12 +16,13 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError, nearest
-from ..files import local_path
+from ..files import local_path, missing_path
 from .kinds import METADATA_FILES
 from .listing import shown
 from .place import LABEL_NAMES, Place
+from .remote import is_remote
 from .splits import folder_of, nfc
-from .tables import Table
+from .tables import TABLES, Table
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +62,11 @@ def attach(place: Place, split: str) -> FileLabels | None:
     names = [name for files in place.splits.values() for name in files]
     wanted = place.splits[split]
     if place.labels is not None:
-        table = Table(local_path(place.labels))
+        path = local_path(place.labels)
+        if not is_remote(path) and not os.path.isfile(path):
+            missing = None if os.path.exists(path) else missing_path(path, TABLES)
+            raise DataError(missing or f"{place.labels} is not a file that can be read; check --labels")
+        table = Table(path)
         file_column, numbers = _find_images(table, names, place)
         label_columns, choices = _label_columns(table, file_column, place.label_column)
         if not label_columns:
@@ -212,7 +218,7 @@ def _find_images(table: Table, names: list[str], place: Place) -> tuple[str, lis
         first = next((str(value) for value in table.columns[columns[0]] if value), "")
         raise DataError(
             f"no column of {table.name} ({', '.join(columns)}) names images of {place.name}: it has e.g. {first[:50]}, "
-            f"the folder {shown(names[0])}; the table needs a line of column names, and file names in one column"
+            f"the folder {shown(names[0])}; check that it is the list of these images"
         )
     others = [name for hits, at, name in ranked[1:] if at == level and hits < FEW * count]
     if others:
@@ -221,6 +227,8 @@ def _find_images(table: Table, names: list[str], place: Place) -> tuple[str, lis
             f"right one to {FILE_NAME}"
         )
     index = _index(names, (str, _name, _stem)[level])
+    if _number(column, index, level) is not None:
+        raise DataError(f"{table.name} has the image {column[:80]} in place of a column's name; add a line of names")
     numbers = [_number(value, index, level) for value in table.columns[column]]
     for row, number in enumerate(numbers):
         if number == _SEVERAL:
@@ -284,6 +292,7 @@ def _values(table: Table, columns: list[str]) -> tuple[list[Any], list[str] | No
     typed = [table.typed(column) for column in columns]
     if len(columns) == 1:
         return typed[0], table.class_names.get(columns[0])
+    typed = [[None if value == "" else value for value in values] for values in typed]
     for column, values in zip(columns, typed, strict=True):
         text = next((value for value in values if not (value is None or isinstance(value, (int, float)))), None)
         if text is not None:

@@ -118,11 +118,10 @@ def find_labels(rows: Rows, problem: Problem) -> Labels:
     other = next((value for value in values if not (multi_hot or _fits(value, multiple))), None)
     if other is not None:
         parts = other if isinstance(other, list) else [other]
-        fitting = "multi_label" if isinstance(other, list) else "single_label"
-        fitting = "regression" if any(isinstance(part, float) for part in parts) else f"{fitting}_classification"
-        raise DataError(
-            f"{source.name} has the label {str(other)[:50]}, which doesn't fit {problem}; pass --problem_type {fitting}"
-        )
+        fitting = "multi_label_classification" if isinstance(other, list) else "single_label_classification"
+        fitting = "regression" if any(isinstance(part, float) for part in parts) else fitting
+        remedy = "choose another --label_column" if fitting == problem else f"pass --problem_type {fitting}"
+        raise DataError(f"{source.name} has the label {str(other)[:50]}, which doesn't fit {problem}; {remedy}")
     if multi_hot:
         return Labels(problem, tuple(str(i) for i in range(len(values[0]))))
     names = _class_names([value for row in values for value in row] if multiple else values, source)
@@ -164,7 +163,8 @@ def as_class(label: Any) -> Any:
         return label
     if isinstance(label, str):
         return nfc(label)
-    return int(label) if isinstance(label, Real) and label % 1 == 0 else label
+    number: Any = label
+    return int(number) if isinstance(label, Real) and number % 1 == 0 else label
 
 
 def _whole(values: Sequence[Any], source: Source, problem: Problem) -> Sequence[Any]:

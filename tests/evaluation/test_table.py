@@ -51,6 +51,34 @@ def test_classes_of_any_kind_are_numbered_without_gaps(train, test):
 
 
 @pytest.mark.parametrize(
+    ("train", "names", "test", "eval_names", "expected"),
+    [
+        (range(3), ["0", "10", "2"], [0, 10, 2], None, [0, 1, 2]),  # class folders, then a column of numbers
+        (range(3), ["0", "10", "2"], [2.0, 0.0, 10.0], None, [2, 0, 1]),
+        (range(3), ["0", "10", "2"], ["10", "2", "0"], None, [1, 2, 0]),
+        ([0, 10, 2], None, range(3), ["0", "10", "2"], [0, 2, 1]),  # numbers are numbered in their own order
+        (range(3), ["00", "02", "10"], [0, 2, 10], None, [0, 1, 2]),
+        (range(3), ["cat", "dog", "emu"], range(3), ["emu", "cat", "dog"], [2, 0, 1]),  # another order of names
+        (range(3), ["cat", "dog", "emu"], range(3), ["emu", "eel", "cat"], None),
+        (range(3), ["cat", "dog", "emu"], ["emu", "cat"], None, [2, 0]),
+        (range(3), ["cat", "dog", "emu"], [2, 0], None, [2, 0]),  # numbers without names are indices
+        ([0, 2], ["cat", "dog", "emu"], [2, 0], None, [1, 0]),  # of all names, also of unused ones
+        ([True, False], None, [1, 0], None, [1, 0]),
+        ([1, 0], None, [True, False], None, [1, 0]),
+        ([0, 1], ["False", "True"], [True, False], None, [1, 0]),
+        ([0, 1], ["cafe\u0301", "the"], ["caf\u00e9", "the"], None, [0, 1]),
+    ],
+)  # fmt: skip
+def test_classes_of_two_splits_are_matched_by_name(train, names, test, eval_names, expected):
+    arguments = {"names": names, "eval_names": eval_names}
+    if expected is None:
+        with pytest.raises(DataError, match="1 of 3 classes of split train of memory, the first eel, are not among"):
+            numbered(list(train), list(test), **arguments)
+    else:
+        assert numbered(list(train), list(test), **arguments)[1] == expected
+
+
+@pytest.mark.parametrize(
     ("train", "test", "options", "words"),
     [
         ([0, None, 1], [0], {}, ["1 of 3 images", "no label", "--label_column"]),

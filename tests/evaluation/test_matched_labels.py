@@ -1,0 +1,75 @@
+"""Every command on two data sets that number, name or store the same classes differently."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from runs import start
+from tiny import save_model
+
+datasets = pytest.importorskip("datasets")
+
+CLASSES = 12
+DATA = ["--num_workers", 0, "--results"]
+PAPER = ["--protocol", "paper", "--total_batch_size", 24, "--epochs", 1, "--warmup_epochs", 0]
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory):
+    """A model, class folders 0..11, and the same images in tables whose labels are numbers, texts and named classes."""
+    root = tmp_path_factory.mktemp("twins")
+    save_model(root / "model", channels=3)
+    rng = np.random.default_rng(0)
+    files, labels = [], []
+    for label in range(CLASSES):
+        for number in range(4):
+            path = root / "folders" / str(label) / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(path)
+            files.append(path.read_bytes())
+            labels.append(label)
+    names = [str(label) for label in reversed(range(CLASSES))]
+    kinds = {
+        "numbers": (labels, datasets.Value("int64")),
+        "floats": (labels, datasets.Value("float32")),
+        "texts": ([str(label) for label in labels], datasets.Value("string")),
+        "named": ([names.index(str(label)) for label in labels], datasets.ClassLabel(names=names)),
+    }
+    for name, (values, feature) in kinds.items():
+        features = datasets.Features({"image": datasets.Image(), "label": feature})
+        table = {"image": [{"bytes": file, "path": None} for file in files], "label": values}
+        datasets.Dataset.from_dict(table, features=features).to_parquet(str(root / f"{name}.parquet"))
+    return root
+
+
+def figures(twins, tmp_path, command, train, test, *words):
+    result = tmp_path / "results.json"
+    data = ["--model", twins / "model", "--dataset", twins / train, "--eval_dataset", twins / test]
+    assert start("evaluate", command, *data, *DATA, result, *words) == 0
+    return json.loads(result.read_text())[-1]["figures"]
+
+
+@pytest.mark.parametrize("kind", ["numbers", "floats", "texts", "named"])
+def test_knn_finds_each_image_in_its_own_class(twins, tmp_path, kind):
+    for train, test in (("folders", f"{kind}.parquet"), (f"{kind}.parquet", "folders")):
+        assert figures(twins, tmp_path, "knn", train, test, "--k", 1) == {"knn_top1_k1": 100}
+
+
+@pytest.mark.parametrize("words", [[], PAPER])
+def test_a_linear_probe_scores_the_same_images_the_same(twins, tmp_path, words):
+    expected = figures(twins, tmp_path, "linear-probe", "folders", "folders", *words)
+    for kind in ("numbers", "named"):
+        assert figures(twins, tmp_path, "linear-probe", "folders", f"{kind}.parquet", *words) == expected
+
+
+def test_embed_writes_names(twins, tmp_path):
+    for data in ("folders", "named.parquet"):
+        words = ["--model", twins / "model", "--dataset", twins / data, "--output", tmp_path / "features.npy"]
+        assert start("embed", *words, "--num_workers", 0) == 0
+        with (tmp_path / "features.csv").open() as file:
+            found = [row["label"] for row in csv.DictReader(file)]
+        assert sorted(found) == sorted(4 * [str(label) for label in range(CLASSES)])
+        if data == "named.parquet":
+            assert found == [str(label) for label in range(CLASSES) for _ in range(4)]
