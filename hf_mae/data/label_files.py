@@ -70,7 +70,7 @@ def attach(place: Place, split: str) -> FileLabels | None:
         file_column, numbers = _find_images(table, names, place)
         label_columns, choices = _label_columns(table, file_column, place.label_column)
         if not label_columns:
-            raise DataError(f"{place.labels} has several columns that may be labels; {choices}")
+            raise DataError(f"{place.labels} has no single column of labels; {choices}")
         rows = [(names[number], row) for row, number in enumerate(numbers) if number is not None]
         found = _Found(table.name, [(table, label_columns, rows)], table.rows - len(rows), "")
     else:
@@ -130,7 +130,7 @@ def _digest(values: list[Any], names: list[str] | None) -> str:
 
 def _report(found: _Found, place: Place, split: str, wanted: list[str], result: FileLabels, columns: list[str]) -> None:
     if found.choices:
-        message = "%s: no image has a label, as %s has several columns that may be labels: %s"
+        message = "%s: no image has a label, as it isn't clear which column of %s has them: %s"
         logger.warning(message, place.name, found.name, found.choices)
         return
     without = [name for name, value in zip(wanted, result.values, strict=True) if value is None]
@@ -166,7 +166,7 @@ def _listed(place: Place, tables: dict[str, Table], names: set[str]) -> _Found |
     parts, missing, choices, nearer = [], 0, "", set()
     for folder in sorted(tables, key=lambda folder: -folder.count("/") - bool(folder)):  # the nearest table counts
         table = tables[folder]
-        columns, hint = _label_columns(table, FILE_NAME, place.label_column)
+        columns, hint = _label_columns(table, FILE_NAME, place.label_column, repeated=True)
         choices = choices or ("" if columns else hint)
         rows = []
         for row, value in enumerate(table.columns[FILE_NAME]):
@@ -210,7 +210,7 @@ def _find_images(table: Table, names: list[str], place: Place) -> tuple[str, lis
         index = _index(names, of_image)
         for column in columns:
             values = table.columns[column][::step]
-            found = {_number(value, index, level) for value in values if isinstance(value, (str, int))} - {None}
+            found = {_number(value, index, level) for value in values} - {None}
             ranked.append((-len(found), level, column))
     ranked.sort()
     count, level, column = ranked[0]
@@ -249,6 +249,8 @@ def _index(names: Sequence[str], of_image: Callable[[str], str]) -> dict[str, in
 
 
 def _number(value: Any, index: dict[str, int], level: int) -> int | None:
+    if not isinstance(value, (str, int)):
+        return None
     path = _path(value)
     if level == 0:
         return index.get(path)
@@ -261,8 +263,11 @@ def _number(value: Any, index: dict[str, int], level: int) -> int | None:
 _NOTHING_ELSE = "it has no other column"
 
 
-def _label_columns(table: Table, file_column: str, chosen: str | None) -> tuple[list[str], str]:
-    """The columns of labels, or none and what to do: the chosen ones, else one with a usual name, else the only one."""
+def _label_columns(table: Table, file_column: str, chosen: str | None, repeated: bool = False) -> tuple[list[str], str]:
+    """The columns of labels, or none and what to do: the chosen ones, else one with a usual name, else the only one.
+
+    `repeated`: the only column holds labels only if most of its values occur again; captions don't.
+    """
     others = [name for name, values in table.columns.items() if name != file_column and _may_be_label(values)]
     if chosen is not None:
         columns = [chosen] if chosen in table.columns else [name.strip() for name in chosen.split(",")]
@@ -273,7 +278,8 @@ def _label_columns(table: Table, file_column: str, chosen: str | None) -> tuple[
                 raise DataError(f"{message}: {', '.join(others)}")
         return columns, ""
     usual = [name for name in LABEL_NAMES if name in others]
-    if usual or len(others) == 1:
+    only = len(others) == 1 and (not repeated or 2 * len(set(map(str, table.columns[others[0]]))) <= table.rows)
+    if usual or only:
         return (usual or others)[:1], ""
     return [], f"choose one or more with --label_column: {','.join(others)}" if others else _NOTHING_ELSE
 

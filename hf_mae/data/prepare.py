@@ -42,7 +42,7 @@ from .sources import open_split
 from .transform import BICUBIC, size_of
 
 ROW_GROUP = 100  # rows; streaming fetches this many at once
-TYPE_ROWS = 100  # rows used to find the type of a label column
+TYPE_ROWS = 100  # rows used to find the type of a label column whose rows have to be read
 
 
 def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
@@ -93,7 +93,8 @@ def _find_features(splits: list[Rows]) -> Any:
     label_feature: dict[str, Any] = {}
     for rows in splits:
         names = rows.source.label_names
-        first = [row.label for row in rows.read(rows.index[:TYPE_ROWS])]
+        known = rows.source.known_labels()
+        first = [row.label for row in rows.read(rows.index[:TYPE_ROWS])] if known is None else known
         if names is not None:
             label = datasets.ClassLabel(names=names)
             label = datasets.List(label) if any(isinstance(value, list) for value in first) else label

@@ -167,7 +167,9 @@ def _open_images(place: Place, split: str) -> Source:
     source.label_names = class_names
     source.fingerprint = _fingerprint(place, source, files)
     if given is not None:
-        source.label_remedy, source.unlisted = given.remedy, given.unlisted
+        source.label_remedy = given.remedy
+        if not given.unlisted.all():  # without any label, the first use of labels says what to do
+            source.unlisted = given.unlisted
         source.fingerprint["labels"] = given.digest
     return source
 

@@ -174,7 +174,8 @@ def start_state(
         CheckpointError: if the data differs from the checkpoint's, unless `allow_data_change` is set.
     """
     # All that the order of samples depends on besides the seed, in JSON's types.
-    fingerprint = json.loads(json.dumps({**data.rows.source.fingerprint, "num_samples": len(data.rows)}))
+    facts = {name: value for name, value in data.rows.source.fingerprint.items() if name != "labels"}
+    fingerprint = json.loads(json.dumps({**facts, "num_samples": len(data.rows)}))
     if stored is None:
         access = data.rows.source.random_access
         plan = StreamPlan.choose(recipe.images_per_step, ranks, recipe.num_workers, len(data.rows), access)

@@ -119,12 +119,23 @@ def test_images_without_a_row_and_rows_without_an_image_are_counted(tmp_path, ca
 def test_several_label_columns_are_asked_for(tmp_path, caplog):
     path = folder(tmp_path / "m", "a.png", "b.png", metadata_csv="file_name,site,finding\na.png,x,cyst\nb.png,y,mass\n")
     assert set(labels(path).values()) == {None}
-    assert "several columns that may be labels: choose one or more with --label_column: site,finding" in caplog.text
+    assert "it isn't clear which column of metadata.csv has them: choose one or more with --label_column" in caplog.text
     with pytest.raises(DataError, match=r"2 of 2 images .* choose one or more with --label_column: site,finding"):
-        find_labels(Rows(open_source(str(path))), SINGLE)
+        find_labels(open_splits(SplitKeys(dataset=str(path), eval_dataset=str(path)), labelled=True)[0], SINGLE)
     assert labels(path, label_column="finding") == {"a.png": "cyst", "b.png": "mass"}
     with pytest.raises(DataError, match="no column 'findings' for --label_column; did you mean 'finding'"):
         open_source(str(path), label_column="findings")
+
+
+def test_the_only_other_column_has_labels_if_they_repeat(tmp_path, caplog):
+    names = [f"{i}.png" for i in range(4)]
+    for values, expected in (("xyxy", list("xyxy")), ("wxyz", [None] * 4)):
+        text = "file_name,text\n" + "".join(f"{name},{value}\n" for name, value in zip(names, values, strict=True))
+        path = folder(tmp_path / values, *names, metadata_csv=text)
+        assert list(labels(path).values()) == expected
+    assert "it isn't clear which column of metadata.csv has them: choose one or more with --label_column: text" in (
+        caplog.text
+    )
 
 
 def test_a_metadata_file_without_labels_leaves_the_class_folders(tmp_path, caplog):
@@ -152,6 +163,13 @@ def test_prepare_writes_the_labels_of_the_metadata_file(tmp_path):
     prepare(PrepareRecipe(dataset=str(path), output_dir=str(tmp_path / "out"), num_workers=0))
     source = open_source(str(tmp_path / "out"))
     assert labels_of(Rows(source)) == list(SHEET.values())
+
+
+def test_prepare_keeps_labels_that_only_the_last_images_have(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_mae.data.prepare.TYPE_ROWS", 1)
+    path = folder(tmp_path / "m", metadata_csv=csv_of({"001/d.png": "cat"}))
+    prepare(PrepareRecipe(dataset=str(path), output_dir=str(tmp_path / "out"), num_workers=0))
+    assert labels_of(Rows(open_source(str(tmp_path / "out")))) == [None, None, None, "cat"]
 
 
 def test_a_changed_label_changes_the_fingerprint(tmp_path):
@@ -252,7 +270,7 @@ def test_tables_of_every_dialect_are_read(tmp_path, text, suffix):
     [
         ("file,label\nx.png,1\n", {}, r"no column of list.csv \(file, label\) names images of .*: it has e.g. x.png"),
         ("a.png,1\nb.png,2\n", {}, "list.csv has the image a.png in place of a column's name; add a line of names"),
-        ("file,p,q\na.png,1,0\n", {}, "has several columns that may be labels; choose one or more .*: p,q"),
+        ("file,p,q\na.png,1,0\n", {}, "has no single column of labels; choose one or more .*: p,q"),
         ("file,p,q\na.png,1,0\n", {"label_column": "p,r"}, "has no column 'r' for --label_column; its columns: p, q"),
         ("file,p,q\na.png,1,2,3\n", {}, "line 2 of list.csv has 4 fields, but the first has 3; put texts"),
         ("file,p,p\na.png,1,2\n", {}, "several columns of one name"),

@@ -10,6 +10,7 @@ from runs import start
 from tiny import save_model
 
 datasets = pytest.importorskip("datasets")
+pq = pytest.importorskip("pyarrow.parquet")
 
 CLASSES = 12
 DATA = ["--num_workers", 0, "--results"]
@@ -62,6 +63,21 @@ def test_a_linear_probe_scores_the_same_images_the_same(twins, tmp_path, words):
     expected = figures(twins, tmp_path, "linear-probe", "folders", "folders", *words)
     for kind in ("numbers", "named"):
         assert figures(twins, tmp_path, "linear-probe", "folders", f"{kind}.parquet", *words) == expected
+
+
+def test_embed_writes_the_labels_of_a_list(twins, tmp_path):
+    (tmp_path / "list.csv").write_text("file,a,b,c\n11/3.png,1,0,1\n11/2.png,0,0,0\n")
+    data = ["--dataset", twins / "folders", "--labels", tmp_path / "list.csv", "--label_column", "a,b,c"]
+    words = ["embed", "--model", twins / "model", *data, "--num_workers", 0, "--per_device_batch_size", 2]
+    expected = {"11/3.png": ["a", "c"], "11/2.png": []}
+    assert start(*words, "--output", tmp_path / "f.parquet") == 0
+    table = pq.read_table(tmp_path / "f.parquet")
+    found = dict(zip(table["key"].to_pylist(), table["label"].to_pylist(), strict=True))
+    assert found == {**dict.fromkeys(found), **expected}
+    assert start(*words, "--output", tmp_path / "f.npy") == 0
+    with (tmp_path / "f.csv").open() as file:
+        texts = {row["key"]: row["label"] for row in csv.DictReader(file)}
+    assert texts == {**dict.fromkeys(found, ""), "11/3.png": "a; c"}
 
 
 def test_embed_writes_names(twins, tmp_path):
