@@ -1,7 +1,7 @@
 """Masked autoencoders (He et al., arXiv:2111.06377) as Hugging Face Transformers models.
 
 Importing this package registers its classes with transformers' Auto classes. The public names are listed in
-__init__.pyi and imported at first use.
+__init__.pyi and imported on first use.
 """
 
 import sys

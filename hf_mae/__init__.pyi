@@ -1,4 +1,4 @@
-# The only list of public names: `hf_mae.NAME`, imported at first use. __init__.py and type checkers read this file.
+# The only list of public names: `hf_mae.NAME`, imported on first use. __init__.py and type checkers read this file.
 from .backbone_mae import MAEBackbone as MAEBackbone
 from .classifier_mae import MAEForImageClassification as MAEForImageClassification
 from .configuration_mae import SIZES as SIZES

@@ -121,7 +121,7 @@ def _answer(words: list[str]) -> int:
 
 @dataclass(frozen=True)
 class Command:
-    """What a command does, in a line of the help, and how."""
+    """A command: its line of the help, its keys, and the function that runs it."""
 
     help: str
     keys: type[Recipe]
@@ -159,7 +159,7 @@ def read_keys(name: str, words: list[str]) -> Any:
 
 def _run(name: str, words: list[str]) -> int:
     try:
-        keys = read_keys(name, words)  # before torch is imported, so that a mistake is answered at once
+        keys = read_keys(name, words)  # before torch is imported, so that a mistake is reported at once
         _prepare_transformers()
         COMMANDS[name].run(keys)
     except ModuleNotFoundError as error:
@@ -175,7 +175,7 @@ def _prepare_transformers() -> None:
     from transformers.utils import logging as transformers_logging
 
     register()
-    # One bar, ours: not another one for each file that a library writes.
+    # Show only our progress bar, not one for each file that a library writes.
     transformers_logging.disable_progress_bar()
 
 
@@ -369,9 +369,9 @@ COMMANDS: dict[str, Command] = {
     "report": Command("write one HTML file about a run, or about several side by side", ReportRecipe, _report),
     "demo": Command("start a page to try a model on your own photos, or write it as a Space", DemoRecipe, _demo),
     "convert": Command(
-        "convert weights from and to the original's, transformers' and timm's formats", ConvertRecipe, _convert
+        "convert weights to and from the formats of the original, transformers and timm", ConvertRecipe, _convert
     ),
-    "export": Command("write an encoder or a classifier as a file of ONNX or torch.export", ExportRecipe, _export),
+    "export": Command("export an encoder or a classifier to ONNX or torch.export", ExportRecipe, _export),
     "push": Command("publish a model on the Hub with the code that loads it, and check the upload", PushRecipe, _push),
     "card": Command("write a model's card to a file, as push would publish it", CardRecipe, _card),
     "prepare": Command(

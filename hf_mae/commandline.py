@@ -1,7 +1,7 @@
 """Reads a command line into a dataclass of keys: its defaults, then a YAML recipe, then what the user typed.
 
 `keys/__init__.py` says how a key is declared and how a value of each type is typed. jsonargparse merges the values and
-prints the help. This file finds recipes and assigns words to keys. Every mistake becomes a UserError of one line.
+prints the help. This file finds recipes and assigns words to keys. Every mistake becomes a one-line UserError.
 """
 
 import re
@@ -161,7 +161,7 @@ def _parse_recipe(
         raise UserError(f"unknown key '{short(unknown)}' in recipe {name}{nearest(str(unknown), keys)}")
     # The resolved recipe of a run has every key, and may name the recipe that it came from.
     if "recipe" in values and not {one for one in keys if keys[one].default is not None} <= values.keys():
-        raise UserError(f"recipe {name} names another recipe, which isn't read; leave the key recipe out of the file")
+        raise UserError(f"recipe {name} names another recipe, which isn't read; remove the key recipe from the file")
     try:
         given = parser.parse_object({one: keys[one].to_words(value) for one, value in values.items()})
         for one, value in vars(given).items():
@@ -198,8 +198,8 @@ def _as_value(word: str) -> str:
 def _part_words(keys: dict[str, Key], words: Sequence[str], first: bool) -> tuple[list[str], list[str]]:
     """Split words into flags with their values, and words for positional keys.
 
-    A flag takes one word, the flag of a list all words up to the next flag. If the command has positional keys
-    (`first`), a true-or-false flag takes a word only if that is one of `BOOLEANS` or none.
+    A flag takes one word; the flag of a list takes all words up to the next flag. If the command has positional keys
+    (`first`), a true-or-false flag takes a word only if that word is in `BOOLEANS` or is "none".
     """
     by_flag = {flag: one for one in keys.values() for flag in one.flags}
     flags, free, room = [], [], 0

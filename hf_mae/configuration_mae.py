@@ -194,7 +194,7 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
             if isinstance(value, list) and len(value) != 2:
                 raise ValueError(f"{key} {value} has {len(value)} numbers; give one, or a height and a width")
             if min(_pair(value)) < 1:
-                raise ValueError(f"{key} {value} is not positive; give pixels from 1")
+                raise ValueError(f"{key} {value} is not positive; give 1 pixel or more")
         (H, W), (P, Q) = self.image_height_width, self.patch_height_width
         if H % P or W % Q:
             h, w = max(1, round(H / P)), max(1, round(W / Q))

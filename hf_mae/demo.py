@@ -105,7 +105,7 @@ class Demo:
         return min(int(y * h / height), h - 1) * w + min(int(x * w / width), w - 1)
 
     def toggle(self, session: Session, patch: int) -> Session:
-        """Hide a visible patch, or show a hidden one; at least one of each stays."""
+        """Hide a visible patch, or show a hidden one; at least one of each remains."""
         hidden = session.hidden.clone()
         hidden[patch] = ~hidden[patch]
         return replace(session, hidden=hidden) if hidden.any() and not hidden.all() else session
@@ -279,7 +279,7 @@ def space_requirements() -> list[str]:
 def export_space(recipe: DemoRecipe) -> str:
     """Write the files of a Space (the page, this package, and the model if it is a folder); returns its folder."""
     target, model = Path(str(recipe.output_dir)), Path(recipe.model)
-    check_free(target, "name another folder by --output_dir")
+    check_free(target, "name another folder with --output_dir")
     Reconstructor(recipe.model)  # raises if it can't be loaded
     name = model.resolve().name if model.is_dir() else recipe.model
     with new_folder(target, "--output_dir") as folder:

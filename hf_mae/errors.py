@@ -33,11 +33,11 @@ class DataError(UserError):
 
 
 class SourceUnavailable(DataError):
-    """The network failed at every try."""
+    """The network failed on every try."""
 
 
 class MissingPackage(UserError, ImportError):
-    """A package of an extra is not installed. Not to be counted as a broken image."""
+    """A package of an extra is not installed. It must not count as a broken image."""
 
 
 class CheckpointError(UserError):

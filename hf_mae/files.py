@@ -1,4 +1,4 @@
-"""Files that are the old or the new one at every instant, and safely on the disk."""
+"""Write files that are the old or the new one at every instant, and that are safely on the disk."""
 
 import errno
 import hashlib
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from filelock import FileLock
 from safetensors import SafetensorError
@@ -22,14 +23,20 @@ WEIGHT_ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
 
 
 def is_disk_full(error: Exception) -> bool:
-    """Whether the disk or a quota is full, or a file too large. Safetensors has the number only in its text."""
+    """Whether the disk or a quota is full, or a file too large. safetensors gives the number only in its message."""
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return getattr(error, "errno", None) in full or any(f"os error {number}" in str(error) for number in full)
 
 
 def local_path(name: str) -> str:
-    """The path of a file or folder as a user typed it: without file://, and with the home folder for ~."""
-    return os.path.expanduser(name.removeprefix("file://"))
+    """The path of a file or folder as a user typed it: without file://, and with the home folder for ~.
+
+    What exists under the very name is that: a `~x` here, or a file whose name has a %20.
+    """
+    path = name.removeprefix("file://").removeprefix("localhost" * name.startswith("file://localhost/"))
+    if os.path.lexists(path):
+        return path
+    return unquote(path) if path != name and os.path.lexists(unquote(path)) else os.path.expanduser(path)
 
 
 def is_hub_id(name: str) -> bool:
@@ -56,7 +63,7 @@ def missing_path(name: str, endings: Collection[str] = ()) -> str | None:
 
 
 def cannot_write(path: str | Path, error: Exception, what: str) -> UserError:
-    """The error for a place that can't be written; `what` the user may name instead, e.g. "--output"."""
+    """The error for a path that can't be written; `what` names what the user can change, e.g. "--output"."""
     return UserError(f"{path} can't be written ({one_line(error)}); name another {what}, or make room")
 
 
@@ -144,7 +151,7 @@ def new_folder(folder: Path, what: str = "folder") -> Iterator[Path]:
     """Write a folder that is complete or absent at every instant: yields the temporary folder to fill instead.
 
     Raises:
-        UserError: if it can't be written; `what` the user may name instead. Other errors of the caller stay.
+        UserError: if it can't be written; `what` is as in `cannot_write`. Other errors of the caller pass through.
     """
     final = folder.absolute()
     temporary = final.with_name(f".tmp-{final.name}")
@@ -160,7 +167,7 @@ def new_folder(folder: Path, what: str = "folder") -> Iterator[Path]:
             fsync(final.parent)
     except (OSError, SafetensorError) as error:
         # The caller may also read other files, and these errors are not about writing.
-        if is_disk_full(error) or temporary in Path(str(getattr(error, "filename", None))).parents:
+        if is_disk_full(error) or Path(str(getattr(error, "filename", None))).is_relative_to(temporary):
             raise cannot_write(folder, error, what) from error
         raise
     finally:
@@ -171,19 +178,19 @@ def new_folder(folder: Path, what: str = "folder") -> Iterator[Path]:
 def locked(path: Path) -> Iterator[None]:
     """Lock a file for one process at a time, so that nothing is lost between reading and writing it.
 
-    Raises an OSError if the lock can't be had within `LOCK_SECONDS`.
+    Raises an OSError if the lock can't be acquired within `LOCK_SECONDS`.
     """
     lock = path.with_name(f".{path.name}.lock")
     with FileLock(lock, timeout=LOCK_SECONDS):
         try:
             yield
         finally:
-            # Remove it while it is held: a process that waits for it then makes a new one.
+            # Remove the lock while holding it: a process that waits for it then makes a new one.
             lock.unlink(missing_ok=True)
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a folder with everything in it, or a link, whose target stays."""
+    """Remove a file, a folder with everything in it, or a link but not its target."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.exists():

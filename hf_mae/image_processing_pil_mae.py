@@ -18,7 +18,7 @@ from .image_processing_base_mae import MAEImageProcessorBase, center_spans, resi
 class MAEImageProcessorPil(MAEImageProcessorBase, PilBackend):
     """Images of any kind -> `pixel_values`, by Pillow and NumPy.
 
-    On RGB images it equals the reference evaluation transform bit by bit: torchvision's Resize(256, bicubic),
+    On RGB images it equals the reference evaluation transform bit for bit: torchvision's Resize(256, bicubic),
     CenterCrop(224), ToTensor and Normalize (facebookresearch/mae, `util/datasets.py`).
 
     `to_bands` and `pil_to_array` describe what `num_channels` does to an image: alpha is composited on white, 16 bits

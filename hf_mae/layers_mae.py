@@ -95,7 +95,7 @@ class MAEPatchEmbed(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.hidden_size, config.num_channels, *config.patch_height_width))
         self.bias = nn.Parameter(torch.empty(config.hidden_size))
-        # A convolution's defaults, for a layer built alone. A model's seed includes these draws, so they must stay.
+        # A convolution's defaults, for a layer built alone. Keep these draws: a model's initial weights depend on them.
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
         bound = self.weight[0].numel() ** -0.5
         nn.init.uniform_(self.bias, -bound, bound)

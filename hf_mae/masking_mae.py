@@ -75,7 +75,7 @@ def hashed_noise(seed: int, count: int, device: torch.device) -> torch.Tensor:
 
 
 def eval_noise(config: MAEConfig, pixel_values: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
-    """(B, N) noise in [0, 1), the same at every call: row i is for the i-th image of a batch."""
+    """(B, N) noise in [0, 1), the same on every call: row i is for the i-th image of a batch."""
     B, N = pixel_values.shape[0], grid_size[0] * grid_size[1]
     return hashed_noise(config.eval_mask_seed, B * N, pixel_values.device).view(B, N)
 

@@ -17,7 +17,7 @@ Model = TypeVar("Model", bound=MAEPreTrainedModel)
 
 @contextmanager
 def loading(failure: str, remedy: str | None = None) -> Iterator[None]:
-    """Report any error from loading a missing, broken or hostile model as a UserError of one line.
+    """Report any error from loading a missing, broken or hostile model as a one-line UserError.
 
     Args:
         failure: how the line begins, e.g. "--model outputs/mine can't be loaded".
@@ -36,7 +36,7 @@ def model_failure(model: str) -> str:
     """The beginning of a message for `loading` about a model that a user named.
 
     Raises:
-        UserError: if the name is a local path that doesn't exist, before the network is asked for it.
+        UserError: if the name is a local path that doesn't exist; the network isn't tried then.
     """
     failure = f"--model {model} can't be loaded"
     if os.path.isdir(model):
@@ -61,7 +61,7 @@ def load_with_processor(kind: type[Model], path: str, **overrides: Any) -> tuple
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         if missing[0].startswith("classifier."):
-            raise UserError(f"--model {path} has no classifier; make one by hf-mae finetune --model {path}")
+            raise UserError(f"--model {path} has no classifier; train one with hf-mae finetune --model {path}")
         what = "it has an encoder only" if missing[0].startswith("decoder.") else "it is not a model of hf_mae"
         raise UserError(f"--model {path} has no weights for {missing[0]}; {what}")
     return model.eval(), processor

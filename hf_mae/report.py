@@ -24,7 +24,7 @@ CURVES = {
     "rankme": "RankMe",
     "lr": "Learning rate",
     "grad_norm": "Gradient norm",
-    "images_per_second": "Images a second",
+    "images_per_second": "Images per second",
     "data_wait": "Time spent waiting for data, %",
 }
 COLOURS = ("#1f6feb", "#d9480f", "#2b8a3e", "#862e9c", "#0b7285", "#a61e4d")
@@ -56,7 +56,7 @@ class Run:
             if values := [value for _, value in self.curve(key)]:
                 figures[CURVES[key]] = f"{_number(values[0])} → {_number(values[-1])}"
         if speeds := sorted(value for _, value in self.curve("images_per_second")):
-            figures["Images a second, median"] = _number(speeds[len(speeds) // 2])
+            figures["Images per second, median"] = _number(speeds[len(speeds) // 2])
         return figures
 
     @property

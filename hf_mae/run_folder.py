@@ -1,15 +1,15 @@
 """Every file of a run's folder: its name, how it is written, and how it is read back.
 
     OUT/  config.json model.safetensors preprocessor_config.json    the model, at the end
-          run_config.yaml          the recipe, and what followed from it
-          metrics.jsonl            one JSON object an event
+          run_config.yaml          the recipe, and what was derived from it
+          metrics.jsonl            one JSON object per event
           bad_samples.jsonl        images that can't be decoded
           results.json             evaluations of the weights
           conversion.json          where converted weights come from
           reconstructions/         step-STEP.png, all.webp
           checkpoint-STEP/
 
-A crash, a full disk or another program may leave anything in there. Readers skip what they can't use, with one warning
+A crash, a full disk or another program may leave anything there. Readers skip what they can't use, with one warning
 for each file. Only `read_results` is strict, because its callers add to the file.
 """
 
@@ -87,7 +87,7 @@ class RunFolder:
         return _read_lines(self.metrics_file, lambda event: is_count(event.get("step")))
 
     def cut_events(self, last_step: int) -> list[dict[str, Any]]:
-        """Remove the events after a step, and all lines that aren't events; returns the events that stay."""
+        """Remove the events after a step, and all lines that aren't events; returns the remaining events."""
         events = [] if last_step < 0 else [event for event in self.events() if event["step"] <= last_step]
         if self.metrics_file.exists():
             write_lines(self.metrics_file, events)
@@ -268,7 +268,7 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def _read_yaml(path: Path) -> Any:
-    """Read a YAML file into JSON types: dates, bytes and sets become text."""
+    """Read a YAML file as JSON types: dates, bytes and sets become text."""
     return json.loads(json.dumps(yaml.load(read_bytes(path), _PlainLoader), default=str))
 
 

@@ -3,7 +3,7 @@
     python scripts/chaos_drill.py                  about two minutes on two cores
     python scripts/chaos_drill.py --processes 2    the same with two processes under torchrun
 
-Exit code 0 if the weights are the same, bit by bit.
+Exit code 0 if the weights are the same, bit for bit.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def sha256(path: Path) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=1, help="number of training processes")
-    parser.add_argument("--seed", type=int, default=None, help="seed of the moments; each drill differs when omitted")
+    parser.add_argument("--seed", type=int, default=None, help="seed of the moments; every drill differs when omitted")
     options = parser.parse_args()
     moments = random.Random(options.seed)
     folder = Path(tempfile.mkdtemp(prefix="hf_mae_drill_"))
@@ -115,7 +115,7 @@ def main() -> int:
             say(f"the run reported: {line[line.index(str(output_dir)) :]}")
 
     same = sha256(output_dir / "model.safetensors") == sha256(folder / "peaceful" / "model.safetensors")
-    say("the same weights, bit by bit" if same else f"THE WEIGHTS DIFFER; see {folder}")
+    say("the same weights, bit for bit" if same else f"THE WEIGHTS DIFFER; see {folder}")
     return 0 if same else 1
 
 

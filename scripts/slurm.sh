@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pretraining on several nodes by Slurm. It resumes by itself after the time limit and after a preemption:
+# Pretraining on several nodes with Slurm. It resumes by itself after the time limit and after a preemption:
 #   sbatch scripts/slurm.sh --recipe vit_huge_in1k --dataset DATA --output_dir outputs/huge
 #SBATCH --job-name=hf_mae
 #SBATCH --nodes=4

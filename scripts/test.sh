@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set up, then check style, types and behaviour. --all also runs the slow tests; other arguments go to pytest.
-# --lowest, as the first argument, only runs tests, in .venv-lowest: on the lowest versions that pyproject.toml allows.
+# --lowest, as the first argument, runs only tests, in .venv-lowest, on the lowest versions that pyproject.toml allows.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 environment=.venv
@@ -14,7 +14,7 @@ fi
 if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
     echo "test: installing chromium, for the tests of the demo's page" >&2
     { apt-get -qq update && apt-get -qq install --yes chromium >/dev/null; } ||
-        echo "test: chromium can't be installed; the tests in a browser are left out" >&2
+        echo "test: chromium can't be installed; the browser tests are skipped" >&2
 fi
 # Style and types are checked on the newest versions only.
 if [ "$environment" = .venv ]; then

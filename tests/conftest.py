@@ -7,7 +7,7 @@ from pathlib import Path
 
 # Before anything imports huggingface_hub, which reads it once.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-# Processes that a test starts add in the order of this one, so that their outputs can be compared bit by bit.
+# Processes that a test starts add in the order of this one, so that their outputs can be compared bit for bit.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest

@@ -246,6 +246,7 @@ def test_what_was_mistyped_is_named_in_one_line(mistake, words):
 IMPOSSIBLE = {
     "no steps": ({"total_steps": 0}, ["total_steps 0", "in [1, 1000000000]"]),
     "no mask left": ({"mask_ratio": 1}, ["mask_ratio 1", "[0, 1)"]),
+    "no patch masked": ({"mask_ratio": 0}, ["mask_ratio 0.0", "none of the 16 patches", "use e.g. 0.75"]),
     "all but a patch masked": ({"mask_ratio": 0.99}, ["mask_ratio 0.99", "16 patches", "use 0.937 or less"]),
     "a mask that is a word": ({"mask_ratio": "most"}, ["mask_ratio", "most"]),
     "sizes that don't divide": ({"image_size": 225, "patch_size": 16}, ["225x225", "16x16", "224x224"]),
@@ -493,7 +494,7 @@ def test_convert_loads_nothing_of_training():
     )
     result = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
     assert result.stdout == "2 ['hf_mae.data.transform']\n"  # the crop rule
-    assert result.stderr.endswith("hf-mae: error: nowhere.pth does not exist; check the name\n")
+    assert result.stderr.endswith("hf-mae: error: there is no file or folder nowhere.pth; check the path\n")
 
 
 @pytest.mark.slow
@@ -548,7 +549,7 @@ def test_the_commands_of_the_readme_for_a_first_run_work(tmp_path):
         ("stats --dataset d --max_samples 0", "max_samples 0 is too small"),
         ("demo --model a --port 99999", "port 99999 is out of range"),
         ("card a ''", "--output '' is not a single word"),
-        ("card a /", "output / is not the name of a card; give it the ending .md"),
+        ("card a /", "output / is not a .md file; change its ending"),
         ("report a --output ''", "--output '' is not a single word"),
     ],
 )

@@ -92,8 +92,8 @@ def test_the_backbones_stages_are_the_stem_and_one_for_each_layer():
         ({"image_size": 3}, r"image_size 3x3 .*patch_size 8x8.*nearest that fits is 8x8"),
         ({"image_size": [32, 32, 32]}, r"image_size \[32, 32, 32\] has 3 numbers; give one, or a height and a width"),
         ({"patch_size": (8,)}, r"patch_size \[8\] has 1 numbers; give one, or a height and a width"),
-        ({"image_size": 0}, r"image_size 0 is not positive; give pixels from 1"),
-        ({"patch_size": -8}, r"patch_size -8 is not positive; give pixels from 1"),
+        ({"image_size": 0}, r"image_size 0 is not positive; give 1 pixel or more"),
+        ({"patch_size": -8}, r"patch_size -8 is not positive; give 1 pixel or more"),
         ({"hidden_size": 50}, r"hidden_size 50 must be a multiple of num_attention_heads 4.*change one of the two"),
         (
             {"hidden_size": 30, "num_attention_heads": 3},

@@ -177,7 +177,7 @@ def test_the_exported_space_starts_by_itself(saved, files, tmp_path, capsys):
     [
         ({"model": "./nowhere"}, "--model ./nowhere can't be loaded"),
         ({"gallery": "nowhere.parquet"}, "nowhere.parquet"),
-        ({"output_dir": "full"}, "full already exists and is not empty; name another folder by --output_dir"),
+        ({"output_dir": "full"}, "full already exists and is not empty; name another folder with --output_dir"),
     ],
     ids=str,
 )

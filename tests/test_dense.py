@@ -204,5 +204,5 @@ def test_a_dense_model_is_saved_and_loaded_with_its_backbone(dense, tmp_path):
     assert type(backbone_in(loaded)) is MAEBackbone
     with torch.no_grad():
         one, other = (main_output(each(pixel_values=pixels(2, 3, 32, 48))) for each in (model, loaded))
-    # Not bit by bit: where weights lie otherwise in memory, a convolution may round otherwise.
+    # Not bit for bit: where weights lie otherwise in memory, a convolution may round otherwise.
     torch.testing.assert_close(one, other, atol=1e-6, rtol=0)

@@ -58,7 +58,8 @@ def test_the_report_of_a_run_shows_its_figures_curves_pictures_recipe_and_machin
     losses = evaluations(finished)
     assert f"{losses[0]:.4g} → {losses[6]:.4g}" in found.text
     assert "6 of 6" in found.text
-    for title in ("Training loss", "Evaluation loss", "Learning rate", "Images a second", "kNN accuracy, %", "RankMe"):
+    titles = ("Training loss", "Evaluation loss", "Learning rate", "Images per second", "kNN accuracy, %", "RankMe")
+    for title in titles:
         assert title in found.text
     config = yaml.safe_load((finished / "run_config.yaml").read_text())
     assert f"dataset {config['recipe']['dataset']}" in found.text
@@ -111,6 +112,7 @@ def test_several_runs_stand_side_by_side_and_where_they_differ_is_marked(finishe
         assert re.findall(r"<text[^>]*>(\w+)</text>", legend) == names
 
 
+@pytest.mark.slow
 def test_of_many_pictures_some_are_shown_the_first_and_last_among_them(finished, tmp_path):
     many = Run(finished)
     Image.new("RGB", (2, 2)).save(tmp_path / "p.png")

@@ -23,8 +23,9 @@ from .read import NON_COMMERCIAL, Source, open_source
 from .write import WRITERS, describe_use, part_for
 
 NOTE = (
-    "The MAE authors published their weights under CC-BY-NC 4.0: no commercial use, and you name the authors. This "
-    "licence covers these weights and all weights made from them. It doesn't apply if you trained the source yourself."
+    "The MAE authors published their weights under CC-BY-NC 4.0: no commercial use, and you must name the authors. "
+    "This licence covers these weights and all weights made from them. It doesn't apply if you trained the source "
+    "yourself."
 )
 
 

@@ -1,6 +1,6 @@
 """Names and shapes of weights in the original's (and timm's) layout and in transformers', against ours.
 
-One table a layout, from our names to theirs; the way back goes through the names that a model of ours expects. Then
+There is one table per layout, from our names to theirs; the way back uses the names that our model expects. Below are
 transformers' classes, and the settings that they share with ours.
 """
 
@@ -72,8 +72,8 @@ def load_layout(model: nn.Module, theirs: dict[str, torch.Tensor], layout: str) 
     for what, keys in (("lacks", expected - theirs.keys()), ("has", theirs.keys() - expected)):
         if keys:
             raise UserError(
-                f"the source {what} {sorted(keys)[0]} ({len(keys)} such names), unlike a {type(model).__name__} of its "
-                "kind; only plain ViTs as in the paper can be converted"
+                f"the source {what} {sorted(keys)[0]} ({len(keys)} such names), unlike a {type(model).__name__} with "
+                "the same settings; only plain ViTs as in the paper can be converted"
             )
     ours = {}
     for name, value in model.state_dict().items():
@@ -81,13 +81,13 @@ def load_layout(model: nn.Module, theirs: dict[str, torch.Tensor], layout: str) 
         ours[name] = tensor[0] if name.endswith(".table") else tensor
         if ours[name].shape != value.shape:
             raise UserError(
-                f"the source's {names_of[name][0]} has shape {tuple(ours[name].shape)} where {tuple(value.shape)} "
-                "fits; check --image_size and the numbers of heads"
+                f"the source's {names_of[name][0]} has shape {tuple(ours[name].shape)}, not {tuple(value.shape)}; "
+                "check --image_size and the numbers of heads"
             )
     model.load_state_dict(ours)
 
 
-# model_type of transformers -> class of ours -> theirs; the first of each type is what a config without a name means.
+# model_type of transformers -> our class -> theirs; a config that names no class means the first of its type.
 PEERS: dict[str, dict[Any, str]] = {
     "vit_mae": {MAEForPreTraining: "ViTMAEForPreTraining", MAEModel: "ViTMAEModel"},
     "vit": {MAEModel: "ViTModel", MAEForImageClassification: "ViTForImageClassification"},

@@ -29,11 +29,11 @@ def read_pth(path: Path) -> Any:
             "that holds only tensors"
         ) from error
     except (RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
-        raise UserError(f"{path} is not a whole .pth file ({one_line(error)}); fetch it again") from error
+        raise UserError(f"{path} is not a complete .pth file ({one_line(error)}); fetch it again") from error
 
 
 def _what_else(path: Path) -> str:
-    """Names of the code that a file would run. Only the newer form, a zip file, can be searched safely."""
+    """Names of the code that a file would run. Only files in the newer form, a zip file, can be searched safely."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except (ValueError, RuntimeError):
@@ -54,7 +54,8 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             with safe_open(path, framework="pt") as file:
                 weights, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is not a whole .safetensors file ({one_line(error)}); fetch it again") from error
+            message = f"{path} is not a complete .safetensors file ({one_line(error)}); fetch it again"
+            raise UserError(message) from error
     else:
         content = read_pth(path)
         weights = content.get("model", content) if isinstance(content, dict) else content

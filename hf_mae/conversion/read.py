@@ -34,7 +34,7 @@ _AUTHORS_WEIGHTS = re.compile(r"(^|/|--)(vit-mae-(base|large|huge)|vit_(base|lar
 
 @dataclass
 class Source:
-    """A model of ours, in float32 and eval mode, and where it came from."""
+    """One of our models, in float32 and eval mode, and where it came from."""
 
     format: str
     model: Any
@@ -85,7 +85,7 @@ def _read_folder(folder: Path, source: str, facts: SourceFacts) -> Source:
         raise UserError(f"{source} has no readable {CONFIG_NAME}; name a model") from error
     readers = {"mae": _read_ours, "vit_mae": _read_transformers, "vit": _read_transformers, "timm": _read_timm}
     if kind not in readers:
-        raise UserError(f"{source} is a model of type {kind}; there are {', '.join(readers)}, and .pth files")
+        raise UserError(f"{source} is a model of type {kind}; give one of type {', '.join(readers)}, or a .pth file")
     with loading(f"{source} can't be read"):
         result = readers[kind](folder, config)
     names = (source, config.get("_name_or_path"))
@@ -138,7 +138,7 @@ def _load(model_class: Any, folder: Path, **options: Any) -> Any:
         if keys:
             raise UserError(
                 f"{folder} doesn't fit {model_class.__name__}: {what.replace('_', ' ')} {keys[0]} ({len(keys)}); "
-                "give a whole checkpoint"
+                "give a complete checkpoint"
             )
     return model.eval()
 
@@ -147,7 +147,7 @@ def _named_class(folder: Path, config: dict[str, Any], classes: dict[str, Any]) 
     """The class name in a folder's config, and our class for it; the first class if the config names none."""
     name = (config.get("architectures") or list(classes))[0]
     if name not in classes:
-        raise UserError(f"{folder} holds a {name}; there are {', '.join(classes)}")
+        raise UserError(f"{folder} holds a {name}; give one of {', '.join(classes)}")
     return name, classes[name]
 
 
@@ -188,7 +188,7 @@ def _read_original(path: Path, facts: SourceFacts) -> Source:
 
 
 def make_model(model_class: Any, settings: dict[str, Any], weights: dict[str, torch.Tensor], layout: str) -> Any:
-    """A model of ours with these weights; a UserError if settings and weights don't fit together."""
+    """One of our models with these weights; a UserError if settings and weights don't match."""
     try:
         model = model_class(MAEConfig(**settings)).eval()
     except ValueError as error:
@@ -198,7 +198,7 @@ def make_model(model_class: Any, settings: dict[str, Any], weights: dict[str, to
 
 
 def _class_and_settings(weights: dict[str, torch.Tensor], image_size: Any) -> tuple[Any, dict[str, Any]]:
-    """Class and settings, from names and shapes of weights. Heads don't show in them; a square image is assumed."""
+    """Class and settings, from names and shapes of weights, except the numbers of heads; assumes a square image."""
     D, C, P, Q = weights["patch_embed.proj.weight"].shape
     N = weights["pos_embed"].shape[1] - 1
     side = round(N**0.5)
@@ -207,7 +207,7 @@ def _class_and_settings(weights: dict[str, torch.Tensor], image_size: Any) -> tu
     elif image_size:
         size = list(height_width(image_size))
     else:
-        raise UserError(f"{N} patches don't make a square; give height and width by --image_size H W")
+        raise UserError(f"{N} patches don't make a square; give height and width with --image_size H W")
     settings = {
         "hidden_size": D,
         "num_hidden_layers": depth(weights, "blocks"),
@@ -240,7 +240,7 @@ def _heads(settings: dict[str, Any], prefix: str, facts: SourceFacts, metadata: 
 
 
 def _norm_pix_loss(path: Path, facts: SourceFacts, metadata: dict[str, Any]) -> bool:
-    """The given value, else the recorded one, else the known one of the files that the original's authors published."""
+    """The given value, else the recorded one, else the known one for files that the original's authors published."""
     if facts.norm_pix_loss is not None:
         return facts.norm_pix_loss
     if "norm_pix_loss" in metadata:
@@ -258,7 +258,7 @@ def _read_timm(folder: Path, config: dict[str, Any]) -> Source:
 
     files = [folder / name for name in (WEIGHTS_NAME, "pytorch_model.bin") if (folder / name).exists()]
     if not files:
-        raise UserError(f"{folder} has neither {WEIGHTS_NAME} nor pytorch_model.bin; give a whole model")
+        raise UserError(f"{folder} has neither {WEIGHTS_NAME} nor pytorch_model.bin; give a complete model")
     weights, pretrained = read_weights(files[0])[0], config.get("pretrained_cfg", config)
     options = {key: config[key] for key in ("num_classes", "global_pool") if key in config}
     options |= {k: v for k, v in config.get("model_args", {}).items() if not k.startswith(("pretrained", "checkpoint"))}

@@ -13,7 +13,7 @@ import torch
 from ..image_processing_base_mae import band_axis, on_white, to_8_bits, to_16_bits
 from .limits import BadImage
 
-_LUMA = np.array([19_595, 38_470, 7_471])  # of 65,536: red, green and blue, as in Pillow's conversion to gray
+_LUMA = np.array([19_595, 38_470, 7_471])  # of 65,536: red, green and blue, as in Pillow's conversion to grey
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Bands:
 
     @property
     def is_picture(self) -> bool:
-        """Whether it can be shown, in gray or colour."""
+        """Whether it can be shown, in grey or colour."""
         return self.is_rgb or self.pixels.shape[-1] == 1 + self.has_alpha
 
     @property

@@ -42,7 +42,7 @@ def decode_image(
 ) -> Image.Image | np.ndarray:
     """Decode one sample: an encoded file or an array.
 
-    Images are upright, as their EXIF orientation says. Encoded images are converted between gray and colour as by
+    Images are upright, as their EXIF orientation says. Encoded images are converted between grey and colour as by
     `PIL.Image.convert`. Transparency is composited on white, as in our image processors, or is the fourth of four
     channels. An animation gives its first frame. Integers are scaled between 8 and 16 bits (by 257), never clipped.
 

@@ -91,7 +91,7 @@ class LabelledImages(Dataset):
         return {"pixel_values": pixel_values, "labels": self.targets[index], "rng": rng}
 
     def _decode_or_replace(self, row: Row, index: int, rng: np.random.Generator) -> tuple[Any, int]:
-        """The decoded image, or a random other one if it can't be decoded, and the index of the row it comes from."""
+        """The decoded image, or another random one if it can't be decoded, and the index of the row it comes from."""
         message = ""
         for _ in range(TRIES):
             try:

@@ -79,7 +79,7 @@ class TrainingStream(IterableDataset):
 
     Raises:
         DataError: while iterating, if a stream has no image that can be decoded.
-        SourceUnavailable: while iterating, if the network failed at every try.
+        SourceUnavailable: while iterating, if the network failed on every try.
     """
 
     def __init__(

@@ -35,7 +35,7 @@ def seeded(rng: np.random.Generator) -> Iterator[None]:
 
 
 class RandAugment:
-    """RandAugment (arXiv:1909.13719) from timm, for 8-bit gray and colour images.
+    """RandAugment (arXiv:1909.13719) from timm, for 8-bit grey and colour images.
 
     Args:
         policy: timm's name, such as `rand-m9-mstd0.5-inc1`: two random changes, each applied with probability 0.5, of
@@ -61,7 +61,7 @@ class RandAugment:
                 change.aug_fn = _posterize
 
     def __call__(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Change pixels (C, H, W) uint8 with random numbers from `rng`; C is 1 or 3. Shape and dtype stay."""
+        """Change pixels (C, H, W) uint8 with random numbers from `rng`; C is 1 or 3. Shape and dtype don't change."""
         gray = pixels.shape[0] == 1
         image = Image.fromarray(pixels[0] if gray else np.ascontiguousarray(pixels.transpose(1, 2, 0))).convert("RGB")
         with seeded(rng):

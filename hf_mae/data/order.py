@@ -62,7 +62,7 @@ class Rows:
         max_samples: maximum number of rows, chosen by `spread`; all rows when omitted.
 
     Attributes:
-        index: (n,) numbers of these rows in the whole source, from 0, in rising order.
+        index: (n,) numbers of these rows in the whole source, from 0, ascending.
         shard_starts: number of the first row of each shard; then the number of all rows in the source.
         blocks: (b, 2) start and stop in `index` of the blocks that are read as one; one block for random access.
 
@@ -177,7 +177,7 @@ class StreamPlan:
     Args:
         total_batch_size: number of images that a step decodes, over all ranks.
         chunks: c, number of chunks in a batch, each from a different stream.
-        groups: n, number of steps from one turn of a stream to its next.
+        groups: n, number of steps from one turn of a stream to the next.
     """
 
     total_batch_size: int

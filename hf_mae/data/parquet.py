@@ -19,7 +19,7 @@ from datasets.table import embed_table_storage
 
 from ..errors import DataError, nearest, one_line
 from .decode import BadImage
-from .locate import Place
+from .place import Place
 from .remote import is_remote, open_bytes, reading
 from .shards import BlockSource, Row, Source, in_threads
 

@@ -166,6 +166,6 @@ def _read_jpeg2000(data: bytes, mode: str) -> Bands:
     except (ImportError, KeyError) as error:
         message = "JPEG 2000 in colours of more than 8 bits needs imagecodecs: pip install tifffile imagecodecs"
         raise BadImage(message, "NeedsImagecodecs") from error
-    # Scaled to the full range, as Pillow scales gray ones.
+    # Scaled to the full range, as Pillow scales grey ones.
     pixels = decode(data).astype(np.uint16) << (16 - _jpeg2000_bits(data))
     return Bands(pixels, is_rgb=mode != "LA", has_alpha=mode != "RGB")

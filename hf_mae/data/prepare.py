@@ -46,7 +46,7 @@ from .sources import open_split
 from .transform import BICUBIC, size_of
 
 ROW_GROUP = 100  # rows; streaming fetches this many at once
-TYPE_ROWS = 100  # rows that the type of a label column is found from
+TYPE_ROWS = 100  # rows used to find the type of a label column
 
 
 def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
@@ -125,8 +125,8 @@ def reencode(data: bytes | np.ndarray | BadImage, shortest_edge: int, quality: i
     """Check that an image can be decoded, and reduce its shorter side to at most `shortest_edge` pixels.
 
     Encoded images that are small enough keep their bytes, and their EXIF orientation with them. Larger ones are turned
-    upright. 8-bit colour (RGB, CMYK) and gray become JPEG. Images that JPEG can't hold (transparency, palettes, 16-bit
-    gray) become PNG, which loses only resolution, and 16-bit colour becomes TIFF. Other TIFF files and arrays become
+    upright. 8-bit colour (RGB, CMYK) and grey become JPEG. Images that JPEG can't hold (transparency, palettes, 16-bit
+    grey) become PNG, which loses only resolution, and 16-bit colour becomes TIFF. Other TIFF files and arrays become
     `.npy` files.
 
     `quality` is that of JPEG. `data` and errors are those of `decode_image`.
@@ -175,7 +175,7 @@ def _encoded_bands(image: Bands) -> bytes:
     """Encode without loss: a picture of several bands as TIFF, which says what they are."""
     if not (image.is_rgb or image.has_alpha):
         return _encoded(_as_picture(_without_one_band_axis(image.pixels)), None)
-    if image.has_alpha and image.pixels.shape[-1] == 2:  # as RGBA, because Pillow can't read 16-bit gray with alpha
+    if image.has_alpha and image.pixels.shape[-1] == 2:  # as RGBA, because Pillow can't read 16-bit grey with alpha
         image = Bands(image.with_channels(4), is_rgb=True, has_alpha=True)
     count = image.pixels.shape[-1] - (3 if image.is_rgb else 1)
     extra = ["unspecified"] * (count - image.has_alpha) + ["unassalpha"] * image.has_alpha
@@ -316,7 +316,7 @@ def _card(manifest: dict[str, Any], features: Any) -> str:
     return (
         f"---\n{data.to_yaml()}\n---\n\n# Images of {side} pixels\n\nRe-encoded by `hf-mae prepare "
         f"--shortest_edge {side} --quality {manifest['quality']}`: the shorter side is at most "
-        f"{side} pixels; smaller images are the source's bytes. The licence is the source's.\n\n"
-        f"| split | images | shards | left out, as they can't be decoded |\n|---|---|---|---|\n{table}\n"
+        f"{side} pixels; smaller images keep the source's bytes. The licence is the source's.\n\n"
+        f"| split | images | shards | left out (can't be decoded) |\n|---|---|---|---|\n{table}\n"
         "`manifest.json` has the rows, bytes and sha256 of each shard; `bad_samples.jsonl` lists the left-out images.\n"
     )

@@ -1,7 +1,7 @@
-"""Reads byte ranges of remote files, and retries when the network fails.
+"""Read byte ranges of remote files, and retry when the network fails.
 
-A failed read is retried with growing pauses and finally raises `SourceUnavailable`, so that a network fault never
-counts as a bad sample.
+A failed read is retried after longer and longer pauses. The last failure raises `SourceUnavailable`, so a network fault
+never counts as a bad sample.
 """
 
 import io
@@ -24,8 +24,8 @@ RETRY_FIRST_DELAY = 1.0  # seconds, doubled each time
 RETRY_MAX_DELAY = 60.0  # seconds
 READ_AHEAD = 4 * 2**20  # bytes per request, for many small reads in order
 
-# Base classes of connection errors in httpx, aiohttp and botocore, which are not OSErrors. Given by name, because
-# which of the three is installed depends on where the data is.
+# Base classes of connection errors in httpx, aiohttp and botocore, which are not OSErrors. Given by name, because not
+# all three are installed.
 _CONNECTION_ERRORS = {"TransportError", "ClientConnectionError", "ClientPayloadError", "HTTPClientError"}
 _NO_RANGES = "can't be read in parts; download it and give the local path"
 # A pause must not advance the global generator, and forked workers must not share one.

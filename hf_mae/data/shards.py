@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import DataError
 from .decode import BadImage
-from .locate import Place, short_names
+from .place import Place, short_names
 from .remote import is_remote, open_bytes, read_whole, reading
 
 FILES_BLOCK = 64  # remote image files
@@ -78,7 +78,7 @@ class Source:
         Without random access, ask for rows of one block at a time, so that it is fetched only once.
 
         Raises:
-            SourceUnavailable: if the network failed at every try.
+            SourceUnavailable: if the network failed on every try.
             DataError: if a file no longer exists, or can't be read.
         """
         raise NotImplementedError

@@ -1,7 +1,7 @@
 """A data set that was found -> the rows of its splits, undecoded.
 
-`locate.py` finds a data set once. Here each of its splits gets a reader. It reads the files in place if that is cheap,
-or if the user wants it; else it reads a table that `datasets` makes and maps.
+`locate.py` finds a data set once. Here each of its splits gets a reader. It reads the files in place if that is cheap
+or the user asks for it; otherwise it reads a table that `datasets` makes and maps.
 """
 
 import glob
@@ -16,10 +16,15 @@ import numpy as np
 
 from ..errors import DataError, one_line
 from ..keys.data_keys import DataKeys, SplitKeys
-from .locate import SPLIT_FOLDERS, Place, load_builder, locate, short_names
+from .builders import load_builder
+from .kinds import PACKED
+from .listing import shown
+from .locate import locate
 from .order import HELD_OUT, Rows
+from .place import Place, short_names
 from .remote import is_remote, with_retries
 from .shards import ArraySource, FileSource, Source, in_threads
+from .splits import SPLIT_FOLDERS, class_folders, folder_of, split_named, strays
 from .tars import TarSource
 
 logger = logging.getLogger(__name__)
@@ -48,7 +53,7 @@ def open_splits(keys: SplitKeys, streaming: bool | None = None) -> tuple[Rows, R
     `locate` and `open_split`.
 
     Returns:
-        Rows to learn from, rows to evaluate on, and what the latter are, for people.
+        Rows to learn from, rows to evaluate on, and a description of the latter.
     """
     place = locate(keys)
     source = open_split(place, keys.split, streaming)
@@ -76,7 +81,7 @@ def open_split(place: Place, split: str, streaming: bool | None = None) -> Sourc
 
     Raises:
         DataError: if there is no such split, a package is missing, or the files can't be read.
-        SourceUnavailable: if the network failed at every try.
+        SourceUnavailable: if the network failed on every try.
     """
     place, split = _with_split(place, split)
     if place.kind == "digits":
@@ -105,22 +110,21 @@ def _with_split(place: Place, split: str) -> tuple[Place, str]:
     """The name under which the data has a split: "val" and "validation" mean the same, and a folder may be a split."""
     if split in place.splits:
         return place, split
-    aliases = [name for name in place.splits if {name, split} <= set(SPLIT_FOLDERS["validation"])]
+    aliases = [name for name in place.splits if split_named(name) == (split_named(split) or "")]
     if len(aliases) == 1:
         return place, aliases[0]
-    if place.kind == "imagefolder" and place.class_level.get("train") == "":
-        files = [name for name in place.splits["train"] if name.startswith(f"{split}/")]
+    if place.kind == "imagefolder" and place.split_level is None:
+        files = [name for name in place.splits.get("train", []) if name.startswith(f"{split}/")]
         if files:
-            splits, class_level = place.splits | {split: files}, place.class_level | {split: f"{split}/"}
-            return replace(place, splits=splits, class_level=class_level), split
+            return replace(place, splits={split: files}, split_level=split.count("/")), split
     raise DataError(f"{place.name} has no split {split!r}; choose one of: {', '.join(place.splits)}")
 
 
 def _must_map(place: Place, split: str, streaming: bool | None) -> bool:
     """Whether rows come from a table that `datasets` makes, not from the files where they are."""
     readable = place.kind in ("parquet", "webdataset", "imagefolder")
-    archives = any(file.endswith((".zip", ".gz")) for file in place.splits[split])
-    # Labels of an imagefolder on the Hub that are not its class folders are in a file of metadata.
+    archives = any(file.lower().endswith(PACKED) for file in place.splits[split])
+    # If the labels of an imagefolder on the Hub are not its class folders, a metadata file has them.
     metadata = place.kind == "imagefolder" and place.builder is not None and place.label_column is not None
     if not readable or archives or metadata:
         if streaming:
@@ -147,33 +151,39 @@ def _open_images(place: Place, split: str) -> Source:
     if place.label_column not in (None, "label"):
         message = f"{place.name} is a folder of images, its labels are its class folders, not {place.label_column!r}"
         raise DataError(f"{message}; leave out --label_column")
-    names, files = place.splits[split], {}
+    names = place.splits[split]
+    classes = class_folders((name for files in place.splits.values() for name in files), place.split_level)
+    names, labels = _labelled(place, split, names, classes)
+    files = {}
     if place.revision is None:
-        sizes = _sizes(place.urls(split))
-        sized = [(name, size) for name, size in zip(names, sizes, strict=True) if size is not None]
-        if len(sized) < len(names):
-            logger.warning("%s: %d links lead nowhere and are left out", place.name, len(names) - len(sized))
-        names = [name for name, _ in sized]
+        sizes = _sizes([f"{place.root}/{name}" for name in names])
         # A digest: the list itself would be in every checkpoint, and may have millions of files.
-        listing = "\n".join(f"{size} {name}" for name, size in sized).encode(errors="surrogateescape")
-        digest = hashlib.sha256(listing).hexdigest()
-        files = {"count": len(names), "bytes": sum(size for _, size in sized), "sha256": digest}
-    classes = {key: _classes(files, place.class_level[key]) for key, files in place.splits.items()}
-    class_names = sorted({name for of_split in classes.values() for name in of_split})
-    labels = None
-    if len(class_names) > 1 and classes[split]:
-        number = {name: i for i, name in enumerate(class_names)}
-        labels = np.array([number[name] for name in _classes(names, place.class_level[split])], dtype=np.int64)
-    source = FileSource(place, split, names, labels)
+        listing = "\n".join(f"{size or 0} {name}" for name, size in zip(names, sizes, strict=True))
+        digest = hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()
+        files = {"count": len(names), "bytes": sum(size or 0 for size in sizes), "sha256": digest}
+    class_names = sorted(set(classes.values()))
+    number = {name: i for i, name in enumerate(class_names)}
+    numbers = None if labels is None else np.array([number[label] for label in labels], dtype=np.int64)
+    source = FileSource(place, split, names, numbers)
     source.label_names = None if labels is None else class_names
     source.fingerprint = _fingerprint(place, source, files)
     return source
 
 
-def _classes(names: list[str], folder: str) -> list[str]:
-    """The class folder of every file; empty unless every file lies in exactly one level of them."""
-    parts = [name.removeprefix(folder).split("/") for name in names]
-    return [part[0] for part in parts] if all(len(part) == 2 for part in parts) else []
+def _labelled(
+    place: Place, split: str, names: list[str], classes: dict[str, str]
+) -> tuple[list[str], list[str] | None]:
+    """The files of a split, and their classes if it has class folders. A few files outside of these are left out."""
+    outside, few = strays(names, classes)
+    if outside and 2 * len(outside) < len(names):
+        message = "%s: images of split %s that are in none of its class folders: %d (first %s); %s"
+        effect = "they are left out" if few else "no image has a label"
+        logger.warning(message, place.name, split, len(outside), shown(outside[0]), effect)
+    if not few:
+        return names, None
+    left_out = set(outside)
+    names = [name for name in names if name not in left_out] if outside else names
+    return names, [classes[folder_of(name)] for name in names]
 
 
 def _open_parquet(place: Place, split: str) -> Source:
@@ -207,11 +217,11 @@ def _open_mapped(place: Place, split: str) -> Source:
     if builder is None:
         data_files = {split: [glob.escape(file) for file in place.urls(split)]}
         builder = load_builder(place.name, place.kind, data_files=data_files)
-    if place.kind == "imagefolder" and any(file.endswith(".zip") for file in place.splits[split]):
+    if place.kind == "imagefolder" and any(file.lower().endswith(PACKED) for file in place.splits[split]):
         # `datasets` 5.2 takes the archive's own folder for the class of each of its files, and then refuses it.
-        logger.warning("%s: class folders inside zip files are not read as labels", place.name)
+        logger.warning("%s: class folders inside archives are not read as labels; unpack them to use these", place.name)
         builder.config.drop_labels = True
-    # Part of a data set may have been copied, with the README that counts the rows of the whole.
+    # A user may have copied part of a data set, with the README that counts the rows of all of it.
     checks = "basic_checks" if place.remote else "no_checks"
     try:
         with_retries(lambda: builder.download_and_prepare(verification_mode=checks), place.name)
@@ -247,11 +257,11 @@ def _sizes(urls: list[str]) -> list[int | None]:
 
 
 def _size(url: str) -> int | None:
-    """Bytes of a file; None for a link that leads nowhere."""
+    """Bytes of a file; None if a server doesn't say."""
     if not is_remote(url):
         try:
             return os.stat(url).st_size
-        except FileNotFoundError:
-            return None
+        except OSError as error:
+            raise DataError(f"cannot read {url}: {error.strerror}; it was there at the start") from error
     fs, path = fsspec.core.url_to_fs(url)
     return with_retries(lambda: fs.size(path), url)

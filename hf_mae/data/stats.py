@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 def probe_rows(rows: Rows, num_channels: int | None = None, most: int = 16) -> tuple[int, str]:
     """The `num_channels` and `dtype` of a data set, found from up to `most` of its images.
 
-    Gray images among colour images count as colour, 8-bit images among 16-bit images as 16-bit. The number of channels
+    Grey images among colour images count as colour, 8-bit images among 16-bit images as 16-bit. The number of channels
     is the given one if any of the images can be decoded to it.
 
     Raises:
@@ -43,7 +43,7 @@ def probe_rows(rows: Rows, num_channels: int | None = None, most: int = 16) -> t
 
 
 def channels_fit(have: int, wanted: int) -> bool:
-    """Whether images of `have` channels can be decoded to `wanted` ones: the same number, or gray and colour."""
+    """Whether images of `have` channels can be decoded to `wanted` ones: the same number, or grey and colour."""
     return have == wanted or {have, wanted} == {1, 3}
 
 

@@ -19,7 +19,8 @@ import numpy as np
 from ..errors import DataError, one_line
 from ..files import replaced
 from .decode import BadImage
-from .locate import IMAGE_EXTENSIONS, Place
+from .kinds import IMAGE_EXTENSIONS, PACKED, Endings
+from .place import Place
 from .remote import is_remote, open_bytes, reading, with_retries
 from .shards import BlockSource, Row, in_threads
 
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 BLOCK_SAMPLES = 256
 BLOCK_BYTES = 64 * 2**20  # a block of a remote tar is one request, and is kept in memory
-INDEX_CACHE_SECONDS = 1.0  # an index that took longer is cached on disk: making one reads through the whole tar
+INDEX_CACHE_SECONDS = 1.0  # an index that took longer is cached on disk, because making it reads the whole tar
 
 Members = dict[str, tuple[int, int]]  # part of a name after its first dot -> offset and size in bytes
 
@@ -164,6 +165,7 @@ def _make_index(url: str, image_column: str | None, label_column: str | None) ->
         that ends early has one more row, with image size -1, for everything that is missing.
     """
     places = []
+    without: list[str] = []  # members of samples that have no image
     with open_bytes(url, read_ahead=True) as file, reading(url):
         for members in _samples(file, url):
             if members is None:
@@ -178,10 +180,16 @@ def _make_index(url: str, image_column: str | None, label_column: str | None) ->
                 names = ", ".join(sorted(images))
                 raise DataError(f"{url} has several images per sample ({names}); choose one with --image_column NAME")
             if not images:
+                without += [f"*.{field}" for field in members]
                 continue
             field = (label_column or "cls").lower()
             field = field if field in members and field not in images else "json"
             places.append((*members[images[0]], *members.get(field, (-1, 0)), field == "json"))
+    archive = next((name for name in without if name.endswith((".tar", *PACKED))), None)
+    if archive and not places:
+        raise DataError(f"{url} holds archives ({archive}), not images; unpack it, and give the folder")
+    if left_out := Endings(without).others("imagefolder"):
+        logger.warning("%s: left out: %s", url, left_out)
     return np.array(places, dtype=np.int64).reshape(-1, 5)
 
 

@@ -29,7 +29,7 @@ _TILE_WIDTH, _TILE_HEIGHT, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 322, 323, 338, 339
 _RGB, _UNSIGNED, _SEPARATE = 2, 1, 2  # values of photometric, sample format and planar configuration
 _UNSPECIFIED, _PREMULTIPLIED, _STRAIGHT = 0, 1, 2  # kinds of extra samples; the last two are alpha
 # TIFF compressions (deflate under two numbers, LZMA) that tifffile expands fully, even beyond the size in the header,
-# with the maximum number of bytes that one compressed byte becomes.
+# with the maximum number of bytes that one compressed byte can become.
 _DEFLATE, _LZMA = (zlib.decompressobj, 1032), (lzma.LZMADecompressor, math.inf)
 _EXPANDERS: dict[int, Any] = {8: _DEFLATE, 32946: _DEFLATE, 34925: _LZMA}
 _HARMLESS = 2**28  # bytes

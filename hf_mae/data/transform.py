@@ -6,8 +6,8 @@
     evaluation_view                    one image, resized and cropped, in the source's pixel type
     make_normalizer                    batches -> pixel_values, on the device
 
-Nothing here is random; training crops are in augment.py. Every command goes through these functions, and the image
-processor, which Hub repositories carry as code of its own, gives the same pixels.
+Nothing here is random; training crops are in augment.py. Every command uses these functions. The image processor, with
+its own code, which Hub repositories carry, gives the same pixels.
 """
 
 import math
@@ -37,7 +37,7 @@ RESCALE_FACTORS = {"uint8": 1 / 255, "uint16": 1 / 65535, "float32": 1.0}
 
 
 def default_crop_pct(size: tuple[int, int]) -> float:
-    """The original's share of a resized side, for a crop to `size`: 224 of 256 pixels, and all of it above 224."""
+    """The share of a resized side that the original's crop to `size` keeps: 224 of 256 pixels, and all above 224."""
     return 0.875 if max(size) <= 224 else 1.0
 
 
@@ -72,7 +72,7 @@ def crop_settings(size: tuple[int, int], crop_pct: float) -> dict[str, Any]:
 def stored_crop_pct(processor: MAEImageProcessor) -> float:
     """The share of a resized side that a processor's crop keeps, in (0, 1].
 
-    Of all shares that give the processor's sizes, it is a usual one, else the one with the fewest digits.
+    Of all shares that give the processor's sizes, a usual one is taken, else the one with the fewest digits.
     """
     size: Any = processor.size
     crop = _crop(processor)
@@ -89,7 +89,7 @@ def _crop(processor: MAEImageProcessor) -> tuple[int, int]:
 
 
 def move_crop(processor: MAEImageProcessor, size: tuple[int, int]) -> None:
-    """Make a processor crop to another (height, width) in pixels, the same share of a resized side. Works in place."""
+    """Make a processor crop to another (height, width) in pixels, with the same share of a resized side; in place."""
     if size != _crop(processor):
         for name, sides in crop_settings(size, stored_crop_pct(processor)).items():
             setattr(processor, name, SizeDict(**sides))

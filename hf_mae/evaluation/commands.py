@@ -43,7 +43,7 @@ class Evaluation:
         with self.accelerator.main_process_first():
             self.rows, self.eval_rows, self.evaluated_on = open_splits(recipe)
         for rows in (self.rows, self.eval_rows):
-            # If all labels are wrong, the first few show it, so check them before hours are spent.
+            # If all labels are wrong, the first few show it, so check them before spending hours.
             find_classes([row.label for row in rows.read(rows.index[:16])], rows)
 
     def _table(self, rows: Rows, bar: str) -> Table:

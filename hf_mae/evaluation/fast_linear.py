@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from .table import Features, top_k_correct
 
-# Factors of half the squared weights, added to the mean cross-entropy. Each fit starts from that of a stronger penalty.
+# Factors of half the squared weights, added to the mean cross-entropy. Each fit starts from the next stronger one's.
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 MAX_ITER = 100
 ROWS = 65_536  # maximum number of rows whose logits are in memory at once
@@ -24,7 +24,7 @@ def fast_linear_accuracy(
     """Accuracy of a logistic regression on standardised features.
 
     Not the paper's protocol (no crops, no LARS); it ranks encoders in seconds. The penalty is chosen on a held-out
-    tenth of the training rows; then all training rows are refitted. The evaluation rows don't influence the choice.
+    tenth of the training rows, then used to fit all training rows. The evaluation rows don't influence the choice.
     `max_iter` limits the steps of L-BFGS for each penalty.
 
     Returns:

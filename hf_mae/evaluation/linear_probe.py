@@ -93,7 +93,7 @@ def _evaluate_paper(recipe: LinearProbeRecipe) -> dict[str, Any] | None:
     size, _ = micro_batch(recipe.total_batch_size, recipe.per_device_batch_size, accelerator.num_processes, most=512)
     if size == 1:
         message = "per_device_batch_size 1 leaves BatchNorm nothing to normalise"
-        raise UserError(f"{message}; choose a total_batch_size that a larger one divides")
+        raise UserError(f"{message}; choose a total_batch_size that a larger size divides")
     classes = common_classes(labels_of(rows), rows, labels_of(eval_rows), eval_rows)
     runs: list[dict[str, float]] = []
     images = 0, 0

@@ -1,4 +1,4 @@
-"""results.json: figures, with the protocol, data and weights that they belong to; model cards read it."""
+"""results.json: figures, with their protocol, data and weights; model cards read it."""
 
 import json
 import re
@@ -20,7 +20,7 @@ PACKAGES = ("torch", "transformers", "datasets", "scikit-learn", "numpy", "pillo
 
 
 def check_results_file(recipe: ScoreRecipe) -> None:
-    """Raise a UserError if a result can't be added to the recipe's file; call it before hours are spent."""
+    """Raise a UserError if a result can't be added to the recipe's file; call it before spending hours."""
     if path := recipe.results_file:
         read_results(path)
 
@@ -90,15 +90,15 @@ def describe_result(result: dict[str, Any]) -> str:
     """Describe a result in a few readable lines."""
     protocol, data = result["protocol"], result["data"]
     pooling = f", pooling {protocol['pooling']}" if "pooling" in protocol else ""
-    learnt = f"learnt from {data['train_images']:,} images of split {data['split']}, " if "train_images" in data else ""
+    intro = f"learned from {data['train_images']:,} images of split {data['split']}, " if "train_images" in data else ""
     lines = [
         f"{protocol['name']} of {result['checkpoint']['path']}{pooling}",
-        f"{learnt}evaluated on {data['eval_images']:,} images of {data['dataset']}: {data['evaluated_on']}; "
+        f"{intro}evaluated on {data['eval_images']:,} images of {data['dataset']}: {data['evaluated_on']}; "
         f"{data['classes']} classes",
     ]
     if differs := protocol.get("differs_from_source"):
         settings = ", ".join(f"{key} {value}" for key, value in differs.items())
-        lines.append(f"other than in {protocol['source']}: {settings}")
+        lines.append(f"differs from {protocol['source']}: {settings}")
     width = max(len(key) for key in result["figures"])
     lines += [f"  {key:{width}}  {' '.join(_describe_figure(key, result))}" for key in result["figures"]]
     return "\n".join(lines)

@@ -34,7 +34,7 @@ def sample_size(rows: int, fraction: float) -> int:
 class Features:
     """A feature table with class numbers."""
 
-    values: torch.Tensor  # (n, D) float32, one row an image
+    values: torch.Tensor  # (n, D) float32, one row per image
     labels: torch.Tensor  # (n,) class numbers
 
     def sample(self, fraction: float, seed: int) -> "Features":
@@ -69,8 +69,8 @@ def even_batches(
 ) -> Generator[tuple[Batch, torch.Tensor, torch.Tensor]]:
     """Yield this process's share of the rows: each batch, and its images and mask noise on the device.
 
-    All processes get the same number of batches, since each forward gathers sharded weights. A process that has fewer
-    gets more batches without keys. For every batch without keys, the images are one black image.
+    All processes get the same number of batches, since each forward gathers sharded weights. A process with fewer
+    batches gets extra ones without keys. A batch without keys has one black image.
 
     Args:
         rows: the rows of all processes.

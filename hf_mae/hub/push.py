@@ -171,9 +171,9 @@ def _whole_folder(folder: str | Path) -> AbstractContextManager[None]:
 
 
 def _open_repository(api: HfApi, repo_id: str, private: bool, revision: str | None, code: set[str]) -> None:
-    """Create the repository and the branch, or check that an existing one holds a model of ours or nothing.
+    """Create the repository and the branch, or check that an existing one is empty or holds one of our models.
 
-    `code`: names of the code files in every model of ours.
+    `code`: names of the code files in each of our models.
     """
     api.create_repo(repo_id, private=private or None, exist_ok=True)
     repository = api.model_info(repo_id)
@@ -219,7 +219,7 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
         status = error.response.status_code
         remedy = {
             401: "no valid token; log in with `hf auth login`, or set HF_TOKEN to one with write access",
-            403: "this token may not write there; check USER, and the token's rights",
+            403: "this token may not write there; check USER, and the token's permissions",
             404: "it doesn't exist, or you have no access; check the name and the token",
             409: "something else was pushed at the same time; push again",
         }.get(status, "push again; only missing files are sent")

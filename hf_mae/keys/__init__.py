@@ -50,15 +50,15 @@ def key(
     """A field of a dataclass that is a key of a command.
 
     Args:
-        default: value when nobody gives one; a key without a default is required.
+        default: value if none is given; a key without a default is required.
         help_text: what the key does, in one line with its unit; the help adds choices and default.
         shown: what the help prints as the default where the field's is None, e.g. "found by type".
         group: heading under which the help lists it, see `GROUPS`.
         free: whether a resumed run may change it.
         place: whether a resumed run may change it as long as the data's fingerprint is the same.
-        card: whether a model's card shows it; not if it says how a run was started instead of what it computed.
+        card: whether a model's card shows it; False for keys that say how a run was started, not what it computed.
         positional: whether words without a flag give it, in the order of the fields.
-        metavar: what stands for the value in the help, such as DIR; chosen by type when omitted.
+        metavar: placeholder for the value in the help, such as DIR; chosen by type when omitted.
     """
     marks = {"free": free, "place": place, "card": card, "positional": positional}
     return _field(default, {"help": help_text, "shown": shown, "group": group, "metavar": metavar, **marks})
@@ -75,7 +75,7 @@ evaluation_key = partial(key, group="evaluation", free=True)
 checkpoint_key = partial(key, group="checkpoints", free=True)
 log_key = partial(key, group="logging", free=True)
 hardware_key = partial(key, group="hardware", free=True)
-# A required key that the first words give.
+# A required key whose value is given without a flag, as the first words.
 positional_key = partial(key, MISSING, positional=True)
 
 
@@ -134,7 +134,7 @@ class Recipe:
 
 
 class BadValue(Exception):
-    """A value that its key can't have. Not a ValueError: argparse would put its own words in place of ours."""
+    """A value that its key can't have. Not a ValueError: argparse would replace our message with its own."""
 
 
 @dataclass(frozen=True)

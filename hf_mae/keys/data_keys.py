@@ -58,7 +58,7 @@ class SplitKeys(DataKeys):
     max_eval_samples: int | None = evaluation_key(None, "evaluate on at most this many images", "all")
 
     def evaluation_source(self) -> SourceKeys:
-        """Where the images to evaluate on come from. Configuration and revision belong to `dataset` alone."""
+        """Where the images to evaluate on come from. Configuration and revision are for `dataset` alone."""
         if self.eval_dataset is None:
             return self
         return SourceKeys(dataset=self.eval_dataset, image_column=self.image_column, label_column=self.label_column)

@@ -83,7 +83,7 @@ class EvaluateRecipe(ScoreRecipe):
     pooling: Pooling | None = evaluation_key(
         None, "feature vector of an image: mean of the patch tokens, class token, or both", "mean"
     )
-    seeds: int = evaluation_key(1, "number of repetitions, each with other random numbers")
+    seeds: int = evaluation_key(1, "number of repetitions, each with a different random seed")
     fraction: float = evaluation_key(1.0, "fraction of both splits that each repetition draws")
 
     def check(self) -> None:
@@ -169,4 +169,4 @@ class EmbedRecipe(FeatureRecipe):
         super().check()
         if Path(self.output).suffix not in FEATURE_FILES:
             names = " or ".join(FEATURE_FILES)
-            raise UserError(f"output {self.output} is not the name of a {names} file; give it such an ending")
+            raise UserError(f"output {self.output} is not a {names} file; change its ending")

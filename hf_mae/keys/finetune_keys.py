@@ -20,7 +20,7 @@ CLASS_MIXING = ("mixup", "cutmix", "label_smoothing")
 class FinetuneRecipe(RunRecipe):
     """All keys of `hf-mae finetune`; the defaults are Table 9's, except for what suits ImageNet alone.
 
-    The recipes of ViT-Base, -Large and -Huge have the values of the original's code, which differ from the paper's.
+    The recipes of ViT-Base, -Large and -Huge have the values of the original code, which differ from the paper's.
     """
 
     command: ClassVar[str] = "finetune"

@@ -61,8 +61,8 @@ class ModelKeys:
     trainable_positions: bool | None = _mae_key(False, "train the position tables instead of keeping them fixed")
     position_resize: Literal["auto", "sincos", "interpolate"] | None = _mae_key(
         "auto",
-        "how position tables adapt to another image size: sincos computes them anew, interpolate resizes them, auto "
-        "computes unchanged tables anew and resizes trained ones",
+        "how position tables adapt to another image size: sincos recomputes them, interpolate resizes them, auto "
+        "recomputes unchanged tables and resizes trained ones",
     )
 
     def given_model_keys(self) -> dict[str, Any]:

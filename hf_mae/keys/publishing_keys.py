@@ -15,17 +15,17 @@ ExportFormat = Literal["onnx", "torch_export"]
 
 @dataclass
 class SourceFacts(Recipe):
-    """Facts that files of weights don't state; None: not given."""
+    """Facts that weight files don't state; None if not given."""
 
     image_size: ImageSize | None = model_key(None, "new image size in pixels, such as 224 or 208x320", "unchanged")
     num_attention_heads: int | None = model_key(
-        None, "attention heads of the encoder in a .pth or .safetensors file", "by its width"
+        None, "attention heads of the encoder in a .pth or .safetensors file", "from its width"
     )
     decoder_num_attention_heads: int | None = model_key(
-        None, "attention heads of the decoder in a .pth or .safetensors file", "by its width"
+        None, "attention heads of the decoder in a .pth or .safetensors file", "from its width"
     )
     norm_pix_loss: bool | None = model_key(
-        None, "whether the decoder in a .pth file predicts normalised patches", "by the file's name"
+        None, "whether the decoder in a .pth file predicts normalised patches", "from the file's name"
     )
 
     def check(self) -> None:
@@ -74,7 +74,7 @@ class CardRecipe(ModelInput):
 
     def check(self) -> None:
         if Path(self.output).suffix.lower() != ".md":
-            raise UserError(f"output {self.output} is not the name of a card; give it the ending .md")
+            raise UserError(f"output {self.output} is not a .md file; change its ending")
 
 
 @dataclass
@@ -89,10 +89,10 @@ class ReportRecipe(Recipe):
 class DemoRecipe(ModelInput):
     """Keys of `hf-mae demo`."""
 
-    gallery: str | None = data_key(None, "data set in which the page looks for the nearest images", "none")
+    gallery: str | None = data_key(None, "data set that the page searches for the nearest images", "none")
     gallery_split: str = data_key("train", "split of the gallery to read", metavar="NAME")
     max_gallery: int = data_key(1000, "maximum number of images in the gallery, evenly spaced")
-    host: str = key("127.0.0.1", "address to listen on; 0.0.0.0 lets everyone in", metavar="ADDRESS")
+    host: str = key("127.0.0.1", "address to listen on; 0.0.0.0 lets other machines connect", metavar="ADDRESS")
     port: int = key(7860, "port to listen on; 0 for any free port")
     output_dir: str | None = key(
         None, "folder of a Space to write instead of starting the page", "start the page", metavar="DIR"
@@ -126,9 +126,7 @@ class ReconstructRecipe(ModelInput):
 
     def check(self) -> None:
         if Path(self.output).suffix.lower() not in (".png", ".webp", ".jpg", ".jpeg"):
-            raise UserError(
-                f"output {self.output} is not the name of a picture; give it the ending .png, .webp or .jpg"
-            )
+            raise UserError(f"output {self.output} is not a .png, .webp or .jpg file; change its ending")
         self.check_least(max_images=1)
         self.check_range("cell", low=16, high=2048)
         self.check_seed()

@@ -71,14 +71,14 @@ class RunRecipe(SplitKeys):
     weight_decay: float = optimization_key(0.05, "AdamW's weight decay, except for biases and norms")
     adam_beta1: float = optimization_key(0.9, "AdamW's decay of the gradient's running mean")
     adam_beta2: float = optimization_key(0.95, "AdamW's decay of the squared gradient's running mean")
-    clip_grad: float | None = optimization_key(None, "largest norm of the gradient", "no clipping")
+    clip_grad: float | None = optimization_key(None, "clip the gradient to this norm", "no clipping")
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = hardware_key(
         "auto", "precision of the forward pass; auto uses bf16 on GPUs that have it"
     )
     gradient_checkpointing: bool = hardware_key(False, "save memory by computing activations twice")
     compile: bool = hardware_key(False, "compile the model with torch.compile")
     attn_implementation: str = hardware_key("sdpa", "attention kernel, such as eager, sdpa or flash_attention_2")
-    deterministic: bool = hardware_key(False, "get the same bits in every run on a GPU too; slower")
+    deterministic: bool = hardware_key(False, "make runs on a GPU reproducible bit for bit; slower")
     output_dir: str | None = checkpoint_key(
         None,
         "folder for the model, its checkpoints and its log; created if missing",
@@ -94,14 +94,14 @@ class RunRecipe(SplitKeys):
     )
     seed: int = optimization_key(0, "random seed of weights, order, crops, flips and masks")
     num_workers: int = hardware_key(2, "loader processes for each training process")
-    log_steps: int = log_key(20, "steps between two lines of the log")
+    log_steps: int = log_key(20, "optimizer steps between two lines of the log")
     eval_steps: int | None = evaluation_key(None, "optimizer steps between two evaluations", INTERVALS["eval_steps"][1])
     save_steps: int | None = checkpoint_key(None, "optimizer steps between two checkpoints", INTERVALS["save_steps"][1])
     keep_checkpoints: int = checkpoint_key(2, "number of newest checkpoints to keep, 2 or more")
     log_with: str | None = log_key(
         None, "trackers: tensorboard, wandb, trackio or all", "none", card=False, metavar="NAME"
     )
-    dry_run: bool = log_key(False, "show the run and stop before the first step", card=False)
+    dry_run: bool = log_key(False, "describe the run and stop before the first step", card=False)
 
     @property
     def lr(self) -> float:
@@ -180,7 +180,7 @@ class PretrainRunKeys(RunRecipe):
         None, "mask ratios by fraction of the run, such as 0:0.6 0.5:0.75", metavar="FRACTION:RATIO"
     )
     streaming: bool | None = data_key(None, "read the data in place, block by block", "true for remote data")
-    allow_data_change: bool = checkpoint_key(False, "resume although the data differs from the checkpoint's")
+    allow_data_change: bool = checkpoint_key(False, "resume even if the data differs from the checkpoint's")
     max_bad_fraction: float = data_key(0.01, "stop when a larger fraction of the images can't be decoded", free=True)
     eval_crop_pct: float = evaluation_key(
         0.875, "fraction of the resized side that the evaluation crop keeps, e.g. 224 of 256", free=False

@@ -160,7 +160,7 @@ def make_training_specs(
         specs.append((at, replace(spec, size=sized.image_height_width, num_patches=sized.num_patches)))
     if specs[-1][1].size != config.image_height_width:
         raise UserError(
-            f"image_size_schedule ends with {points[-1][1]}, but image_size is {config.image_size}; end with that"
+            f"image_size_schedule ends with {points[-1][1]}, but image_size is {config.image_size}; make them equal"
         )
     return stages(specs, total_steps)
 

@@ -130,7 +130,7 @@ class LogCallback(TrainerCallback):
         timing = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
         numbers = {name: value for name, value in kwargs["metrics"].items() if not name.endswith((*timing, "epoch"))}
         self.figures = {name.removeprefix("eval_"): value for name, value in numbers.items()}
-        # A run that continues from its last step scores it again.
+        # A run that continues from its last step scores that step again.
         if not any(event["step"] == state.global_step and numbers.keys() <= event.keys() for event in self.log.events):
             self.log.event(state.global_step, epoch=state.epoch, **numbers)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in self.figures.items())

@@ -33,8 +33,8 @@ def write_checkpoint(
 ) -> Path:
     """Write `OUT/checkpoint-STEP`, then remove all but this one and the `keep` - 1 before it; returns its folder.
 
-    Checkpoints of later steps stay: they are broken, or from a run that was rolled back. If one can't be removed, it
-    stays too, with a warning.
+    Checkpoints of later steps are kept: they are broken, or from a run that was rolled back. If an older one can't be
+    removed, a warning is logged.
 
     Args:
         output_dir: folder of the run.
@@ -95,7 +95,7 @@ def write_model(output_dir: Path, write: Callable[[Path], None]) -> None:
         files.replace_files(output_dir, write)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"the final model can't be written into {output_dir} ({one_line(error)}); mend that, and repeat the "
+            f"the final model can't be written into {output_dir} ({one_line(error)}); fix that, and repeat the "
             "command with --resume auto"
         ) from error
 

@@ -1,4 +1,4 @@
-"""What a recipe leads to on this machine and data: `derived` in run_config.yaml, and the first printed lines."""
+"""What follows from a recipe on this machine and data: `derived` in run_config.yaml, and the first printed lines."""
 
 import os
 from dataclasses import dataclass

@@ -23,7 +23,7 @@ from ..keys.run_keys import PretrainRecipe, RunRecipe
 
 
 def prepare_process(recipe: RunRecipe) -> str:
-    """Set up this process, for deterministic steps if the recipe says so.
+    """Set up this process, with deterministic steps if the recipe asks for them.
 
     Returns:
         The precision that `mixed_precision` selects on this machine: "no", "bf16" or "fp16".
@@ -147,7 +147,7 @@ def tune_for_device(model: PreTrainedModel, device: torch.device, precision: str
         return
     if platform.libc_ver()[0] == "glibc":  # only the GNU C library has mallopt
         mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
-        # Setting only the second would do harm: the first would stop growing from its initial 128 KiB.
+        # Don't set only the second: the first would then stop growing from its initial 128 KiB.
         if ctypes.CDLL(None).mallopt(mmap_threshold, 2**30):
             ctypes.CDLL(None).mallopt(trim_threshold, 2**31 - 1)
     if precision == "bf16" and model.config._attn_implementation == "sdpa":

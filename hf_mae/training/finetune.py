@@ -158,7 +158,7 @@ class FinetuneRun:
         facts = derive_facts(recipe, setup)
         if args.process_index:
             return
-        labels = f"{len(names)} {'numbers an image' if recipe.problem_type == 'regression' else 'classes'}"
+        labels = f"{len(names)} {'numbers per image' if recipe.problem_type == 'regression' else 'classes'}"
         scored = f"scored on {len(self.eval_images):,} images: {self.evaluated_on}"
         announce(recipe, facts, self.spec, args.device, labels, scored, self.stored)
         if self.bad:
@@ -206,8 +206,8 @@ class FinetuneRun:
         """Save model and scores; returns the entry of results.json. Deletes Trainer's checkpoints: they hold pickles.
 
         Raises:
-            CheckpointError: if the model can't be written; the checkpoints then stay.
-            UserError: if results.json can't be written; the checkpoints then stay.
+            CheckpointError: if the model can't be written; the checkpoints are kept then.
+            UserError: if results.json can't be written; the checkpoints are kept then.
         """
         recipe, output_dir = self.recipe, self.output_dir
 

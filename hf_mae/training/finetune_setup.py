@@ -181,13 +181,13 @@ def build_rand_augment(recipe: FinetuneRecipe, spec: ImageSpec, processor: MAEIm
     """The recipe's RandAugment, or None.
 
     Raises:
-        UserError: if timm doesn't know the policy, or the images are not 8-bit gray or colour.
+        UserError: if timm doesn't know the policy, or the images are not 8-bit grey or colour.
     """
     if recipe.rand_augment == "none":
         return None
     if spec.dtype != "uint8" or spec.num_channels not in (1, 3):
         raise UserError(
-            f"rand_augment needs 8-bit gray or colour images, not {spec.num_channels} channels of {spec.dtype}; "
+            f"rand_augment needs 8-bit grey or colour images, not {spec.num_channels} channels of {spec.dtype}; "
             "pass --rand_augment none"
         )
     try:

@@ -1,4 +1,4 @@
-"""At each step, all processes agree whether to skip it, because a number is not finite, and whether to stop after it.
+"""In each step, all processes agree whether to skip it because a number is not finite, and whether to stop after it.
 
 One small all-reduce sums the flags of all processes. From the sum, the device decides at once whether the optimizer
 takes the step. The host of a GPU reads the sum one step later and never blocks.
@@ -80,7 +80,7 @@ class StepGuard:
         """Raise a UserError after ten skipped steps in a row."""
         if self.skipped_in_a_row >= MOST_IN_A_ROW:
             raise UserError(
-                f"{self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite and were left out; "
+                f"{self.skipped_in_a_row} steps in a row were skipped, because loss or gradient was not finite; "
                 "the last checkpoint is good: check the samples that metrics.jsonl names, or start again "
                 "with a lower --blr, with --clip_grad 1, or with --mixed_precision bf16 or no"
             )

@@ -98,7 +98,7 @@ class RunLog:
         frames = [frame for frame in drawn if frame.size == drawn[-1].size]
         if left_out := len(pictures) - len(frames):
             self.say(f"WARNING: {self.folder.animation_file} lacks {left_out} pictures, broken or of another size")
-        # Milliseconds; the first and the last picture stay longer.
+        # Milliseconds; the first and the last picture are shown longer.
         times = [1500, *[500] * (len(frames) - 2), 3000][: len(frames)]
         try:
             if frames:

@@ -51,7 +51,7 @@ def pretrain(recipe: PretrainRecipe) -> dict[str, Any]:
         `quality`: the newest event with `rankme`, and with `knn_top1` and `linear_top1` in percent if there are labels;
         {} if nothing was measured.
         `bad_samples`: number of training images that could not be decoded; an image counts in each epoch.
-        `skipped_steps`: number of steps left out because loss or gradient was not finite.
+        `skipped_steps`: number of steps skipped because loss or gradient was not finite.
         Losses and `quality` come from the log, so they are empty on every process but the main one.
 
     Raises:
@@ -301,7 +301,7 @@ class PretrainRun:
                 self.log.event(verdict.step, skipped=True, samples=verdict.samples)
                 some = ", ".join(verdict.samples[:3])
                 self.log.say(
-                    f"step {verdict.step} is left out, because its loss or gradient is not finite; samples {some}, ..."
+                    f"step {verdict.step} is skipped, because its loss or gradient is not finite; samples {some}, ..."
                 )
             self.guard.check()
         return stop

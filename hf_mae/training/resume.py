@@ -64,7 +64,7 @@ def check_same_recipe(old: dict[str, Any], recipe: RunRecipe, where: Path, free:
 
 
 def check_step(checkpoint: Path | None, step: int, total_steps: int) -> None:
-    """Raise a CheckpointError if a checkpoint lies beyond the end of the run that is to continue from it."""
+    """Raise a CheckpointError if a checkpoint is past the end of the run that would continue from it."""
     if step > total_steps:
         raise CheckpointError(
             f"{checkpoint} is at step {step}, but the run ends at step {total_steps}; use the recipe and the data of "

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageOps
 from .reconstruction import Reconstruction, masked_psnr, masked_ssim, to_unit_range
 
 GRAY = 0.5
-Column = tuple[str, list[Image.Image], list[str] | None]  # title, pictures, a caption of each
+Column = tuple[str, list[Image.Image], list[str] | None]  # title, pictures, a caption for each
 MARGIN, HEADER, CAPTION = 6, 22, 16
 # Footers that say where the mean and contrast of hidden patches come from.
 FOOTERS: dict[str | None, str] = {
@@ -80,7 +80,7 @@ def shown_bands(
 
 
 def _error_map(images: torch.Tensor, others: torch.Tensor, removed: torch.Tensor) -> torch.Tensor:
-    """(B, 3, H, W): white for no error, dark red for a quarter of the range or more, gray where nothing was hidden."""
+    """(B, 3, H, W): white for no error, dark red for a quarter of the range or more, grey where nothing was hidden."""
     error = ((images - others).abs().mean(dim=1, keepdim=True) * 4).clamp(0, 1)
     colours = torch.cat([1 - 0.3 * error, 1 - error, 1 - error], dim=1)
     return torch.where(removed, colours, GRAY)

@@ -50,7 +50,7 @@ def in_process(script: str, *words: Any, **variables: str) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The CPU's name from /proc, or from Python where there is no /proc."""
+    """The CPU's name from /proc, or from Python if there is no /proc."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

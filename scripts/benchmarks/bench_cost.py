@@ -12,13 +12,13 @@ IMAGE, PATCH = 224, {"huge": 14}
 KINDS: dict[str, dict[str, Any]] = {
     "standard": {},
     "cross decoder, 25 %": {"decoder_attention": "cross", "prediction_ratio": 0.25},
-    # Shows what removing patches saves: almost as many tokens as with mask tokens in the encoder (Table 1c).
+    # Shows what removing patches saves: this encoder sees almost as many tokens as one with mask tokens (Table 1c).
     "mask tokens in the encoder": {"mask_ratio": 0.004},
 }
 
 
 def cost(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Parameters, and GFLOPs (two for a multiplication and addition) of forward and backward, per image."""
+    """Parameters, and FLOPs per image of forward and backward (a multiplication and an addition count as two)."""
     rows = []
     for size, numbers in SIZES.items():
         for name, kind in KINDS.items():
@@ -32,5 +32,5 @@ def cost(options: argparse.Namespace) -> list[dict[str, Any]]:
             flops = counter.get_total_flops()
             row = {"size": size, "kind": name, "parameters": model.num_parameters(), "flops_per_image": flops}
             rows.append({"what": "cost", **row})
-            print(f"{size:6} {name:28} {row['parameters'] / 1e6:7.1f} M parameters {flops / 1e9:8.1f} GFLOPs an image")
+            print(f"{size:6} {name:28} {row['parameters'] / 1e6:7.1f} M parameters {flops / 1e9:8.1f} GFLOPs per image")
     return rows

@@ -1,4 +1,4 @@
-"""Images a second of the data path alone, and the time to the first batch of a resumed run."""
+"""Images per second of the data path alone, and the time to the first batch of a resumed run."""
 
 import argparse
 import tempfile
@@ -65,7 +65,7 @@ def our_batches(rows: Rows, workers: int, fast: bool) -> Iterator[Any]:
 
 
 def rate_of(batches: Iterator[Any], count: int, workers: int) -> float:
-    """Images a second; without workers, per second of this process's CPU time, which other programs don't affect."""
+    """Images per second; without workers, per second of this process's CPU time, which other programs don't affect."""
     next(batches)
     clock = time.perf_counter if workers else time.process_time
     started = clock()

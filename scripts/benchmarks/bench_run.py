@@ -86,13 +86,13 @@ def pretrain(*words: str) -> None:
 
 
 def _rate(seconds: list[float], cell: dict[str, Any]) -> dict[str, Any]:
-    """Images a second after the first step, which includes the start of the workers."""
+    """Images per second after the first step, which includes the start of the workers."""
     assert len(seconds) == cell["steps"], f"{len(seconds)} of {cell['steps']} steps were seen"
     return {"images_per_second": (len(seconds) - 1) * cell["batch"] / sum(seconds[1:])}
 
 
 def end_to_end(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Images a second of whole runs, each in a new process."""
+    """Images per second of whole runs, each in a new process."""
     from hf_mae import PrepareRecipe, prepare
 
     results = []

@@ -210,7 +210,7 @@ def step(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def memory_by_batch(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Peak memory of training at each batch size, without and with gradient checkpointing."""
+    """Peak memory of training for each batch size, without and with gradient checkpointing."""
     results = []
     names = [name for name in available() if name != TUNED]
     cells = [(name, False) for name in names] + [(name, True) for name in names if not name.startswith("lightly")]

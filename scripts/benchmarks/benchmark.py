@@ -4,8 +4,8 @@
 
     all --dataset PHOTOS          everything below, on a folder of JPEGs
     step                          training steps: ours, transformers' ViTMAE, lightly's MAE
-    memory                        peak memory of training against the batch size
-    loader --dataset PHOTOS       the data path alone: ours, from prepared shards, run_mae's
+    memory                        peak memory of training by batch size
+    loader --dataset PHOTOS       the data path alone: ours, ours from prepared shards, run_mae's
     end_to_end --dataset PHOTOS   hf-mae pretrain against a Trainer as in run_mae
     cost                          parameters and FLOPs of every size, on the meta device
     startup                       import, first step

@@ -13,7 +13,7 @@ NUM_IMAGES = 400
 
 
 def png(number: int) -> bytes:
-    """A small picture of random colours, always the same for a number."""
+    """A small picture of random colours, the same whenever the number is the same."""
     pixels = np.random.default_rng(number).integers(0, 256, (20, 24, 3), dtype=np.uint8)
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG")

@@ -7,8 +7,8 @@
 The record is one flat JSON object. Its keys read like paths (`pretrain/whole/metrics.jsonl/000030/eval_loss`), its
 values are numbers, words or sha256 sums. Everything runs at seed 0, on one thread and on the CPU, in a temporary folder
 by relative paths. Hashes of floats depend on the CPU and on the version of torch, so compare records of one machine.
-Left out because they change by themselves: times and speeds, versions, the name of the hardware, and the commit that a
-push ends with. Safetensors files are hashed with a sorted header, since the order of their metadata is random.
+Left out, because they always change: times and speeds, versions, the name of the hardware, and the commit that a push
+ends with. Safetensors files are hashed with a sorted header, since the order of their metadata is random.
 
 Checkpoints of older code:
 
@@ -52,7 +52,7 @@ DIGITS_RUN = [
     "pretrain", "--recipe", "quickstart", "--total_steps", 60, "--save_steps", 30, "--log_steps", 10,
     "--eval_steps", 30, "--quality_steps", 30,
 ]  # fmt: skip
-# As many features as fit into six steps: colour images, a cross decoder, schedules, two masks an image, accumulation.
+# As many features as fit into six steps: colour images, a cross decoder, schedules, two masks per image, accumulation.
 CROSS_RUN = [
     "pretrain", "--recipe", "quickstart", "--dataset", "images", "--output_dir", "runs/cross", "--total_steps", 6,
     "--total_batch_size", 32, "--per_device_batch_size", 16, "--masks_per_image", 2, "--warmup_steps", 2,
@@ -81,7 +81,7 @@ FROM_ORIGINAL = [
 def training_batches(
     dataset: str, streaming: bool | None, ranks: int, workers: int, epochs: int
 ) -> tuple[dict[str, Any], Iterator[list[Any]]]:
-    """What a pretraining run reads of a data set.
+    """What a pretraining run reads from a data set.
 
     Args:
         dataset: name of the data, as on the command line.

@@ -7,9 +7,9 @@ The tests are in transformers' source distribution, not in its wheel. pip downlo
 temporary folder, without dependencies. This file adds what the distribution lacks: the tests of each model, and a few
 helpers. Needs pytest and parameterized (`[dev]`).
 
-Prints how many tests of both passed, failed and were skipped. The exit code is 1 if a test of ours failed, or if ours
-skip more than Dinov2's. Both use one harness, the only difference from how transformers tests its own models. Each
-override in it states its reason.
+Prints how many tests passed, failed and were skipped, for ours and for Dinov2. The exit code is 1 if one of ours
+failed, or if ours skip more. Both use the same harness, which is the only difference from how transformers tests its
+own models. Each override in it states its reason.
 """
 
 import argparse
@@ -171,8 +171,8 @@ class MAEModelTest(VisionModelTest, unittest.TestCase):
     def test_hidden_states_output(self):
         self._with_each_length(super().test_hidden_states_output)
 
-    # Our weights need no conversion, and these tests skip models without one. A user may register one: here split
-    # queries, keys and values become fused ones.
+    # Our weights need no conversion, and these tests skip models without one. A user may register one; here it fuses
+    # split queries, keys and values.
     def _with_a_conversion(self, test):
         conversions = []
         for kind in ("weight", "bias"):

@@ -4,7 +4,7 @@
     python scripts/examples/segmentation.py --model outputs/mine         the same, pretrained against random weights
     python scripts/examples/segmentation.py --recipe ade20k_base --model outputs/base --data ADEChallengeData2016
 
-The first two draw their images: disks, squares and triangles of any colour on noise, so that only the outline tells the
+The first two draw their images: disks, squares and triangles of any colour on noise, so that only the outline shows the
 class. Training takes about a minute on one CPU core. The third has not been run at full size. `--data` is a folder as
 ADE20K is distributed, with images/{training,validation}/NAME.jpg and annotations/{training,validation}/NAME.png of
 class numbers, 0 = not labelled.
@@ -75,7 +75,7 @@ TINY = {
 
 
 def draw_shapes(seed: int | np.integer, size: int) -> Pair:
-    """One or two shapes on noise: 1 = disk, 2 = square, 3 = triangle, 0 = ground."""
+    """One or two shapes on noise: 1 = disk, 2 = square, 3 = triangle, 0 = background."""
     rng = np.random.default_rng(seed)
     image = Image.fromarray(rng.integers(80, 176, (size // 4, size // 4, 3), np.uint8)).resize((size, size))
     labels = Image.new("L", (size, size))
@@ -117,7 +117,7 @@ def held_out_pairs(data: Path | None, size: int) -> Iterator[Pair]:
 
 
 def random_crop(pair: Pair, rng: np.random.Generator, size: int, scale: tuple[float, float]) -> Pair:
-    """A square of a resized image, or of its mirror image; pixels outside of it are black and ignored."""
+    """A square of a resized image, or of its mirror image; pixels outside the image are black and ignored."""
     image, labels = pair
     factor = rng.uniform(*scale) * size / min(image.size)
     width, height = (max(1, round(side * factor)) for side in image.size)
@@ -189,7 +189,7 @@ def train(model: UperNetForSemanticSegmentation, batches: Iterator[tuple[torch.T
 
 
 def mean_iou(confusion: torch.Tensor) -> float:
-    """Mean over classes of intersection / union, in per cent, of a table (true classes, predicted classes) of pixels.
+    """Mean over classes of intersection / union, in percent, of a table (true classes, predicted classes) of pixels.
 
     A class that is neither present nor predicted has no union, and is left out.
     """

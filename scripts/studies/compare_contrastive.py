@@ -3,9 +3,9 @@
     pip install 'hf-mae[studies]'
     python scripts/studies/compare_contrastive.py --dataset DATA --minutes 10
 
-SimCLR (arXiv:2002.05709) and MoCo v3 (arXiv:2104.02057) with lightly's transforms, heads and SimCLR loss; the encoder
-is MAEModel, and all three are measured by the same commands. A short run before each finds how many steps
-fit into the minutes, so that every schedule runs to its end.
+SimCLR (arXiv:2002.05709) and MoCo v3 (arXiv:2104.02057) use lightly's transforms, heads and SimCLR loss. Their encoder
+is MAEModel, and the same commands measure all three methods. A short run before each finds how many steps fit into the
+minutes, so that every schedule runs to its end.
 
 At full size: the same command with --recipe vit_base_in1k --minutes 2000 --batch_sizes 1024 4096, on one GPU.
 """

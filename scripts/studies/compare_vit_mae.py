@@ -1,11 +1,11 @@
-"""What missing position tables cost: transformers' ViTMAEForPreTraining, the same with its tables filled, and ours.
+"""What missing position tables cost: transformers' ViTMAEForPreTraining, the same with filled tables, and our model.
 
     python scripts/studies/compare_vit_mae.py --dataset DATA --total_steps 600 --seeds 3
 
-`ViTMAEForPreTraining(config)` leaves its position tables at zero; only published weights bring tables along. All three
+`ViTMAEForPreTraining(config)` leaves its position tables at zero; only published weights come with tables. All three
 models see the same images, crops and masks in the same order, with the same optimizer and schedule. Every
 `--every` steps kNN (20 neighbours, cosine) and logistic regression, both scikit-learn's, measure the mean of the
-patch tokens of images that are not masked. Cells that are done are kept, so the command can be repeated.
+patch tokens of unmasked images. Finished cells are kept, so the command can be repeated.
 """
 
 import argparse

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+NEVER = 10**9  # a run is also scored after its last step
 SHORT_RUN = 12  # steps; the second half of them is timed
 # Protocol of results.json -> figure that a table shows, and its heading.
 FIGURES = {
@@ -106,7 +107,7 @@ def measure(sitting: Sitting, model: Path, options: argparse.Namespace) -> dict[
         ("kNN, k = 20", ["evaluate", "knn", "--model", model, *few]),
         ("linear probe (fast)", ["evaluate", "linear-probe", "--model", model, *few]),
         ("fine-tuned", ["finetune", "--model", model, "--recipe", options.finetune_recipe, "--output_dir", tuned,
-                        "--epochs", options.finetune_epochs, "--resume", "auto", *few]),
+                        "--epochs", options.finetune_epochs, "--eval_steps", NEVER, "--resume", "auto", *few]),
     ):  # fmt: skip
         left_out = heading == "fine-tuned" and options.finetune_recipe == "none"
         if not left_out and heading not in figures_of(model / "results.json", tuned / "results.json"):

@@ -371,6 +371,7 @@ def test_a_crop_of_ones_own_is_kept(tmp_path):
 # ------------------------------------------------------------------------------------------ the Hub
 
 
+@pytest.mark.slow
 def test_facebooks_models_are_converted_by_their_id_and_keep_their_licence(tmp_path):
     peer = vit_mae(tmp_path / "hub" / "models" / "facebook" / "vit-mae-base")
     # As there: weights in a pickle alone.
@@ -666,8 +667,8 @@ def test_what_can_not_be_expressed_is_refused_in_one_line(tmp_path, capsys):
         ("probe.pth", "mae", "has head.1.bias"),
         ("other.pth", "mae", "e.g. resnet"),
         ("bert", "mae", "type bert"),
-        ("absent.pth", "mae", "does not exist"),
-        ("no/such/place", "mae", "does not exist"),
+        ("absent.pth", "mae", "there is no file or folder"),
+        ("no/such/place", "mae", "there is no file or folder"),
         ("mean", "gguf", "--to 'gguf' is not one of mae, vit_mae, vit, timm, original"),
     ):
         heads = {"num_attention_heads": 4} if source == "probe.pth" else {}

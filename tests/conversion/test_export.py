@@ -42,6 +42,7 @@ def run_onnx(folder, images):
     return dict(zip(names, map(torch.from_numpy, session.run(None, {"pixel_values": images.numpy()})), strict=True))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_encoder_of_a_pretraining_model_in_onnxruntime(tmp_path, capsys):
     save(MAEForPreTraining, tmp_path / "model")
@@ -141,8 +142,8 @@ def test_mistakes_are_one_line_with_the_remedy(tmp_path, monkeypatch, capfd):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
     assert "already exists and is not empty; name another folder" in fails(capfd, tmp_path / "model", tmp_path / "full")
-    assert "holds a MAEBackbone; there are MAEForPreTraining" in fails(capfd, tmp_path / "backbone", tmp_path / "out")
-    assert "does not exist; check the name" in fails(capfd, tmp_path / "nowhere", tmp_path / "out")
+    assert "holds a MAEBackbone; give one of MAEForPreTraining" in fails(capfd, tmp_path / "backbone", tmp_path / "out")
+    assert "there is no file or folder" in fails(capfd, tmp_path / "nowhere", tmp_path / "out")
     assert "--to 'onxx' is not one of onnx, torch_export" in fails(
         capfd, tmp_path / "model", tmp_path / "out", "--to", "onxx"
     )

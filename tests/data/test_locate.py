@@ -41,9 +41,9 @@ def parquet_folder(folder):
 @pytest.fixture
 def counts(monkeypatch):
     """How often a folder is walked, and how often `datasets` makes a builder."""
-    walk = mock.Mock(wraps=locate_module._walk)
+    walk = mock.Mock(wraps=locate_module.list_folder)
     builder = mock.Mock(wraps=datasets.load_dataset_builder)
-    monkeypatch.setattr(locate_module, "_walk", walk)
+    monkeypatch.setattr(locate_module, "list_folder", walk)
     monkeypatch.setattr(datasets, "load_dataset_builder", builder)
     return lambda: (walk.call_count, builder.call_count)
 

@@ -100,7 +100,7 @@ def test_links_are_followed_but_not_in_circles_or_to_nowhere(tmp_path, caplog):
     (tmp_path / "d" / "c.png").symlink_to(tmp_path / "gone.png")
     source = open_source(str(tmp_path / "d"))
     assert [row.key for row in read_all(source)] == ["a/1.png", "b/2.png"]
-    assert "1 links lead nowhere" in caplog.text
+    assert "1 link that leads nowhere (c.png)" in caplog.text
 
 
 def test_npy_files_come_as_their_bytes_whatever_is_in_them(tmp_path):

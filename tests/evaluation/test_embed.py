@@ -132,10 +132,7 @@ def test_a_file_that_was_there_stays_as_it_was_if_the_command_fails(folder, tmp_
 
 
 MISTAKES = {
-    "an ending that isn't known": (
-        ["--output", "features.txt"],
-        "features.txt is not the name of a .parquet or .npy file",
-    ),
+    "an ending that isn't known": (["--output", "features.txt"], "features.txt is not a .parquet or .npy file"),
     "a place that can't be": (["--output", "model/config.json/x.npy"], "can't be written"),
     "no such pooling": (["--pooling", "max"], "--pooling 'max' is not one of mean, cls, both, patches"),
     "no such split": (["--split", "nothing"], "choose one of: train"),

@@ -224,7 +224,7 @@ def test_the_result_states_the_protocol_and_what_is_not_as_published(folder, tmp
         "momentum": 0.9, "trust_coefficient": 0.001, "bn_eps": 1e-6, "pooling": "cls", "lr": 2.5,
     }  # fmt: skip
     assert result["figures"].keys() == {"linear_top1", "linear_top5"}
-    assert "other than in arXiv:2111.06377, Table 10, for ViT-Base: total_batch_size 64" in capsys.readouterr().out
+    assert "differs from arXiv:2111.06377, Table 10, for ViT-Base: total_batch_size 64" in capsys.readouterr().out
 
 
 def test_another_pooling_than_the_papers_is_named():

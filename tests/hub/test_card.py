@@ -94,8 +94,9 @@ def test_a_card_has_the_figures_of_the_run_with_their_protocol(full):
     text = Card(full, "user/name").text()
     training, results = section(text, "Training"), section(text, "Results")
     for row in (
-        "| training images | 12,345 |", "| images a step | 64 |", "| steps | 30 |", "| peak learning rate | 0.00025 |",
-        "| processes | 2 (DDP) |", "| precision | bf16 |", "| throughput | 300 images a second (median) |",
+        "| training images | 12,345 |", "| images per step | 64 |", "| steps | 30 |",
+        "| peak learning rate | 0.00025 |",
+        "| processes | 2 (DDP) |", "| precision | bf16 |", "| throughput | 300 images per second (median) |",
         "| data | pictures (local), split train |", "| started from | random weights |",
     ):  # fmt: skip
         assert row in training
@@ -236,7 +237,7 @@ def test_a_checkpoints_card_is_the_runs_up_to_its_step(full):
         (checkpoint / name).unlink()
     text = Card(checkpoint, "user/name").text()
     assert "| these weights | after step 10, before the end of the run |" in text
-    assert "| throughput | 100 images a second (median) |" in text
+    assert "| throughput | 100 images per second (median) |" in text
     assert "1.2500 after step 0" in text
     assert "0.6250" not in text
     assert "Reconstructions" not in text  # there is none of step 10

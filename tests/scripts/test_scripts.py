@@ -19,7 +19,7 @@ def test_the_quickstart_trains_and_says_how_to_load(tmp_path):
 @pytest.mark.slow
 def test_the_chaos_drill_ends_with_equal_weights():
     said = run_script(sys.executable, "scripts/chaos_drill.py", "--seed", 1)
-    assert "the same weights, bit by bit" in said
+    assert "the same weights, bit for bit" in said
 
 
 def test_the_fsdp_configuration_is_one():

@@ -232,7 +232,7 @@ def test_numbers_of_an_image(colourful, tmp_path, capsys):
     figures = results(out)["figures"]
     assert figures["mae"] < 0.12  # the mean alone would be off by 0.25
     printed = capsys.readouterr().out
-    assert "1 numbers an image" in printed
+    assert "1 numbers per image" in printed
     use = printed.splitlines()[-1].removeprefix("use it   ")
     assert "pipeline" not in use
     names = {"image": Image.new("RGB", (12, 9), (100,) * 3)}
@@ -282,7 +282,7 @@ def test_broken_images_are_named_and_do_not_end_the_run(colourful, tmp_path, cap
         ({"trainable_blocks": 3}, "trainable_blocks 3 is not possible; choose 0, 0.5, 1 to 2, or all"),
         ({"trainable_blocks": "most"}, "trainable_blocks most is not possible"),
         ({"recipe": "quickstart"}, "unknown recipe 'quickstart'; did you mean 'finetune_quickstart'?"),
-        ({"mixup": 0.8, "problem_type": "regression"}, "mixup is for one class an image, not for regression; pass --"),
+        ({"mixup": 0.8, "problem_type": "regression"}, "problem_type is regression; pass --mixup 0"),
         ({"problem_type": "multi_label_classification"}, "pass --problem_type single_label_classification"),
         ({"layer_decay": 1.5}, "layer_decay 1.5 is out of range; give a number in [0, 1]"),
         ({"blr": 0}, "blr 0.0 is not positive"),
@@ -340,7 +340,7 @@ def test_data_that_does_not_fit_gets_one_line_with_the_remedy(colourful, pretrai
     error = mistake(capsys, "evaluate", "classification", "--model", out, "--dataset", other, "--eval_split", "train")
     assert "has the label cow, which is not one of the model's 2 classes (ant, bee)" in error
     error = mistake(capsys, "evaluate", "classification", "--model", colourful, "--dataset", data)
-    assert f"{colourful} has no classifier; make one by hf-mae finetune --model {colourful}" in error
+    assert f"{colourful} has no classifier; train one with hf-mae finetune --model {colourful}" in error
     bands = tmp_path / "bands"
     for i in range(4):
         (bands / "xy"[i % 2]).mkdir(parents=True, exist_ok=True)
@@ -398,8 +398,9 @@ def test_every_recipe_turns_off_mixing_of_classes_where_an_image_has_not_one_cla
     recipe = load_finetune_recipe(words)
     assert (recipe.mixup, recipe.cutmix, recipe.label_smoothing) == (0, 0, 0)
     (line,) = caplog.messages
-    assert re.fullmatch(rf"[a-z_, ]*label_smoothing of recipe {name} set to 0: not for {problem}", line)
-    with pytest.raises(UserError, match=f"^label_smoothing is for one class an image, not for {problem}; pass --label"):
+    assert re.fullmatch(rf"recipe {name}: [a-z, ]*label_smoothing set to 0, because .* problem_type is {problem}", line)
+    message = f"^label_smoothing needs one class per image, but problem_type is {problem}; pass --label_smoothing 0"
+    with pytest.raises(UserError, match=message):
         load_finetune_recipe([*words, "--label_smoothing", "0.1"])
 
 

@@ -104,7 +104,7 @@ def test_ten_steps_in_a_row_end_the_run_with_its_last_good_checkpoint(folder, ca
     tiles(folder / "tiles", 40, bad=range(0, 40))
     assert start(*arguments("out", **OPTIONS)) == 2
     said = capfd.readouterr().err.splitlines()[-1]
-    assert said.startswith("hf-mae: error: 10 steps in a row had a loss or gradient that is not finite")
+    assert said.startswith("hf-mae: error: 10 steps in a row were skipped, because loss or gradient was not finite")
     assert list(skipped("out")) == list(range(1, 11))
     assert checkpoints("out") == [4, 8]
     assert is_finite("out/checkpoint-8")

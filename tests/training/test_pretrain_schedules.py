@@ -103,7 +103,7 @@ def test_a_schedule_may_be_a_table_in_a_recipe_file_and_comes_back_from_run_conf
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
-        (["0:4", "0.5:6"], "image_size_schedule ends with 6, but image_size is 8; end with that"),
+        (["0:4", "0.5:6"], "image_size_schedule ends with 6, but image_size is 8; make them equal"),
         (["0:5", "0.5:8"], "image_size 5, from fraction 0 of the run on: .* the nearest that fits is 4x4"),
         (["0.1:4", "0.5:8"], "image_size_schedule 0.1:4 0.5:8 must start at 0, rise and stay below 1"),
         (["0:4", "0.5:6", "0.5:8"], "must start at 0, rise and"),
