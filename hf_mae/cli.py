@@ -351,7 +351,7 @@ def _stats(recipe: StatsRecipe) -> None:
     from .data.stats import channel_stats, probe_rows
 
     rows = Rows(open_split(locate(recipe), recipe.split, recipe.streaming))
-    num_channels, dtype = probe_rows(rows)
+    num_channels, dtype = probe_rows(rows, recipe.num_channels)
     stats = channel_stats(rows, recipe.num_channels or num_channels, dtype, recipe.max_samples or len(rows))
     print(json.dumps(stats, indent=1))
 

@@ -210,6 +210,7 @@ def test_eager_and_sdpa_agree_and_checkpointing_gives_the_same_gradients(overrid
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", [QUARTER, FUSED], ids=["quarter", "fused"])
 def test_training_compiles_to_one_graph_once(overrides):
     torch._dynamo.reset()

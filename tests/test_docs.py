@@ -179,6 +179,7 @@ def test_the_api_page_has_every_public_name():
     assert sorted(documented) == sorted(hf_mae.__all__)
 
 
+@pytest.mark.slow
 def test_the_pages_are_built_without_a_warning(tmp_path):
     pytest.importorskip("sphinx", reason="sphinx is not installed: pip install 'hf-mae[docs]'")
     run_script(sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "docs", tmp_path)

@@ -70,7 +70,9 @@ def a_pretrained_models_processor(monkeypatch):
     monkeypatch.setattr(MAEImageProcessor, "from_pretrained", lambda path, **settings: MAEImageProcessor(**settings))
 
 
-@pytest.mark.parametrize("crop_pct", ["0.875", "1", "0.9", "0.77"])
+@pytest.mark.parametrize(
+    "crop_pct", ["0.875", "1", *(pytest.param(pct, marks=pytest.mark.slow) for pct in ("0.9", "0.77"))]
+)
 def test_every_command_resizes_and_crops_alike_at_every_size(crop_pct, reconstructed):
     for size in SIZES:
         config = config_of(size)

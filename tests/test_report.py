@@ -112,6 +112,7 @@ def test_several_runs_stand_side_by_side_and_where_they_differ_is_marked(finishe
         assert re.findall(r"<text[^>]*>(\w+)</text>", legend) == names
 
 
+@pytest.mark.slow
 def test_of_many_pictures_some_are_shown_the_first_and_last_among_them(finished, tmp_path):
     many = Run(finished)
     Image.new("RGB", (2, 2)).save(tmp_path / "p.png")

@@ -371,6 +371,7 @@ def test_a_crop_of_ones_own_is_kept(tmp_path):
 # ------------------------------------------------------------------------------------------ the Hub
 
 
+@pytest.mark.slow
 def test_facebooks_models_are_converted_by_their_id_and_keep_their_licence(tmp_path):
     peer = vit_mae(tmp_path / "hub" / "models" / "facebook" / "vit-mae-base")
     # As there: weights in a pickle alone.

@@ -42,6 +42,7 @@ def run_onnx(folder, images):
     return dict(zip(names, map(torch.from_numpy, session.run(None, {"pixel_values": images.numpy()})), strict=True))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_encoder_of_a_pretraining_model_in_onnxruntime(tmp_path, capsys):
     save(MAEForPreTraining, tmp_path / "model")

@@ -198,7 +198,7 @@ def order_only(monkeypatch):
 
 
 @pytest.mark.usefixtures("order_only")
-@pytest.mark.parametrize("block", [None, 9])
+@pytest.mark.parametrize("block", [None, pytest.param(9, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_run_interrupted_after_any_step_continues_exactly_on_any_grid(ranks, block, played):
     rows, last = memory_rows([61, 3, 80, 29], block), 68

@@ -337,7 +337,7 @@ def faults(repositories, tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "split"),
     [
-        ("503 twice", "train"),
+        pytest.param("503 twice", "train", marks=pytest.mark.slow),
         ("503 twice at the start", "train"),
         ("503 twice for the card", "old train"),
         ("cut twice", "train"),
@@ -390,6 +390,7 @@ def test_without_streaming_the_same_rows_come_from_one_local_table(repositories,
         assert_rows_are(result, [[row for shard in repositories[1][name] for row in shard]])
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_answer_is_source_unavailable(repositories, tmp_path):
     with HubServer(repositories[0]) as hub:
         pass

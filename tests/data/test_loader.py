@@ -100,7 +100,7 @@ def equal(batch, expected) -> bool:
 GRIDS = list(itertools.product((1, 2, 4), (0, 1, 2, 4), (1, 2, 4)))
 
 
-@pytest.mark.parametrize("block", [None, 9])
+@pytest.mark.parametrize("block", [pytest.param(None, marks=pytest.mark.slow), 9])
 def test_global_batches_are_those_written_down_on_every_grid(worker, block):
     rows, plan = memory_rows([31, 3, 42, 24], block), StreamPlan(16, chunks=16, groups=4)
     expected = list(obvious_batches(rows, plan, SPEC, seed=3, steps=8))  # more than an epoch of every stream

@@ -170,6 +170,7 @@ def test_randaugment_is_what_timm_makes_for_the_original():
     assert [(op.hparams, op.kwargs) for op in ours.ops] == [(op.hparams, op.kwargs) for op in theirs.ops]
 
 
+@pytest.mark.slow
 def test_randaugment_gets_through_thousands_of_images():
     # One image of some hundreds is asked to be posterized to 0 bits, which Pillow refuses.
     pytest.importorskip("timm", reason="timm is not installed: pip install 'hf-mae[train]'")

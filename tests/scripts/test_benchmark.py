@@ -23,6 +23,7 @@ def cell(model: str, **keys) -> dict:
     return {"model": model, "batch": 2, "steps": 1, "warmup": 1, **defaults, **keys}
 
 
+@pytest.mark.slow
 def test_both_sides_have_the_same_loss(bench_step):
     found = {name: bench_step.measure(cell(name)) for name in ("hf_mae", bench_step.PEER)}
     losses = [measured["first_loss"] for measured in found.values()]
@@ -40,7 +41,7 @@ def test_both_sides_train_the_same_numbers(bench_step):
 @pytest.mark.parametrize(
     "keys",
     [
-        {"checkpointing": True},
+        pytest.param({"checkpointing": True}, marks=pytest.mark.slow),
         pytest.param({"precision": "bf16"}, marks=pytest.mark.slow),  # on a CPU without bfloat16 instructions
         {"model": "hf_mae, cross decoder"},
     ],
@@ -50,6 +51,7 @@ def test_the_other_cells_can_be_measured(bench_step, keys):
     assert 0 < measured["first_loss"] < 10
 
 
+@pytest.mark.slow
 def test_cost_counts_what_the_paper_says(scripts, capsys):
     from bench_cost import cost
 

@@ -71,6 +71,7 @@ def test_the_encoder_learns_by_layers_and_everything_else_at_the_full_rate(scrip
         assert (group["lr"], group["weight_decay"]) == (lr, decay), name
 
 
+@pytest.mark.slow
 def test_a_run_compares_pretrained_with_random_weights_and_draws_them(script, monkeypatch, tmp_path, capsys):
     # Small gray images: the positions move to 32 x 32 pixels.
     tiny(MAEForPreTraining, image_size=8, patch_size=4, num_channels=1).save_pretrained("model")

@@ -82,7 +82,9 @@ def seed_drop_path(model, steps: int = 0):
     return model
 
 
-@pytest.mark.parametrize("name", OFFICIAL)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if "base" not in name else []) for name in OFFICIAL]
+)
 def test_steps_of_an_official_recipe_are_those_of_a_loop_by_hand(name, pretrained, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.distributions.Beta, "sample", lambda self, shape=(): torch.tensor(0.3))
     keys = {"recipe": name, "model": pretrained, "max_samples": None, "total_batch_size": None, "crop_scale": None}

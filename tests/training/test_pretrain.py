@@ -42,6 +42,7 @@ def test_every_file_of_a_run_is_as_readable_as_the_users_other_files(finished, t
     assert {path: mode for path, mode in modes.items() if mode != usual} == {}
 
 
+@pytest.mark.slow
 def test_the_quality_of_the_features_is_measured_now_and_then_and_changes_nothing(finished, tmp_path, capfd):
     output_dir = run(tmp_path / "run", save_steps=3, quality_steps=5, quality_samples=300)
     measured = {event["step"]: event for event in events(output_dir) if "rankme" in event}
