@@ -94,10 +94,11 @@ class _Found:
 def _labels(found: _Found, place: Place, split: str, wanted: list[str]) -> FileLabels:
     labels: dict[str, list[Any]] = {}
     class_names: list[str] | None = None
-    columns: list[str] = []
+    used: dict[str, None] = {}
     for table, columns, rows in found.parts:
         if not columns:
             continue
+        used |= dict.fromkeys(columns)
         values, names = _values(table, columns)
         if class_names is not None and names != class_names:
             raise DataError(f"{place.name} has other classes in {table.name} than in its other tables; use one table")
@@ -107,13 +108,13 @@ def _labels(found: _Found, place: Place, split: str, wanted: list[str]) -> FileL
             if values[row] is not None and values[row] not in given:
                 given.append(values[row])
     several = any(len(given) > 1 for given in labels.values())  # a row for each finding
-    if several and len(columns) > 1:
+    if several and len(used) > 1:
         image = next(image for image, given in labels.items() if len(given) > 1)
         raise DataError(f"{found.name} has several rows with different labels for {shown(image)}; keep one of them")
     values = [_whole(labels.get(name, []), several) for name in wanted]
     remedy = found.choices or f"write them into {found.name}"
     result = FileLabels(values, class_names, remedy, _digest(values, class_names))
-    _report(found, place, split, wanted, result, columns)
+    _report(found, place, split, wanted, result, list(used))
     return result
 
 
@@ -163,11 +164,11 @@ def _metadata(place: Place) -> dict[str, Table]:
 
 def _listed(place: Place, tables: dict[str, Table], names: set[str]) -> _Found | None:
     known = {nfc(name): name for name in names}
-    parts, missing, choices, nearer = [], 0, "", set()
+    parts, missing, hints, nearer = [], 0, [], set()
     for folder in sorted(tables, key=lambda folder: -folder.count("/") - bool(folder)):  # the nearest table counts
         table = tables[folder]
         columns, hint = _label_columns(table, FILE_NAME, place.label_column, repeated=True)
-        choices = choices or ("" if columns else hint)
+        hints.append(hint)
         rows = []
         for row, value in enumerate(table.columns[FILE_NAME]):
             image = known.get(posixpath.normpath(posixpath.join(nfc(folder), _path(value))))
@@ -176,10 +177,12 @@ def _listed(place: Place, tables: dict[str, Table], names: set[str]) -> _Found |
                 rows.append((image, row))
         nearer |= {image for image, _ in rows}
         parts.append((table, columns, rows))
-    if choices == _NOTHING_ELSE:
-        return None  # a list of files alone
-    name = place.metadata[0] + (f" and {len(tables) - 1} more" if len(tables) > 1 else "")
-    return _Found(name, parts, missing, f"{choices}, or rename it to read class folders" if choices else "")
+    hint = "" if "" in hints else next((one for one in hints if one != _NOTHING_ELSE), _NOTHING_ELSE)
+    if hint == _NOTHING_ELSE:
+        return None  # lists of files alone
+    folder, table = next(iter(tables.items()))
+    name = posixpath.join(folder, table.name) + (f" and {len(tables) - 1} more" if len(tables) > 1 else "")
+    return _Found(name, parts, missing, f"{hint}, or rename it to read class folders" if hint else "")
 
 
 # ------------------------------------------------------------------------------------------ --labels

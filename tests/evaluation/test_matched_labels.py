@@ -31,6 +31,11 @@ def twins(tmp_path_factory):
             Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(path)
             files.append(path.read_bytes())
             labels.append(label)
+    (root / "listed").mkdir()
+    for i, file in enumerate(files):
+        (root / "listed" / f"{i}.png").write_bytes(file)
+    lines = ["file_name,label", *(f"{i}.png,{label}" for i, label in enumerate(labels))]
+    (root / "listed" / "metadata.csv").write_text("\n".join(lines))
     names = [str(label) for label in reversed(range(CLASSES))]
     kinds = {
         "numbers": (labels, datasets.Value("int64")),
@@ -52,9 +57,9 @@ def figures(twins, tmp_path, command, train, test, *words):
     return json.loads(result.read_text())[-1]["figures"]
 
 
-@pytest.mark.parametrize("kind", ["numbers", "floats", "texts", "named"])
-def test_knn_finds_each_image_in_its_own_class(twins, tmp_path, kind):
-    for train, test in (("folders", f"{kind}.parquet"), (f"{kind}.parquet", "folders")):
+@pytest.mark.parametrize("data", ["numbers.parquet", "floats.parquet", "texts.parquet", "named.parquet", "listed"])
+def test_knn_finds_each_image_in_its_own_class(twins, tmp_path, data):
+    for train, test in (("folders", data), (data, "folders")):
         assert figures(twins, tmp_path, "knn", train, test, "--k", 1) == {"knn_top1_k1": 100}
 
 
