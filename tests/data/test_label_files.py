@@ -10,10 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from image_sets import png, upload, write_files, write_parquet
 
+from hf_mae.data.builders import from_builder, load_builder
 from hf_mae.data.labels import find_labels, labels_of, named
 from hf_mae.data.order import Rows
 from hf_mae.data.prepare import prepare
-from hf_mae.data.sources import open_source, open_splits
+from hf_mae.data.sources import open_source, open_split, open_splits
 from hf_mae.errors import DataError
 from hf_mae.keys.data_keys import PrepareRecipe, SplitKeys
 
@@ -98,6 +99,15 @@ def test_the_nearest_metadata_file_counts(tmp_path):
     path = folder(tmp_path / "m", metadata_csv=csv_of(SHEET))
     (path / "001" / "metadata.csv").write_text("file_name,label\nc.png,fox\n")
     assert labels(path) == {**SHEET, "001/c.png": "fox"}
+
+
+def test_metadata_files_are_found_by_the_builder_of_datasets_too(tmp_path):
+    path = folder(tmp_path / "m", "train/a.png", "train/b.png", "test/a.png")
+    for split, text in (("train", "a.png,cat\nb.png,dog\n"), ("test", "a.png,dog\n")):
+        (path / split / "metadata.csv").write_text(f"file_name,label\n{text}")
+    place = from_builder("m", load_builder("m", str(path)))
+    for split, expected in (("train", ["cat", "dog"]), ("test", ["dog"])):
+        assert labels_of(Rows(open_split(place, split))) == expected
 
 
 def test_a_metadata_file_of_a_remote_folder_is_read(tmp_path):
