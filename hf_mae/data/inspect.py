@@ -30,7 +30,7 @@ from .transform import RESCALE_FACTORS, size_of
 
 SECONDS = 24.0  # of reading, over all splits; finding the files takes some more
 DECODED = 2048  # images of each split that are measured
-RUN = 256  # rows that are read one after the other
+RUN = 256  # rows that are read one after the other, at most
 SHOWN = 48  # images of each split on the contact sheet
 SHOWN_BAD = 8  # of them, images that can't be decoded
 THUMBNAIL = 192  # pixels of the longer side, or a little more
@@ -53,7 +53,7 @@ class Tally:
 
     def add(self, kind: Any, key: str) -> None:
         self.counts[kind] += 1
-        self.first.setdefault(kind, key)
+        self.first[kind] = min(key, self.first.get(kind, key))  # rows come in no order
 
 
 def inspect(recipe: InspectRecipe) -> tuple[dict[str, Any], dict[str, list[Tile]]]:
@@ -100,7 +100,7 @@ class _Look:
         self.formats, self.sizes, self.channels, self.depths = Tally(), Tally(), Tally(), Tally()
         self.bad, self.no_data, self.not_finite = Tally(), Tally(), Tally()
         self.tiles: list[Tile] = []
-        self.num_channels, self.dtype = recipe.num_channels or 0, ""
+        self.num_channels, self.dtype = 0, ""
         self.stats: ChannelStats | None = None
         self._look(seconds)
 
@@ -134,8 +134,8 @@ class _Look:
         try:
             channels, dtype = probe_image(row.image)
             if self.stats is None:
-                found, self.dtype = probe_rows(self.rows)
-                self.num_channels = self.num_channels or found
+                found, self.dtype = probe_rows(self.rows, self.recipe.num_channels)
+                self.num_channels = self.recipe.num_channels or found
                 self.stats = ChannelStats(self.num_channels, self.recipe.nodata)
             pixels = np.asarray(decode_image(row.image, self.num_channels, self.dtype))
         except BadImage as error:
@@ -186,8 +186,9 @@ class _Look:
 def _spread_out(rows: Rows) -> Iterator[Row]:
     """All rows, in runs that are spread over the data if it is local, else in order."""
     if rows.source.random_access:
-        starts = np.random.default_rng(0).permutation(np.arange(0, len(rows), RUN))
-        runs = [(start, start + RUN) for start in starts]
+        run = max(1, min(RUN, len(rows) // 64))
+        starts = np.random.default_rng(0).permutation(np.arange(0, len(rows), run))
+        runs = [(start, start + run) for start in starts]
     else:
         runs = [tuple(block) for block in rows.blocks]
     for start, stop in runs:

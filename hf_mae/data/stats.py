@@ -13,10 +13,11 @@ from .transform import RESCALE_FACTORS
 logger = logging.getLogger(__name__)
 
 
-def probe_rows(rows: Rows, most: int = 16) -> tuple[int, str]:
+def probe_rows(rows: Rows, num_channels: int | None = None, most: int = 16) -> tuple[int, str]:
     """The `num_channels` and `dtype` of a data set, found from up to `most` of its images.
 
-    Grey images among colour images count as colour, 8-bit images among 16-bit images as 16-bit.
+    Grey images among colour images count as colour, 8-bit images among 16-bit images as 16-bit. The number of channels
+    is the given one if any of the images can be decoded to it.
 
     Raises:
         DataError: if none can be decoded, or the numbers of channels don't match.
@@ -25,12 +26,14 @@ def probe_rows(rows: Rows, most: int = 16) -> tuple[int, str]:
     last_error = ""
     for row in rows.read(spread(rows.index, most, rows.source)):
         try:
-            kinds.append(probe_image(row.image))
+            kinds.append(probe_image(row.image, num_channels))
         except BadImage as error:
             last_error = f"{row.key}: {error}"
     if not kinds:
         raise DataError(f"none of the first images of {rows.source.name} can be decoded ({last_error}); check the data")
     channels, dtypes = {c for c, _ in kinds}, {d for _, d in kinds}
+    if num_channels in channels:
+        channels = {num_channels}
     if not all(channels_fit(c, max(channels)) for c in channels):
         raise DataError(
             f"images of {rows.source.name} have {' and '.join(map(str, sorted(channels)))} channels; keep only one "

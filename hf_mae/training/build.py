@@ -45,7 +45,7 @@ def open_data(recipe: PretrainRecipe) -> PretrainData:
         DataError: if the data is missing, or its number of channels differs from `num_channels`.
     """
     rows, eval_rows, evaluated_on = open_splits(recipe, streaming=recipe.streaming)
-    num_channels, dtype = probe_rows(rows)
+    num_channels, dtype = probe_rows(rows, recipe.num_channels)
     configured = num_channels if recipe.num_channels is None else recipe.num_channels
     if not channels_fit(num_channels, configured):
         raise DataError(

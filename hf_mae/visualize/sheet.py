@@ -23,7 +23,8 @@ def write_contact_sheet(output: str, found: dict[str, Any], tiles: dict[str, lis
     for name, shown in tiles.items():
         split = found["splits"][name]
         parts += [_text(describe_split(name, split), "black"), _mosaic(shown, split["bands"])]
-    parts.append(_text([f"! {fault}" for fault in found["faults"]] or ["nothing wrong was found"], RED))
+    faults = [f"! {fault}" for fault in found["faults"]]
+    parts.append(_text(faults, RED) if faults else _text(["nothing wrong was found"], "black"))
     sheet = Image.new("RGB", (WIDTH, sum(part.height for part in parts)), "white")
     top = 0
     for part in parts:

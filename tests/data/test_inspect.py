@@ -38,12 +38,13 @@ def test_bands_without_data_are_left_out(tmp_path):
     rng = np.random.default_rng(0)
     tiles = rng.normal(500, 100, (6, 3, 8, 8)).astype(np.float32)
     tiles[:, 1, :2] = -9999
+    tiles[2, 2, 0, 0] = np.nan
     tiles[:, 0] = 7
     for number, tile in enumerate(tiles):
         np.save(tmp_path / f"{number}.npy", tile)
     found = look(tmp_path, nodata=-9999)
     bands = found["splits"]["train"]["bands"]
-    assert [band["no_data"] for band in bands] == pytest.approx([0, 1 / 4, 0])
+    assert [band["no_data"] for band in bands] == pytest.approx([0, 1 / 4, 1 / 384])
     kept = tiles[:, 1, 2:].astype(np.float64)
     assert (bands[1]["mean"], bands[1]["std"]) == (pytest.approx(kept.mean()), pytest.approx(kept.std()))
     assert (bands[1]["min"], bands[1]["max"]) == (kept.min(), kept.max())
