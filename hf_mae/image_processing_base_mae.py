@@ -267,7 +267,7 @@ def per_channel(name: str, value: float | tuple[float, ...], num_channels: int) 
     if len(values) not in (1, num_channels):
         raise ValueError(
             f"{name} has {len(values)} entries but num_channels is {num_channels}; pass {num_channels} "
-            "(`hf-mae stats` computes them from a data set), or do_normalize=False"
+            "(`hf-mae inspect` computes them from a data set), or do_normalize=False"
         )
     return values if len(values) == num_channels else values * num_channels
 

@@ -33,10 +33,10 @@ def alphas(folder):
 def test_every_command_sees_the_transparency_as_the_fourth_channel(rgba, tmp_path, capsys):
     data = ["--dataset", rgba]
     capsys.readouterr()
-    assert start("stats", *data, "--num_channels", 4) == 0
-    stats = json.loads(capsys.readouterr().out)
-    assert stats["image_mean"][3] == pytest.approx(alphas(rgba).mean(), rel=1e-12)
-    assert (stats["num_images"], stats["num_bad"]) == (24, 0)
+    assert start("inspect", rgba, "--num_channels", 4, "--json") == 0
+    found = json.loads(capsys.readouterr().out)["splits"]["train"]
+    assert found["bands"][3]["image_mean"] == pytest.approx(alphas(rgba).mean(), rel=1e-12)
+    assert (found["decoded"], found["bad"]) == (24, {})
 
     model = run(tmp_path / "run", dataset=rgba, num_channels=4, total_steps=2, total_batch_size=8, eval_steps=2)
     assert MAEConfig.from_pretrained(model).num_channels == 4
@@ -54,5 +54,6 @@ def test_every_command_sees_the_transparency_as_the_fourth_channel(rgba, tmp_pat
 
     assert start("prepare", rgba, tmp_path / "small", "--shortest_edge", 8, "--num_workers", 0) == 0
     capsys.readouterr()
-    assert start("stats", "--dataset", tmp_path / "small", "--num_channels", 4) == 0
-    assert json.loads(capsys.readouterr().out)["image_mean"][3] == pytest.approx(stats["image_mean"][3], abs=0.01)
+    assert start("inspect", tmp_path / "small", "--num_channels", 4, "--json") == 0
+    smaller = json.loads(capsys.readouterr().out)["splits"]["train"]["bands"]
+    assert smaller[3]["image_mean"] == pytest.approx(found["bands"][3]["image_mean"], abs=0.01)

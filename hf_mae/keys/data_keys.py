@@ -1,4 +1,4 @@
-"""How every command names its data, and the keys of `hf-mae prepare` and `hf-mae stats`."""
+"""How every command names its data, and the keys of `hf-mae prepare` and `hf-mae inspect`."""
 
 from dataclasses import dataclass
 
@@ -93,11 +93,21 @@ class PrepareRecipe(SourceKeys):
 
 
 @dataclass
-class StatsRecipe(DataKeys):
-    """Keys of `hf-mae stats`."""
+class InspectRecipe(SourceKeys):
+    """Keys of `hf-mae inspect DATA`."""
 
-    streaming: bool | None = data_key(None, "read the data in place, block by block", "true if remote")
-    num_channels: int | None = data_key(None, "number of channels of each image", "as in the data")
+    dataset: str = inherit(SourceKeys, "dataset", positional=True, metavar="DATA")
+    split: str | None = data_key(None, "the only split to look at", "all splits", metavar="NAME")
+    max_samples: int | None = data_key(
+        None, "read at most this many images of each split", "as many as half a minute allows"
+    )
+    num_channels: int | None = data_key(None, "number of channels to decode each image to", "as in the data")
+    nodata: float | None = data_key(None, "pixel value that stands for missing data, besides NaN", "none")
+    output: str | None = output_key(
+        None, "file for a contact sheet of each split, .png, .webp or .jpg", "none", metavar="FILE"
+    )
+    json: bool = output_key(False, "print what was found as JSON instead of a table")
 
     def check(self) -> None:
         self.check_least(max_samples=1, num_channels=1)
+        self.check_picture("output")
