@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from ..keys.data_keys import InspectRecipe
 from .decode import BadImage, decode_image, probe_image
+from .labels import named
 from .locate import locate
 from .order import Rows
 from .shards import Row
@@ -121,13 +122,11 @@ class _Look:
                     return
 
     def _count_label(self, label: Any) -> None:
-        names = self.rows.source.label_names
-        values = label if isinstance(label, list) else [label]
         self.unlabelled += label is None
-        for value in values:
-            known = names is not None and isinstance(value, int) and 0 <= value < len(names)
+        label = named(label, self.rows.source)
+        for value in label if isinstance(label, list) else [label]:
             if value is not None:
-                self.labels[names[value] if names and known else str(value)] += 1
+                self.labels[str(value)] += 1
 
     def _measure(self, row: Row) -> None:
         """Decode an image and add its figures."""
@@ -258,9 +257,9 @@ def _faults(found: dict[str, Any], looks: list[_Look]) -> Iterator[str]:
 
 def _class_faults(splits: dict[str, Any]) -> Iterator[str]:
     names = {split: set(table["labels"]) for split, table in splits.items() if table["labels"]}
-    train = names.pop("train", None)
+    train = names.get("train")
     for split, classes in names.items() if train else ():
-        if unknown := sorted(classes - train):
+        if unknown := sorted(classes.difference(train or ())):
             shown = ", ".join(unknown[:5]) + (f", ... ({len(unknown)})" if len(unknown) > 5 else "")
             yield f"{split}: classes that train doesn't have: {shown}"
 
