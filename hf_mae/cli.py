@@ -11,7 +11,7 @@ from typing import Any
 from . import __version__, register
 from .errors import UserError, nearest, short
 from .keys import Recipe
-from .keys.data_keys import PrepareRecipe, StatsRecipe
+from .keys.data_keys import InspectRecipe, PrepareRecipe
 from .keys.evaluation_keys import ClassificationRecipe, EmbedRecipe, KnnRecipe, LinearProbeRecipe, ScoreRecipe
 from .keys.finetune_keys import FinetuneRecipe
 from .keys.publishing_keys import (
@@ -76,7 +76,7 @@ hf-mae export outputs/mine outputs/mine_onnx --to onnx
 hf-mae push outputs/mine --repo_id user/mine --private true
 hf-mae card outputs/mine cards/mine.md
 hf-mae prepare path/to/images outputs/images_256 --shortest_edge 256 --num_workers 8
-hf-mae stats --dataset path/to/images
+hf-mae inspect path/to/images --output outputs/sheet.png
 """
 
 
@@ -344,16 +344,16 @@ def _prepare(recipe: PrepareRecipe) -> None:
     print(f"data     {recipe.output_dir}\nuse it   hf-mae pretrain --dataset {recipe.output_dir}")
 
 
-def _stats(recipe: StatsRecipe) -> None:
-    from .data.locate import locate
-    from .data.order import Rows
-    from .data.sources import open_split
-    from .data.stats import channel_stats, probe_rows
+def _inspect(recipe: InspectRecipe) -> None:
+    from .data.inspect import describe_inspection, inspect
+    from .visualize.sheet import write_contact_sheet
 
-    rows = Rows(open_split(locate(recipe), recipe.split, recipe.streaming))
-    num_channels, dtype = probe_rows(rows)
-    stats = channel_stats(rows, recipe.num_channels or num_channels, dtype, recipe.max_samples or len(rows))
-    print(json.dumps(stats, indent=1))
+    found, tiles = inspect(recipe)
+    print(json.dumps(found, indent=1) if recipe.json else describe_inspection(found))
+    if recipe.output:
+        write_contact_sheet(recipe.output, found, tiles)
+        if not recipe.json:
+            print(f"picture  {recipe.output}")
 
 
 COMMANDS: dict[str, Command] = {
@@ -377,7 +377,7 @@ COMMANDS: dict[str, Command] = {
     "prepare": Command(
         "re-encode images once, at the size that training needs, into parquet shards", PrepareRecipe, _prepare
     ),
-    "stats": Command("print a data set's mean and standard deviation per channel", StatsRecipe, _stats),
+    "inspect": Command("show what is in a data set, and what is wrong with it", InspectRecipe, _inspect),
 }
 PROTOCOLS = {name.split()[1]: command for name, command in COMMANDS.items() if name.startswith("evaluate ")}
 

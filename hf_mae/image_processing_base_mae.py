@@ -73,7 +73,7 @@ def pil_to_array(image: Image.Image, num_channels: int, do_convert_rgb: bool = T
 
     Args:
         image: any mode; 8-bit modes go through `to_opaque`.
-        num_channels: 1, 3, or 4 for an RGBA or CMYK image.
+        num_channels: 1, 3, or 4 for a CMYK image or one with transparency.
         do_convert_rgb: with 3 channels, accept other modes than RGB.
 
     Returns:
@@ -83,8 +83,8 @@ def pil_to_array(image: Image.Image, num_channels: int, do_convert_rgb: bool = T
     Raises:
         ValueError: if the mode cannot give `num_channels` bands, or a mode I image exceeds 16 bits.
     """
-    if num_channels == 4 and image.mode in ("RGBA", "CMYK"):
-        return np.array(image)
+    if num_channels == 4 and (image.mode == "CMYK" or image.has_transparency_data):
+        return np.array(image if image.mode == "CMYK" else image.convert("RGBA"))
     if num_channels not in (1, 3):
         raise ValueError(
             f"a Pillow image of mode {image.mode} cannot give num_channels={num_channels} bands; pass an array of "
@@ -144,7 +144,7 @@ def to_bands(
     if to_rgb and len(bands) == 1:
         bands = bands.expand(3, -1, -1)
     elif to_rgb and len(bands) == 4:
-        bands = _composite_on_white(bands)
+        bands = on_white(bands)
     if rescale_factor is None:
         return bands
     if bands.dtype == torch.int32 and math.isclose(rescale_factor, 1 / 255, rel_tol=1e-3):
@@ -194,17 +194,20 @@ def _channels_first(
     )
 
 
-def _composite_on_white(rgba: torch.Tensor) -> torch.Tensor:
-    """(4, H, W) -> (3, H, W), of the same dtype; floats must lie in [0, 1], so that white is 1."""
-    white = {torch.uint8: 255, torch.int32: 65535, torch.float32: 1}[rgba.dtype]
-    if white == 1 and (rgba.min() < 0 or rgba.max() > 1):
+def on_white(bands: torch.Tensor) -> torch.Tensor:
+    """(C, H, W), the last band being alpha -> (C - 1, H, W) of the same dtype, composited on white.
+
+    Floats must lie in [0, 1], so that white is 1.
+    """
+    white = {torch.uint8: 255, torch.int32: 65535, torch.float32: 1}[bands.dtype]
+    if white == 1 and (bands.min() < 0 or bands.max() > 1):
         raise ValueError(
-            f"a float RGBA image has values from {rgba.min():g} to {rgba.max():g}, beyond [0, 1]; pass its three "
+            f"a float RGBA image has values from {bands.min():g} to {bands.max():g}, beyond [0, 1]; pass its three "
             "colour bands, or all four as uint8"
         )
-    alpha = rgba[3:].float() / white
-    rgb = rgba[:3].float() * alpha + white * (1 - alpha)
-    return rgb if white == 1 else rgb.round().to(rgba.dtype)
+    alpha = bands[-1:].float() / white
+    opaque = bands[:-1].float() * alpha + white * (1 - alpha)
+    return opaque if white == 1 else opaque.round().to(bands.dtype)
 
 
 def shortest_edge_size(height: int, width: int, edge: int) -> tuple[int, int]:
@@ -264,7 +267,7 @@ def per_channel(name: str, value: float | tuple[float, ...], num_channels: int) 
     if len(values) not in (1, num_channels):
         raise ValueError(
             f"{name} has {len(values)} entries but num_channels is {num_channels}; pass {num_channels} "
-            "(`hf-mae stats` computes them from a data set), or do_normalize=False"
+            "(`hf-mae inspect` computes them from a data set), or do_normalize=False"
         )
     return values if len(values) == num_channels else values * num_channels
 

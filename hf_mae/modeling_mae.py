@@ -274,6 +274,7 @@ class MAEForPreTraining(MAEPreTrainedModel):
         bool_masked_pos: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         return_loss: bool = True,
+        no_data: torch.Tensor | None = None,
         **kwargs: Unpack[MAEKwargs],
     ) -> MAEForPreTrainingOutput:
         """Remove patches, encode the rest, predict pixels.
@@ -288,6 +289,7 @@ class MAEForPreTraining(MAEPreTrainedModel):
             bool_masked_pos: another name for `mask`.
             interpolate_pos_encoding: accept images whose size differs from `config.image_size`.
             return_loss: compute the loss. A stock Trainer evaluates without labels only if `forward` has this argument.
+            no_data: (B, N) True = a patch without data, which is left out of the loss.
             **kwargs: as for `MAEModel`; hidden states and attentions are the encoder's.
 
         Raises:
@@ -305,7 +307,7 @@ class MAEForPreTraining(MAEPreTrainedModel):
         encoded = self.mae(pixel_values, chosen=chosen, return_dict=True, **kwargs)
         ids = self.predicted_patches(chosen, partly=self.training and mask is None)
         logits = self.decode(encoded, chosen, ids)
-        loss = self.reconstruction_loss(pixel_values, logits, ids) if return_loss else None
+        loss = self.reconstruction_loss(pixel_values, logits, ids, no_data) if return_loss else None
         return MAEForPreTrainingOutput(
             loss=loss,
             logits=logits,
@@ -356,7 +358,9 @@ class MAEForPreTraining(MAEPreTrainedModel):
             end = min(end, kept + end - self.config.num_kept_patches(self.config.prediction_ratio, chosen.grid_size))
         return chosen.ids_shuffle[:, kept:end]
 
-    def reconstruction_loss(self, pixel_values: torch.Tensor, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    def reconstruction_loss(
+        self, pixel_values: torch.Tensor, logits: torch.Tensor, ids: torch.Tensor, no_data: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """() float32 mean squared error over the pixels of the patches `ids` (Sec. 3, "Reconstruction target").
 
         Other patches are dropped before anything is computed, so they cost nothing and get no gradient.
@@ -365,13 +369,19 @@ class MAEForPreTraining(MAEPreTrainedModel):
             pixel_values: (B, C, H, W) normalised pixels.
             logits: (B, N, V) predicted patches.
             ids: (B, M) indices of the patches that count.
+            no_data: (B, N) True = a patch that doesn't count after all; the loss is 0 if none of `ids` counts.
 
         Raises:
             ValueError: if M is 0.
         """
         if ids.shape[1] == 0:
             raise ValueError("mask_ratio 0 removes no patch, so there is nothing to predict; use e.g. 0.75")
-        return F.mse_loss(gather_tokens(logits, ids).float(), self.patch_target(pixel_values, ids))
+        predicted, target = gather_tokens(logits, ids).float(), self.patch_target(pixel_values, ids)
+        if no_data is None:
+            return F.mse_loss(predicted, target)
+        counts = ~no_data.gather(1, ids)
+        error = F.mse_loss(predicted, target, reduction="none").mean(dim=-1)
+        return (error * counts).sum() / counts.sum().clamp(min=1)
 
 
 def mae_vit_tiny(**config_overrides: Any) -> MAEForPreTraining:

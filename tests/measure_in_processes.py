@@ -10,6 +10,7 @@ from memory_source import MemorySource
 from torch.distributed.fsdp import fully_shard
 
 from hf_mae import MAEForPreTraining
+from hf_mae.data.labels import CommonClasses, common_classes, labels_of
 from hf_mae.data.order import Rows
 from hf_mae.evaluation.encoder import FrozenEncoder
 from hf_mae.evaluation.linear_probe import ProbeRun
@@ -24,6 +25,11 @@ def bright_rows(n: int, seed: int = 0, labels: bool = True, classes: int = 3) ->
     numbers = [int(label) for label in rng.integers(0, classes, n)]
     images = [np.clip(rng.normal(60 + 60 * label, 12, (10, 9, 1)), 0, 255).astype(np.uint8) for label in numbers]
     return Rows(MemorySource([images], labels=[7 * label for label in numbers] if labels else None))
+
+
+def classes_of(rows: Rows) -> CommonClasses:
+    labels = labels_of(rows)
+    return common_classes(labels, rows, labels, rows)
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
@@ -42,7 +48,7 @@ def measure(folder: str, accelerator: Accelerator, per_device: int) -> dict:
         model=folder, dataset="", total_batch_size=32, epochs=1, warmup_epochs=0, blr=20, num_workers=0
     )
     rows, eval_rows = bright_rows(900), bright_rows(101, 1)
-    run = ProbeRun(encoder, rows, {0: 0, 7: 1, 14: 2}, recipe, per_device, 0, accelerator)
+    run = ProbeRun(encoder, rows, classes_of(rows), recipe, per_device, 0, accelerator)
     run.train()
     batches = even_batches(eval_rows, encoder.spec, 16, 0, accelerator)
     table = extract_table(eval_rows, encoded_batches(encoder, batches))

@@ -1,6 +1,5 @@
 """The command line: what it answers, and the one line that names every mistake."""
 
-import json
 import os
 import re
 import resource
@@ -75,7 +74,7 @@ def tiles(folder, count=40, bands=13):
 def test_help_names_every_command(words, capsys):
     assert start(*words) == 0
     printed = capsys.readouterr().out
-    for command in ("pretrain", "evaluate", "stats"):
+    for command in ("pretrain", "evaluate", "inspect"):
         assert re.search(rf"^  {command} +\w", printed, re.MULTILINE)
     assert "hf-mae pretrain --recipe quickstart" in printed
 
@@ -172,26 +171,6 @@ def test_help_of_pretrain_lists_every_key_of_recipes_and_models(capsys):
     assert {"hidden_size", "mask_ratio", "eval_mask_seed"} <= {key.name for key in fields(PretrainRecipe)}
 
 
-def test_stats_of_digits_are_those_of_scikit_learns_images(capsys):
-    assert start("stats", "--dataset", "digits") == 0
-    printed = json.loads(capsys.readouterr().out)
-    load_digits = pytest.importorskip("sklearn.datasets").load_digits
-    pixels = np.rint(load_digits().images * 255 / 16) / 255
-    assert printed["image_mean"] == pytest.approx([pixels.mean()], rel=1e-9)
-    assert printed["image_std"] == pytest.approx([pixels.std()], rel=1e-9)
-    assert printed["rescale_factor"] == pytest.approx(1 / 255)
-    assert (printed["num_images"], printed["num_bad"]) == (1797, 0)
-
-
-def test_stats_of_thirteen_bands_have_thirteen_numbers(tmp_path, capsys):
-    tiles(tmp_path / "tiles")
-    assert start("stats", "--dataset", "tiles") == 0
-    printed = json.loads(capsys.readouterr().out)
-    pixels = np.stack([np.load(path) for path in sorted((tmp_path / "tiles").iterdir())]) / 65535
-    assert printed["image_mean"] == pytest.approx(pixels.mean(axis=(0, 2, 3)).tolist(), rel=1e-9)
-    assert printed["image_std"] == pytest.approx(pixels.std(axis=(0, 2, 3)).tolist(), rel=1e-9)
-
-
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_a_recipe_of_the_package_can_be_started_on_other_data(tmp_path, recipe, capsys):
     pictures(tmp_path / "data")
@@ -217,14 +196,14 @@ def test_the_command_line_beats_a_recipe_file_which_beats_the_defaults(tmp_path,
 # Words of a command line -> words of the message.
 TYPED = {
     "an unknown command": (["pretrian"], ["unknown command 'pretrian'", "did you mean 'pretrain'?"]),
-    "a command like no other": (["xyzzy"], ["unknown command 'xyzzy'", "pretrain", "stats"]),
+    "a command like no other": (["xyzzy"], ["unknown command 'xyzzy'", "pretrain", "inspect"]),
     "an unknown recipe": (["pretrain", "--recipe", "quikstart"], ["'quikstart'", "did you mean 'quickstart'?"]),
     "a recipe file that is not there": (["pretrain", "--recipe", "my.yaml"], ["recipe 'my.yaml'", ".yaml file"]),
     "an unknown flag": (["pretrain", "--total_stpes", "3"], ["'--total_stpes'", "did you mean '--total_steps'?"]),
     "an unknown flag with =": (["pretrain", "--mask_rate=0.5"], ["'--mask_rate=0.5'", "'--mask_ratio'"]),
     "a flag cut short": (["pretrain", "--total_s", "3"], ["'--total_s'", "did you mean"]),
     "a word too many": (["pretrain", "digits"], ["'digits' has no key", "--key digits"]),
-    "an unknown flag of stats": (["stats", "--dataste", "digits"], ["did you mean '--dataset'?"]),
+    "an unknown flag of inspect": (["inspect", "--dataste", "digits"], ["did you mean '--dataset'?"]),
     "no number": (["pretrain", "--total_steps", "many"], ["--total_steps", "'many'"]),
     "no value": (["pretrain", "--total_steps"], ["--total_steps", "expected one argument"]),
     "none of the choices": (["pretrain", "--model_size", "giant"], ["'giant'", "huge"]),
@@ -317,7 +296,7 @@ def test_another_channel_count_than_the_datas_is_named_with_the_right_one(mistak
     assert "13 channels, but num_channels is 3; pass --num_channels 13" in mistake(
         *arguments("out", dataset="tiles", num_channels=3)
     )
-    assert "3 channels" in mistake("stats", "--dataset", "tiles", "--num_channels", 3)
+    assert "3 channels" in mistake("inspect", "tiles", "--num_channels", 3)
     pictures(tmp_path / "pictures")
     assert "3 channels, but num_channels is 13; pass --num_channels 3" in mistake(
         *arguments("out", dataset="pictures", num_channels=13)
@@ -546,7 +525,7 @@ def test_the_commands_of_the_readme_for_a_first_run_work(tmp_path):
         ("convert a b --image_size 0x8", "image_size [0, 8] is too small"),
         ("convert a b --num_channels 0", "num_channels 0 is too small"),
         ("convert a b --num_attention_heads 0", "num_attention_heads 0 is too small"),
-        ("stats --dataset d --max_samples 0", "max_samples 0 is too small"),
+        ("inspect d --max_samples 0", "max_samples 0 is too small"),
         ("demo --model a --port 99999", "port 99999 is out of range"),
         ("card a ''", "--output '' is not a single word"),
         ("card a /", "output / is not a .md file; change its ending"),

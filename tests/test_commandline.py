@@ -395,7 +395,7 @@ def test_the_keys_that_a_resumed_run_may_change_are_these():
     )
     for kind in (PretrainRecipe, FinetuneRecipe):
         assert names_where(kind, place=True) == {
-            "dataset", "dataset_config", "dataset_revision", "eval_dataset", "eval_split",
+            "dataset", "dataset_config", "dataset_revision", "eval_dataset", "eval_split", "labels",
         }  # fmt: skip
 
 

@@ -50,7 +50,7 @@ ADDED = {
     "hf-mae evaluate classification": "--num_workers 0",
     "hf-mae evaluate knn --model outputs/quickstart --dataset digits": "--num_workers 0",
     "hf-mae evaluate": "--max_samples 16 --num_workers 0",
-    **dict.fromkeys(("hf-mae embed", "hf-mae stats", "hf-mae reconstruct", "hf-mae report", "hf-mae card"), ""),
+    **dict.fromkeys(("hf-mae embed", "hf-mae inspect", "hf-mae reconstruct", "hf-mae report", "hf-mae card"), ""),
 }
 # Launchers of what the line ends with: they are in test_launch.py, here it runs in one process.
 LAUNCHERS = re.compile(r"^(torchrun .*|accelerate launch .*) -m hf_mae.cli|^sbatch scripts/slurm.sh(?= --)")
@@ -68,7 +68,8 @@ RUN_ELSEWHERE = {
 }
 NOT_OURS = ("hf auth login", "bash scripts/test.sh")  # the second is what runs this
 LINES = [LAUNCHERS.sub("hf-mae" if " -m " in line else "hf-mae pretrain", line) for line in LINES]
-COMMANDS = [line for line in LINES if line.startswith(tuple(ADDED))]
+# Those with outputs/findings are run in test_docs_finetune.py.
+COMMANDS = [line for line in LINES if line.startswith(tuple(ADDED)) and "outputs/findings" not in line]
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,7 @@ def home(trained, tmp_path, monkeypatch):
     for i in range(12):
         np.save(tmp_path / "tiles" / f"{i}.npy", np.full((208, 320, 13), i, np.float32))
     photo().save("photo.jpg")
+    (tmp_path / "findings.csv").write_text("image,age,findings\na/0.png,64,cyst; mass\nb/7.png,57,cyst\n")
     for folder in ("path/to/images", "DATA/train", "DATA/validation", "DATA/test"):
         for name in (f"{folder}/{label}/{i}.png" for label in "ab" for i in range(8)):
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -2,12 +2,13 @@
 
 import ast
 import json
+import shlex
 
 import pytest
 import torch
 from pages import block
 from PIL import Image
-from runs import run, spawn
+from runs import run, spawn, start
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, AutoModelForPreTraining, pipeline
 
@@ -65,6 +66,30 @@ def test_a_recipe_becomes_a_stock_trainer(home):
     saved = json.loads((home / "outputs" / "mixed" / "config.json").read_text())
     assert saved["id2label"] == {"0": "dark", "1": "light"}
     assert AutoModelForImageClassification.from_pretrained(home / "outputs" / "mixed").num_labels == 2
+
+
+def test_a_spreadsheet_of_findings_trains_and_evaluates_a_model_by_two_commands(home):
+    lines = ["image,age,findings"]
+    for name in ("dark", "light"):
+        for i in range(40):
+            findings = [name, *(["late"] if i >= 20 else [])] if i else []  # none for the first
+            lines.append(f"{name}/{i}.png,{20 + i},{'; '.join(findings)}")
+    (home / "findings.csv").write_text("\n".join(lines))
+    commands = block("findings.csv", FINETUNING, "bash").replace("\\\n", "").splitlines()
+    assert [command.split()[1] for command in commands] == ["finetune", "evaluate"]
+    for command in commands:
+        assert start(*shlex.split(command)[1:], "--num_workers", 0) == 0
+    model = AutoModelForImageClassification.from_pretrained("outputs/findings")
+    assert model.config.id2label == {0: "dark", 1: "late", 2: "light"}
+    assert model.config.problem_type == "multi_label_classification"
+    tuned, scored = json.loads((home / "outputs" / "findings" / "results.json").read_text())
+    assert scored["protocol"]["name"] == "classification"
+    assert scored["data"]["eval_images"] == tuned["data"]["eval_images"] == 4  # 5 % of 80
+    assert scored["figures"] == pytest.approx({name: tuned["figures"][name] for name in ("map", "auroc")})
+    classify = pipeline("image-classification", "outputs/findings", function_to_apply="sigmoid")
+    for grey, expected in ((30, "dark"), (220, "light")):
+        scores = {found["label"]: found["score"] for found in classify(Image.new("L", (9, 12), grey))}
+        assert scores[expected] > 0.5 > scores["dark" if expected == "light" else "light"]
 
 
 def test_continued_pretraining_is_evaluated_on_fixed_masks(home, capsys):

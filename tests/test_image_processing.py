@@ -472,7 +472,7 @@ def test_a_mean_or_std_of_another_length_is_refused_when_called_and_not_before(b
     image = np.zeros((13, 8, 8), dtype=np.uint8)
     mean_and_std = {"image_mean": [0.5] * 13, "image_std": [0.5] * 13} | {name: [0.5] * 3}
     processor = backend(num_channels=13, **mean_and_std)
-    with fails(f"{name} has 3 entries but num_channels is 13; pass 13 (`hf-mae stats` computes them"):
+    with fails(f"{name} has 3 entries but num_channels is 13; pass 13 (`hf-mae inspect` computes them"):
         processor(image)
     with fails("image_mean has 3 entries but num_channels is 13"):
         backend(num_channels=13)(image)

@@ -1017,3 +1017,18 @@ def test_an_impossible_size_at_loading_is_refused_with_the_nearest(tmp_path):
     with pytest.raises(ValueError, match=message):
         model.resize_input(image_size=60)
     assert model.config.image_size == 32
+
+
+@pytest.mark.parametrize("attention", ["self", "cross"])
+def test_patches_without_data_are_left_out_of_the_loss(attention):
+    model = tiny(MAEForPreTraining, decoder_attention=attention).eval()
+    pixel_values = torch.randn(2, 3, *model.config.image_height_width)
+    noise = torch.rand(2, model.config.num_patches)
+    no_data = torch.rand(2, model.config.num_patches) < 0.4
+    output = model(pixel_values, noise=noise, no_data=no_data)
+    errors = (output.logits - model.patch_target(pixel_values)).square().mean(dim=-1)
+    counts = output.mask.bool() & ~no_data
+    torch.testing.assert_close(output.loss, errors[counts].mean())
+    assert model(pixel_values, noise=noise, no_data=torch.ones_like(no_data)).loss == 0
+    nothing_missing = model(pixel_values, noise=noise, no_data=torch.zeros_like(no_data)).loss
+    torch.testing.assert_close(nothing_missing, model(pixel_values, noise=noise).loss)

@@ -1,13 +1,14 @@
 """Data sets whose files and splits `datasets` finds: shards, and repositories of the Hub."""
 
 import glob
+import posixpath
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 from ..errors import DataError, one_line, public_logger
-from .kinds import KINDS, kind_of
+from .kinds import KINDS, METADATA_FILES, kind_of
 from .listing import shown
 from .place import Place, common_folder
 from .remote import with_retries
@@ -48,6 +49,8 @@ def from_builder(dataset: str, builder: Any) -> Place:
         return split_shards(place)
     place.root = common_folder([file for files in splits.values() for file in files])
     for split, files in splits.items():
+        tables = (name.removeprefix(f"{place.root}/") for name in files if posixpath.basename(name) in METADATA_FILES)
+        place.metadata = list(dict.fromkeys([*place.metadata, *tables]))
         names = (file.removeprefix(f"{place.root}/") for file in files)
         splits[split] = [name for name in names if kind_of(name) in ("imagefolder", "archive")]
     found, place.split_level = find_splits([name for names in splits.values() for name in names])

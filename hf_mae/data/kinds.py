@@ -13,6 +13,7 @@ IMAGE_EXTENSIONS = (
 # Kinds are named after the builders of `datasets`, except for archives.
 KINDS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow", ".zip": "archive"}
 KINDS |= dict.fromkeys(IMAGE_EXTENSIONS, "imagefolder")
+METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # labels of images, as in `datasets`
 PACKED = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
 # Files that lie beside images and are not missed: texts, tables, annotations, programs.
@@ -22,8 +23,9 @@ _BESIDE = {
     *(".md5", ".sha1", ".sha256", ".db", ".url", ".lnk", ".download", ".cache"),
 }
 _BESIDE_NAMES = {"readme", "license", "licence", "copying", "notice", "authors", "changelog", "makefile", "manifest"}
-_BESIDE_NAMES |= {"metadata.parquet", "sha256sums", "md5sums", "_success", "desktop.ini"}
+_BESIDE_NAMES |= {"sha256sums", "md5sums", "_success", "desktop.ini"}
 _ENDINGS_SHOWN = 5
+_METADATA_ENDINGS = [posixpath.splitext(name)[1] for name in METADATA_FILES]
 
 
 def ending(name: str, of_url: bool = False) -> str:
@@ -40,15 +42,21 @@ def kind_of(name: str, of_url: bool = False) -> str | None:
 
 
 class Endings:
-    """Files of a folder by their ending; `of_url`: whether the names are parts of URLs."""
+    """Files of a folder by their ending; `of_url`: whether the names are parts of URLs.
+
+    Attributes:
+        metadata: tables of labels among the files.
+    """
 
     def __init__(self, names: Iterable[str], of_url: bool = False):
         self._names: dict[str, list[str]] = {}
         for name in names:
             self._names.setdefault(ending(name, of_url), []).append(name)
-        if "metadata.parquet" in map(posixpath.basename, self._names.get(".parquet", [])):
-            tables = self._names[".parquet"]
-            self._names[".parquet"] = [name for name in tables if posixpath.basename(name) != "metadata.parquet"]
+        of_ending = [name for end in _METADATA_ENDINGS for name in self._names.get(end, [])]
+        self.metadata = [name for name in of_ending if posixpath.basename(name) in METADATA_FILES]
+        if ".parquet" in self._names:
+            tables = set(self.metadata)
+            self._names[".parquet"] = [name for name in self._names[".parquet"] if name not in tables]
 
     def of_kind(self, kind: str) -> list[str]:
         """The files of a kind, sorted."""

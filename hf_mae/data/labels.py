@@ -1,14 +1,14 @@
 """Labels of any kind -> classes.
 
-Fine-tuning (`Labels`, `find_labels`) stores the names of the classes in the model, and matches other data sets to them
-by name. Evaluating frozen features (`common_classes`, `class_numbers`) only numbers the classes of two splits of one
-data set.
+Classes are matched by name: `Labels` holds the names of a model's or a training split's classes, and finds a label of
+any other split or data set among them. `find_labels` makes them for fine-tuning; `common_classes` and `class_numbers`
+number the classes of the two splits that frozen features are evaluated on.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from functools import cached_property
 from numbers import Real
 from typing import Any
 
@@ -18,8 +18,10 @@ from ..errors import DataError, one_line
 from ..keys.finetune_keys import Problem
 from .order import Rows
 from .shards import Source
+from .splits import nfc
 
 LABELS_AT_ONCE = 256  # rows; all their images are in memory at once
+SEPARATORS = (";", "|", ",")  # of class names in one text; the first that occurs in a data set is its separator
 
 
 def mixed_labels(rows: Rows, error: Exception) -> DataError:
@@ -39,6 +41,29 @@ class Labels:
     problem: Problem
     names: tuple[str, ...]
 
+    @cached_property
+    def _index(self) -> dict[str, int]:
+        return {nfc(name): i for i, name in enumerate(self.names)}
+
+    @cached_property
+    def _by_number(self) -> dict[int, int]:
+        """What a number means without names: the class that is called so, or the index if no class is a number."""
+        numbers = {int(name): i for i, name in enumerate(self.names) if name.lstrip("-").isdecimal()}
+        return numbers or {i: i for i in range(len(self.names))}
+
+    def name_of(self, value: Any, source: Source) -> str:
+        """The name of a label's class, which may not be one of `names`.
+
+        Another split or data set may number its classes differently, so they are matched by name.
+        """
+        value, names = as_class(value), source.label_names
+        if names is not None and isinstance(value, int):
+            return nfc(names[value]) if 0 <= value < len(names) else f"{value} (of {len(names)} named classes)"
+        name = str(value)
+        if name not in self._index and isinstance(value, int) and (found := self._by_number.get(value)) is not None:
+            return nfc(self.names[found])
+        return name
+
     def targets(self, values: Sequence[Any], source: Source) -> torch.Tensor:
         """Convert labels of `source` to targets.
 
@@ -48,23 +73,32 @@ class Labels:
         Raises:
             DataError: if a label is missing, isn't one of these classes, or isn't a number.
         """
-        values = _whole(values, source)
+        values = _whole(values, source, self.problem)
         if self.problem == "regression":
             numbers = [_numbers(value, source) for value in values]
             wrong = next((row for row in numbers if len(row) != len(self.names)), None)
             if wrong is not None:
                 raise DataError(f"{source.name} has a label of {len(wrong)} numbers, not {len(self.names)}; check it")
             return torch.tensor(numbers, dtype=torch.float32)
-        index = {name: i for i, name in enumerate(self.names)}
         if self.problem == "single_label_classification":
-            return torch.tensor([_find(value, index, source) for value in values], dtype=torch.int64)
-        if _is_multi_hot(values) and len(values[0]) == len(self.names):
+            return torch.tensor([self._find(value, source) for value in values], dtype=torch.int64)
+        if _is_multi_hot(values, source) and len(values[0]) == len(self.names):
             return torch.tensor(values, dtype=torch.float32)
         targets = torch.zeros(len(values), len(self.names))
-        for row, classes in enumerate(values):
+        for row, classes in enumerate(_lists(values, self._index)):
             for value in classes:
-                targets[row, _find(value, index, source)] = 1
+                targets[row, self._find(value, source)] = 1
         return targets
+
+    def _find(self, value: Any, source: Source) -> int:
+        name = self.name_of(value, source)
+        if name not in self._index:
+            known = ", ".join(self.names[:8]) + (", ..." if len(self.names) > 8 else "")
+            raise DataError(
+                f"{source.name}, split {source.split}, has the label {name}, which is not one of the model's "
+                f"{len(self.names)} classes ({known}); choose a data set or --label_column with the same names"
+            )
+        return self._index[name]
 
 
 def find_labels(rows: Rows, problem: Problem) -> Labels:
@@ -74,29 +108,34 @@ def find_labels(rows: Rows, problem: Problem) -> Labels:
         DataError: if there are no labels, only one class, or labels that don't fit the problem.
     """
     source = rows.source
-    values = _whole(labels_of(rows), source)
+    values = _whole(labels_of(rows), source, problem)
     if problem == "regression":
         return Labels(problem, tuple(f"LABEL_{i}" for i in range(len(_numbers(values[0], source)))))
     multiple = problem == "multi_label_classification"
-    other = next((value for value in values if isinstance(value, list) != multiple or isinstance(value, float)), None)
+    multi_hot = multiple and _is_multi_hot(values, source)
+    if multiple:
+        values = _lists(values)
+    other = next((value for value in values if not (multi_hot or _fits(value, multiple))), None)
     if other is not None:
-        fitting = "regression" if isinstance(other, float) else "single_label_classification"
-        fitting = "multi_label_classification" if isinstance(other, list) else fitting
-        raise DataError(
-            f"{source.name} has the label {str(other)[:50]}, which doesn't fit {problem}; pass --problem_type {fitting}"
-        )
+        parts = other if isinstance(other, list) else [other]
+        fitting = "multi_label_classification" if isinstance(other, list) else "single_label_classification"
+        fitting = "regression" if any(isinstance(part, float) for part in parts) else fitting
+        remedy = "choose another --label_column" if fitting == problem else f"pass --problem_type {fitting}"
+        raise DataError(f"{source.name} has the label {str(other)[:50]}, which doesn't fit {problem}; {remedy}")
+    if multi_hot:
+        return Labels(problem, tuple(str(i) for i in range(len(values[0]))))
+    names = _class_names([value for row in values for value in row] if multiple else values, source)
+    if len(names) < 2 and not (multiple and names):
+        found = f"only one class ({names[0]})" if names else "no class"
+        raise DataError(f"{source.name} has {found}; two or more are needed: check the labels")
+    return Labels(problem, names)
+
+
+def _class_names(values: Sequence[Any], source: Source) -> tuple[str, ...]:
+    """The classes of a source by index: those that it names, else those among its labels, numbers first."""
     if source.label_names:
-        names = source.label_names
-    elif multiple and _is_multi_hot(values):
-        names = [str(i) for i in range(len(values[0]))]
-    else:
-        classes = {value for row in values for value in row} if multiple else set(values)
-        # Numbers are sorted as numbers, mixed types by their names.
-        key = None if len({type(value) for value in classes}) == 1 else str
-        names = [str(value) for value in sorted(classes, key=key)]
-    if len(names) < 2 and not multiple:
-        raise DataError(f"{source.name} has only one class ({names[0]}); two or more are needed: check the labels")
-    return Labels(problem, tuple(names))
+        return tuple(dict.fromkeys(map(nfc, source.label_names)))
+    return tuple(str(value) for value in sorted(set(values), key=lambda value: (isinstance(value, str), value)))
 
 
 def labels_of(rows: Rows) -> list[Any]:
@@ -108,34 +147,59 @@ def labels_of(rows: Rows) -> list[Any]:
     return [row.label for part in parts for row in rows.read(part)]
 
 
-def _whole(values: Sequence[Any], source: Source) -> Sequence[Any]:
-    missing = sum(value is None for value in values)
+def named(label: Any, source: Source) -> Any:
+    """A label as anyone can read it: the names of its classes, if `source` has names; None without a label."""
+    names = source.label_names
+    if isinstance(label, list):
+        return [named(part, source) for part in label]
+    if names is None or type(label) is not int:
+        return label
+    return names[label] if 0 <= label < len(names) else None
+
+
+def as_class(label: Any) -> Any:
+    """A label as it is compared: whole numbers of any type are integers, and text has one form."""
+    if type(label) is int or isinstance(label, bool):
+        return label
+    if isinstance(label, str):
+        return nfc(label)
+    number: Any = label
+    return int(number) if isinstance(label, Real) and number % 1 == 0 else label
+
+
+def _whole(values: Sequence[Any], source: Source, problem: Problem) -> Sequence[Any]:
+    """Check that no label is missing; whole numbers that are classes become integers."""
+    single = problem == "single_label_classification"  # for several, an empty text means no class
+    missing = sum(value is None or (single and (value == "" or value != value)) for value in values)
     if missing:
         raise DataError(
-            f"{missing} of {len(values)} images of {source.name}, split {source.split}, have no label; sort images "
-            "into one folder per class, name the column with --label_column, or choose another split"
+            f"{missing} of {len(values)} images of {source.name}, split {source.split}, have no label; "
+            f"{source.label_remedy}"
         )
-    return values
+    return [as_class(value) for value in values] if single else values
 
 
-def _find(value: Any, index: dict[str, int], source: Source) -> int:
-    """Find a label's class by name, because another split or data set may number its classes differently."""
-    names, name = source.label_names, str(value)
-    if names and isinstance(value, int):
-        name = names[value] if 0 <= value < len(names) else f"{value} (of {len(names)} named classes)"
-    elif type(value) is int and 0 <= value < len(index) and not any(known.lstrip("-").isdigit() for known in index):
-        return value  # without names, numbers are the model's class indices
-    if name not in index:
-        known = ", ".join(list(index)[:8]) + (", ..." if len(index) > 8 else "")
-        raise DataError(
-            f"{source.name}, split {source.split}, has the label {name}, which is not one of the model's {len(index)} "
-            f"classes ({known}); choose a data set or --label_column with the same names"
-        )
-    return index[name]
+def _fits(value: Any, multiple: bool) -> bool:
+    if multiple:
+        return isinstance(value, list) and all(isinstance(part, (str, int)) for part in value)
+    return isinstance(value, (str, int))
 
 
-def _is_multi_hot(values: Sequence[Any]) -> bool:
+def _lists(values: Sequence[Any], known: dict[str, int] | None = None) -> list[Any]:
+    """Texts such as "cat; dog" -> lists of class names; a text that is one of the `known` names is not split."""
+    separator = next((one for one in SEPARATORS if any(isinstance(text, str) and one in text for text in values)), None)
+
+    def split(text: str) -> list[str]:
+        parts = [text] if separator is None or text in (known or ()) else text.split(separator)
+        return [nfc(part.strip()) for part in parts if part.strip()]
+
+    return [split(value) if isinstance(value, str) else value for value in values]
+
+
+def _is_multi_hot(values: Sequence[Any], source: Source) -> bool:
     """Whether all rows have the same length and hold only 0 and 1; otherwise they are lists of classes."""
+    if source.label_names is not None or not all(isinstance(row, list) for row in values):
+        return False
     length = len(values[0])
     return length > 1 and all(len(row) == length and all(value in (0, 1) for value in row) for row in values)
 
@@ -147,69 +211,67 @@ def _numbers(value: Any, source: Source) -> list[float]:
     return [float(number) for number in row]
 
 
-def find_classes(labels: Sequence[Any], rows: Rows) -> list[int | str]:
-    """The distinct classes among a split's labels, sorted; class numbers may have gaps.
+# ------------------------------------------------------------------------------------------ frozen features
+
+
+def check_classes(labels: Sequence[Any], rows: Rows) -> list[Any]:
+    """The labels of a split as integers and texts, after a check that each is a class.
 
     Raises:
         DataError: if an image has no label, or a label that can't be a class.
     """
-    classes: set[int | str] = set()
-    missing = 0
-    named = rows.source.label_names is not None
+    missing, source = 0, rows.source
     for label in labels:
         # In a column of named classes, `datasets` marks a missing label with -1; elsewhere -1 may be a class.
-        if label is None or label != label or (named and label == -1):
+        if label is None or label == "" or label != label or (source.label_names is not None and label == -1):
             missing += 1
-        elif isinstance(label, str) or (isinstance(label, Real) and label % 1 == 0):
-            classes.add(as_class(label))
-        else:
+        elif not isinstance(as_class(label), (str, int)):
             raise DataError(f"label {str(label)[:60]} of {rows.name} is not a class; choose another --label_column")
     if missing:
-        raise DataError(
-            f"{missing} of {len(labels)} images of {rows.name} have no label; name their column with --label_column, "
-            "or choose a split that has labels"
-        )
-    return sorted(classes, key=lambda label: (isinstance(label, str), label))
+        raise DataError(f"{missing} of {len(labels)} images of {rows.name} have no label; {source.label_remedy}")
+    return [as_class(label) for label in labels]
 
 
-def as_class(label: Any) -> int | str:
-    """A label that is a class: a word, or a whole number of any type."""
-    return label if isinstance(label, str) else int(label)
+@dataclass(frozen=True)
+class CommonClasses:
+    """The classes of a training and an evaluation split: those of `labels` that are used, by name, and their number."""
+
+    labels: Labels
+    numbers: dict[str, int]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
 
 
 def common_classes(
     train_labels: Sequence[Any], train_rows: Rows, eval_labels: Sequence[Any], eval_rows: Rows, all_known: bool = True
-) -> dict[int | str, int]:
-    """Number the classes of a training and an evaluation split: class -> number, from 0.
+) -> CommonClasses:
+    """Number the classes of a training and an evaluation split, matched by name, from 0.
 
     Classes that only the evaluation split has are an error if `all_known`; otherwise they come last.
 
     Raises:
         DataError: if labels are missing, there are fewer than two classes, or the splits' classes differ.
     """
-    names, eval_names = train_rows.source.label_names, eval_rows.source.label_names
-    if names and eval_names:
-        for number, (name, other) in enumerate(zip_longest(names, eval_names)):
-            if name != other:
-                raise DataError(
-                    f"class {number} is {name!r} in {train_rows.name} and {other!r} in {eval_rows.name}; choose splits "
-                    "with the same classes"
-                )
-    classes, eval_classes = find_classes(train_labels, train_rows), find_classes(eval_labels, eval_rows)
+    train_labels, eval_labels = check_classes(train_labels, train_rows), check_classes(eval_labels, eval_rows)
+    labels = Labels("single_label_classification", _class_names(train_labels, train_rows.source))
+    used = {labels.name_of(label, train_rows.source) for label in set(train_labels)}
+    classes = [name for name in labels.names if name in used]
     if len(classes) < 2:
         raise DataError(
-            f"{len(train_labels)} images of {train_rows.name} have only one class ({classes[0]}); two or more are "
+            f"{len(train_labels)} images of {train_rows.name} have only one class ({', '.join(used)}); two or more are "
             "needed: use more images, or another --label_column"
         )
-    unknown = [label for label in eval_classes if label not in set(classes)]
+    eval_classes = sorted({labels.name_of(label, eval_rows.source) for label in set(eval_labels)})
+    unknown = [name for name in eval_classes if name not in used]
     if unknown and all_known:
         raise DataError(
-            f"{len(unknown)} of {len(eval_classes)} classes of {eval_rows.name}, the first {unknown[0]!r}, are not "
+            f"{len(unknown)} of {len(eval_classes)} classes of {eval_rows.name}, the first {unknown[0]}, are not "
             f"among the {len(classes)} of {train_rows.name}; learn from more images, or choose another split"
         )
-    return {label: number for number, label in enumerate([*classes, *unknown])}
+    return CommonClasses(labels, {name: number for number, name in enumerate([*classes, *unknown])})
 
 
-def class_numbers(labels: Sequence[Any], classes: dict[int | str, int]) -> torch.Tensor:
-    """The class number of each label, (n,) int64."""
-    return torch.tensor([classes[as_class(label)] for label in labels], dtype=torch.long)
+def class_numbers(labels: Sequence[Any], source: Source, classes: CommonClasses) -> torch.Tensor:
+    """The class number of each label of a source, (n,) int64."""
+    return torch.tensor([classes.numbers[classes.labels.name_of(label, source)] for label in labels], dtype=torch.long)

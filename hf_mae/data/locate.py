@@ -36,8 +36,8 @@ def locate(keys: SourceKeys) -> Place:
     """
     _check_outputs(keys)
     place = _locate(keys.dataset, keys.dataset_config, keys.dataset_revision)
-    name = without_secrets(keys.dataset)
-    return replace(place, name=name, image_column=keys.image_column, label_column=keys.label_column)
+    place = replace(place, name=without_secrets(keys.dataset), image_column=keys.image_column)
+    return replace(place, label_column=keys.label_column, labels=keys.labels)
 
 
 def _check_outputs(keys: SourceKeys) -> None:
@@ -146,7 +146,7 @@ def _place_of_folder(
     dataset: str, path: str, config_name: str | None, listing: Listing, endings: Endings, kind: str
 ) -> Place:
     if kind == "imagefolder":
-        return _locate_images(dataset, path, endings.of_kind(kind), listing.same_file)
+        return _locate_images(dataset, path, endings, listing.same_file)
     names = endings.of_kind(kind)
     # An absolute path, because a relative one may be the name of a builder of `datasets`, such as `text`.
     root = os.path.abspath(path)
@@ -160,7 +160,7 @@ def _place_of_folder(
     builder = load_builder(dataset, root, name=config_name)
     place = from_builder(dataset, builder)
     if place.kind == "imagefolder":
-        return _locate_images(dataset, path, endings.of_kind("imagefolder"), listing.same_file)
+        return _locate_images(dataset, path, endings, listing.same_file)
     if len(builder.builder_configs) < 2:
         real = {os.path.realpath(file) for files in place.splits.values() for file in files}
         outside = [name for name in names if os.path.realpath(os.path.join(root, name)) not in real]
@@ -188,7 +188,8 @@ def _saved_splits(index: Path) -> list[str]:
     return splits
 
 
-def _locate_images(dataset: str, root: str, names: list[str], same_file: Sequence[list[str]] = ()) -> Place:
+def _locate_images(dataset: str, root: str, endings: Endings, same_file: Sequence[list[str]] = ()) -> Place:
+    names = endings.of_kind("imagefolder")
     splits, level = find_splits(names)
     if level is None:
         if alike := folders_like_splits(names):
@@ -208,7 +209,7 @@ def _locate_images(dataset: str, root: str, names: list[str], same_file: Sequenc
             left_out.add(LINK_TO_FILE, min(again), len(again))
             splits[split] = [name for name in files if name not in again]
     _warn_left_out(dataset, left_out)
-    return Place(dataset, "imagefolder", splits, root, level)
+    return Place(dataset, "imagefolder", splits, root, level, metadata=endings.metadata)
 
 
 def _locate_files(dataset: str, files: list[str]) -> Place:
@@ -266,7 +267,7 @@ def _locate_url_folder(dataset: str, fs: Any, path: str) -> Place:
         raise _no_images(dataset, endings)
     _warn_left_out(dataset, endings.others(kind))
     if kind == "imagefolder":
-        return _locate_images(dataset, root, endings.of_kind(kind))
+        return _locate_images(dataset, root, endings)
     if kind == "archive":
         return split_shards(Place(dataset, "imagefolder", {"train": endings.of_kind(kind)}, root))
     return locate_shards(dataset, root, kind)

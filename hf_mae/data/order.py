@@ -60,6 +60,7 @@ class Rows:
         part: "all" rows; or, if the source has no evaluation split, "held_out" ones or "train", the rest.
         held_out_fraction: share of the rows that are held out, in [0, 1).
         max_samples: maximum number of rows, chosen by `spread`; all rows when omitted.
+        labelled: whether to leave out the `unlisted` rows of the source.
 
     Attributes:
         index: (n,) numbers of these rows in the whole source, from 0, ascending.
@@ -71,7 +72,12 @@ class Rows:
     """
 
     def __init__(
-        self, source: Source, part: str = "all", held_out_fraction: float = HELD_OUT, max_samples: int | None = None
+        self,
+        source: Source,
+        part: str = "all",
+        held_out_fraction: float = HELD_OUT,
+        max_samples: int | None = None,
+        labelled: bool = False,
     ):
         self.source = source
         sizes = np.asarray(source.shard_sizes, dtype=np.int64)
@@ -80,6 +86,8 @@ class Rows:
         if part != "all":
             out = held_out(*self.place(index), held_out_fraction)
             index = index[out if part == "held_out" else ~out]
+        if labelled and source.unlisted is not None:
+            index = index[~source.unlisted[index]]
         if max_samples is not None:
             index = spread(index, max_samples, source)
         if len(index) == 0:

@@ -19,7 +19,7 @@ from datasets.table import embed_table_storage
 
 from ..errors import DataError, nearest, one_line, public_logger
 from .decode import BadImage
-from .place import Place
+from .place import LABEL_NAMES, Place
 from .remote import READ_AHEAD, is_remote, open_bytes, reading
 from .shards import BlockSource, Row, Source, in_threads
 
@@ -27,14 +27,14 @@ logger = public_logger(__name__)
 
 BLOCK_BYTES = 128 * 2**20  # in memory; a reader keeps a block, and a stream copies its images
 NUMBER_BYTES = 8  # of a number in nested lists, with its share of the lists' offsets
-LABEL_NAMES = ("label", "labels", "fine_label", "cls")
 
 
 def find_columns(features: datasets.Features, place: Place) -> tuple[str, str | None, list[str] | None]:
     """Choose the image and label columns: by name if the user gave one, else by type.
 
     Without a name, the image column is the only one of type Image, else the only binary one, else the only one of
-    nested numbers. The label column is the only ClassLabel, or one with a usual name; there may be none.
+    nested numbers. The label column is the only ClassLabel (or list of them), or one with a usual name; there
+    may be none.
 
     Returns:
         The image column, the label column and the class names; None for each that is missing.
@@ -58,12 +58,19 @@ def find_columns(features: datasets.Features, place: Place) -> tuple[str, str | 
             f"{place.name} has {candidates} among {', '.join(features)}; choose one with --image_column NAME"
         )
     if label_column is None:
-        classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+        of_one = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+        classes = of_one or [name for name, feature in features.items() if class_names(feature)]
         usual = [name for name in LABEL_NAMES if name in (classes or features)]
         label_column = classes[0] if len(classes) == 1 else (usual[0] if usual else None)
-    label = features.get(label_column) if label_column else None
-    names = list(label.names) if isinstance(label, datasets.ClassLabel) and label.names else None
+    names = class_names(features[label_column]) if label_column else None
     return image_column or best[0], label_column, names
+
+
+def class_names(feature: Any) -> list[str] | None:
+    """The names of a column of classes, one or a list of them in each row; None for any other column."""
+    if isinstance(feature, (datasets.List, datasets.LargeList)):
+        feature = feature.feature
+    return list(feature.names) if isinstance(feature, datasets.ClassLabel) and feature.names else None
 
 
 def _image_rank(feature: Any) -> int | None:
@@ -173,7 +180,7 @@ class ParquetSource(BlockSource):
         self.file_sizes = [size for _, _, size in footers]
         schemas = [metadata.schema.to_arrow_schema() for metadata in self._metadata]
         declared = place.builder.info.features if place.builder else None
-        features = declared or _declared_features(schemas[0], self.shard_names[0])
+        features = declared or declared_features(schemas[0], self.shard_names[0])
         self._image, self._label, self.label_names = find_columns(features, place)
         self._columns = [self._image, self._label] if self._label else [self._image]
         for column in self._columns:
@@ -269,7 +276,8 @@ def _read_footer(url: str) -> tuple[Any, list[int], int]:
             raise DataError(message) from error
 
 
-def _declared_features(schema: Any, shard_name: str) -> Any:
+def declared_features(schema: Any, shard_name: str) -> Any:
+    """The `datasets.Features` of an Arrow schema."""
     try:
         return datasets.Features.from_arrow_schema(schema)
     except Exception as error:  # corrupt JSON can raise anything

@@ -3,11 +3,13 @@
 import os
 import posixpath
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..files import plain_name
 from .remote import is_remote
+
+LABEL_NAMES = ("label", "labels", "fine_label", "cls")  # usual names of a column of labels
 
 
 @dataclass
@@ -24,6 +26,8 @@ class Place:
         revision: commit of the Hub repository; None elsewhere.
         image_column: name of the image column, if the user gave one.
         label_column: name of the label column, if the user gave one.
+        metadata: for `imagefolder`: tables of labels, relative to `root`.
+        labels: path of a table of labels, if the user gave one.
     """
 
     name: str
@@ -35,6 +39,8 @@ class Place:
     revision: str | None = None
     image_column: str | None = None
     label_column: str | None = None
+    metadata: list[str] = field(default_factory=list)
+    labels: str | None = None
 
     @property
     def remote(self) -> bool:

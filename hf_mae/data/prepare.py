@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import tifffile
 from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCardData
 from PIL import Image
@@ -32,8 +34,10 @@ from ..files import sha256, write_bytes, write_json, write_text, writing
 from ..image_processing_base_mae import resize_bands
 from ..keys.data_keys import PrepareRecipe
 from ..run_folder import RunFolder, write_lines
-from .decode import BadImage, BadSample, as_bad_image, bands_last, load_image, to_native
+from .bands import Bands, bands_last, to_native
+from .decode import load_image
 from .labels import mixed_labels
+from .limits import BadImage, BadSample, as_bad_image
 from .loader import check_bad, each_batch, ignore_termination
 from .locate import locate
 from .order import Rows
@@ -42,7 +46,7 @@ from .sources import open_split
 from .transform import BICUBIC, size_of
 
 ROW_GROUP = 100  # rows; streaming fetches this many at once
-TYPE_ROWS = 100  # rows used to find the type of a label column
+TYPE_ROWS = 100  # rows used to find the type of a label column whose rows have to be read
 
 
 def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
@@ -92,11 +96,15 @@ def _find_features(splits: list[Rows]) -> Any:
     """The `datasets.Features` of all splits: image, and label if any split has labels."""
     label_feature: dict[str, Any] = {}
     for rows in splits:
-        if rows.source.label_names is not None:
-            label = datasets.ClassLabel(names=rows.source.label_names)
+        names = rows.source.label_names
+        known = rows.source.known_labels()
+        first = [row.label for row in rows.read(rows.index[:TYPE_ROWS])] if known is None else known
+        if names is not None:
+            label = datasets.ClassLabel(names=names)
+            label = datasets.List(label) if any(isinstance(value, list) for value in first) else label
         else:
             try:
-                labels = pa.array([row.label for row in rows.read(rows.index[:TYPE_ROWS])])
+                labels = pa.array(first)
             except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
                 raise mixed_labels(rows, error) from error
             if labels.null_count == len(labels):
@@ -120,9 +128,10 @@ def _check_bad(bad: list[BadSample], rows: Rows, recipe: PrepareRecipe) -> None:
 def reencode(data: bytes | np.ndarray | BadImage, shortest_edge: int, quality: int) -> bytes:
     """Check that an image can be decoded, and reduce its shorter side to at most `shortest_edge` pixels.
 
-    Encoded images that are small enough keep their bytes. Larger 8-bit colour (RGB, CMYK) and grey images become JPEG.
-    Images that JPEG can't hold (transparency, palettes, 16 bits) become PNG, which loses only resolution; those that
-    Pillow can't hold become `.npy` files. EXIF data is dropped; training doesn't apply its orientation either.
+    Encoded images that are small enough keep their bytes, and their EXIF orientation with them. Larger ones are turned
+    upright. 8-bit colour (RGB, CMYK) and grey become JPEG. Images that JPEG can't hold (transparency, palettes, 16-bit
+    grey) become PNG, which loses only resolution, and 16-bit colour becomes TIFF. Other TIFF files and arrays become
+    `.npy` files.
 
     `quality` is that of JPEG. `data` and errors are those of `decode_image`.
     """
@@ -130,16 +139,17 @@ def reencode(data: bytes | np.ndarray | BadImage, shortest_edge: int, quality: i
     with as_bad_image():
         if isinstance(image, np.ndarray):
             image = _as_picture(_without_one_band_axis(image))
-        height, width = size_of(image)
+        pixels = image.pixels if isinstance(image, Bands) else image
+        height, width = size_of(pixels)
         short = min(height, width)
         if short <= shortest_edge:
-            return data if isinstance(data, bytes) else _encoded(image, None)
+            return data if isinstance(data, bytes) else _encoded(pixels, None)
         size = round(height * shortest_edge / short), round(width * shortest_edge / short)
+        if isinstance(image, Bands):
+            return _encoded_bands(replace(image, pixels=_resize_array(to_native(image.pixels), size)))
         if isinstance(image, Image.Image) and image.mode.startswith(("F", "I")):
-            array = np.asarray(image)
-            # Pillow gives 32 bits for 16-bit files that it has no 16-bit mode for.
-            narrow = image.mode != "F" and 0 <= array.min() <= array.max() < 2**16
-            image = array.astype(np.uint16) if narrow else array
+            # Mode I: Pillow gives 32 bits for 16-bit files that it has no 16-bit mode for.
+            image = np.asarray(image) if image.mode == "F" else np.asarray(image).astype(np.uint16)
         if isinstance(image, np.ndarray):
             return _encoded(_as_picture(_resize_array(image, size)), None)
         plain = image.mode in ("L", "RGB", "CMYK") and not image.has_transparency_data
@@ -163,6 +173,21 @@ def _as_picture(array: np.ndarray) -> Image.Image | np.ndarray:
     one_band = array.ndim == 2
     fits = array.dtype in ((np.uint8, np.uint16) if one_band else (np.uint8,)) and (one_band or array.shape[-1] == 3)
     return Image.fromarray(np.ascontiguousarray(array)) if fits else array
+
+
+def _encoded_bands(image: Bands) -> bytes:
+    """Encode without loss: a picture of several bands as TIFF, which says what they are."""
+    if not (image.is_rgb or image.has_alpha):
+        return _encoded(_as_picture(_without_one_band_axis(image.pixels)), None)
+    if image.has_alpha and image.pixels.shape[-1] == 2:  # as RGBA, because Pillow can't read 16-bit grey with alpha
+        image = Bands(image.with_channels(4), is_rgb=True, has_alpha=True)
+    count = image.pixels.shape[-1] - (3 if image.is_rgb else 1)
+    extra = ["unspecified"] * (count - image.has_alpha) + ["unassalpha"] * image.has_alpha
+    stream = io.BytesIO()
+    kind = "rgb" if image.is_rgb else "minisblack"
+    options: Any = {"photometric": kind, "extrasamples": extra, "planarconfig": "contig", "compression": "zlib"}
+    tifffile.imwrite(stream, image.pixels, metadata=None, software=False, **options)
+    return stream.getvalue()
 
 
 def _resize_array(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:

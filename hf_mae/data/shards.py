@@ -21,6 +21,9 @@ from .place import Place, short_names, without_query
 from .remote import is_remote, open_bytes, read_whole, reading
 
 FILES_BLOCK = 64  # remote image files
+LABEL_REMEDY = (
+    "sort images into one folder per class, name the column with --label_column, or choose a split that has labels"
+)
 THREADS = 16  # maximum number of requests at the same time
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -57,7 +60,9 @@ class Source:
         shard_sizes: number of rows in each shard.
         random_access: True if any row is cheap to read, as on a local disk; False if blocks should be read in order.
         blocks: (shard, start, stop) in order; together they cover every row once.
-        label_names: class names by index; None if they are unknown.
+        label_names: class names by index; None if they are unknown. A label may be a list of such indices.
+        label_remedy: what a user can do if images have no label.
+        unlisted: which rows have no label in a table that has those of others, (n,) bool; None without such a table.
         fingerprint: values that can be stored as JSON and differ if the data differs; no absolute paths, no secrets.
     """
 
@@ -68,6 +73,8 @@ class Source:
         self.shard_names, self.shard_sizes = shard_names, shard_sizes
         self.blocks = [(shard, 0, size) for shard, size in enumerate(shard_sizes) if size]
         self.label_names: list[str] | None = None
+        self.label_remedy = LABEL_REMEDY
+        self.unlisted: np.ndarray | None = None
         self.fingerprint: dict[str, Any] = {}
 
     def __len__(self) -> int:
@@ -106,9 +113,9 @@ class ArraySource(Source):
 
 
 class FileSource(Source):
-    """One image per file, one shard: `names` are paths relative to `place.root`, `labels` their (n,) class indices."""
+    """One image per file, one shard: `names` are paths relative to `place.root`, `labels` their (n,) labels."""
 
-    def __init__(self, place: Place, split: str, names: list[str], labels: np.ndarray | None):
+    def __init__(self, place: Place, split: str, names: list[str], labels: np.ndarray | list[Any] | None):
         super().__init__(place.name, split, [split], [len(names)], random_access=not is_remote(place.root))
         self._root, self._names, self._labels = place.root.rstrip("/"), names, labels
         self._start = len(f"{self._root}/")  # of a file's name in its URL
@@ -123,15 +130,18 @@ class FileSource(Source):
             fs, _ = fsspec.core.url_to_fs(self._root)
             images = in_threads(lambda url: read_whole(fs, url), urls)
         return [
-            Row(shard, row, self._key(row), image, None if self._labels is None else int(self._labels[row]))
-            for row, image in zip(rows, images, strict=True)
+            Row(shard, row, self._key(row), image, self._label(row)) for row, image in zip(rows, images, strict=True)
         ]
 
     def _key(self, row: int) -> str:
         return plain_name(without_query(f"{self._root}/{self._names[row]}")[self._start :])
 
+    def _label(self, row: int) -> Any:
+        label = None if self._labels is None else self._labels[row]
+        return int(label) if isinstance(label, np.integer) else label
+
     def known_labels(self) -> list[Any]:
-        return [None] * len(self) if self._labels is None else self._labels.tolist()
+        return [self._label(row) for row in range(len(self))]
 
 
 def _read_local(path: str) -> bytes:

@@ -18,6 +18,7 @@ from ..files import plain_name
 from ..keys.data_keys import DataKeys, SplitKeys
 from .builders import load_builder
 from .kinds import PACKED
+from .label_files import attach
 from .listing import shown
 from .locate import locate
 from .order import HELD_OUT, Rows
@@ -47,12 +48,12 @@ def open_source(dataset: str, *, streaming: bool | None = None, **keys: Any) -> 
     return open_split(locate(named), named.split, streaming)
 
 
-def open_splits(keys: SplitKeys, streaming: bool | None = None) -> tuple[Rows, Rows, str]:
+def open_splits(keys: SplitKeys, streaming: bool | None = None, labelled: bool = False) -> tuple[Rows, Rows, str]:
     """Open the rows to learn from and those to evaluate on.
 
     Without `eval_dataset` and `eval_split`, the evaluation split is found by its name; a data set that has none gets a
-    held-out part, chosen by a hash of each row's place. `streaming` is for `dataset` alone. Errors are those of
-    `locate` and `open_split`.
+    held-out part, chosen by a hash of each row's place. `streaming` is for `dataset` alone. `labelled` leaves out the
+    images that a table of labels doesn't list. Errors are those of `locate` and `open_split`.
 
     Returns:
         Rows to learn from, rows to evaluate on, and a description of the latter.
@@ -64,10 +65,11 @@ def open_splits(keys: SplitKeys, streaming: bool | None = None) -> tuple[Rows, R
     elif name := keys.eval_split or _evaluation_split(place, keys.split):
         evaluation = open_split(place, name, streaming)
     else:
-        rows = Rows(source, "train", max_samples=keys.max_samples)
-        eval_rows = Rows(source, "held_out", max_samples=keys.max_eval_samples)
+        rows = Rows(source, "train", max_samples=keys.max_samples, labelled=labelled)
+        eval_rows = Rows(source, "held_out", max_samples=keys.max_eval_samples, labelled=labelled)
         return rows, eval_rows, f"{HELD_OUT:.0%} of {keys.split}, held out by a hash of each row's place"
-    rows, eval_rows = Rows(source, max_samples=keys.max_samples), Rows(evaluation, max_samples=keys.max_eval_samples)
+    rows = Rows(source, max_samples=keys.max_samples, labelled=labelled)
+    eval_rows = Rows(evaluation, max_samples=keys.max_eval_samples, labelled=labelled)
     return rows, eval_rows, eval_rows.name
 
 
@@ -86,6 +88,9 @@ def open_split(place: Place, split: str, streaming: bool | None = None) -> Sourc
         SourceUnavailable: if the network failed on every try.
     """
     place, split = _with_split(place, split)
+    if place.labels and (place.kind != "imagefolder" or _must_map(place, split, streaming)):
+        message = f"--labels names files of images, but {place.name} is {place.kind} data that is not read file by file"
+        raise DataError(f"{message}; give a folder of images")
     if place.kind == "digits":
         return _digits()
     if place.kind == "disk":
@@ -126,9 +131,7 @@ def _must_map(place: Place, split: str, streaming: bool | None) -> bool:
     """Whether rows come from a table that `datasets` makes, not from the files where they are."""
     readable = place.kind in ("parquet", "webdataset", "imagefolder")
     archives = any(file.lower().endswith(PACKED) for file in place.splits[split])
-    # If the labels of an imagefolder on the Hub are not its class folders, a metadata file has them.
-    metadata = place.kind == "imagefolder" and place.builder is not None and place.label_column is not None
-    if not readable or archives or metadata:
+    if not readable or archives:
         if streaming:
             raise DataError(f"{place.name} is {place.kind} data that is not read in place; leave streaming unset")
         if place.remote:
@@ -150,12 +153,11 @@ def _digits() -> Source:
 
 
 def _open_images(place: Place, split: str) -> Source:
-    if place.label_column not in (None, "label"):
-        message = f"{place.name} is a folder of images, its labels are its class folders, not {place.label_column!r}"
-        raise DataError(f"{message}; leave out --label_column")
-    names = place.splits[split]
-    classes = class_folders((name for files in place.splits.values() for name in files), place.split_level)
-    names, labels = _labelled(place, split, names, classes)
+    given = attach(place, split)
+    if given is None:
+        names, labels, class_names = _class_labels(place, split)
+    else:
+        names, labels, class_names = place.splits[split], given.values, given.names
     files = {}
     if place.revision is None:
         sizes = _sizes([f"{place.root}/{name}" for name in names])
@@ -165,29 +167,39 @@ def _open_images(place: Place, split: str) -> Source:
         listing = "\n".join(f"{size or 0} {path}" for path, size in zip(paths, sizes, strict=True))
         digest = hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()
         files = {"count": len(names), "bytes": sum(size or 0 for size in sizes), "sha256": digest}
-    class_names = sorted(set(classes.values()))
-    number = {name: i for i, name in enumerate(class_names)}
-    numbers = None if labels is None else np.array([number[label] for label in labels], dtype=np.int64)
-    source = FileSource(place, split, names, numbers)
-    source.label_names = None if labels is None else list(map(plain_name, class_names))
+    source = FileSource(place, split, names, labels)
+    source.label_names = None if class_names is None else list(map(plain_name, class_names))
     source.fingerprint = _fingerprint(place, source, files)
+    if given is not None:
+        source.label_remedy = given.remedy
+        if not given.unlisted.all():  # without any label, the first use of labels says what to do
+            source.unlisted = given.unlisted
+        source.fingerprint["labels"] = given.digest
     return source
 
 
-def _labelled(
-    place: Place, split: str, names: list[str], classes: dict[str, str]
-) -> tuple[list[str], list[str] | None]:
-    """The files of a split, and their classes if it has class folders. A few files outside of these are left out."""
+def _class_labels(place: Place, split: str) -> tuple[list[str], np.ndarray | None, list[str] | None]:
+    """The files of a split, and their class indices and class names if it has class folders.
+
+    A few files outside of these are left out.
+    """
+    if place.label_column not in (None, "label"):
+        message = f"{place.name} is a folder of images, its labels are its class folders, not {place.label_column!r}"
+        raise DataError(f"{message}; leave out --label_column")
+    names = place.splits[split]
+    classes = class_folders((name for files in place.splits.values() for name in files), place.split_level)
     outside, few = strays(names, classes)
     if outside and 2 * len(outside) < len(names):
         message = "%s: images of split %s that are in none of its class folders: %d (first %s); %s"
         effect = "they are left out" if few else "no image has a label"
         logger.warning(message, place.name, split, len(outside), shown(outside[0]), effect)
     if not few:
-        return names, None
+        return names, None, None
     left_out = set(outside)
     names = [name for name in names if name not in left_out] if outside else names
-    return names, [classes[folder_of(name)] for name in names]
+    class_names = sorted(set(classes.values()))
+    number = {name: i for i, name in enumerate(class_names)}
+    return names, np.array([number[classes[folder_of(name)]] for name in names], dtype=np.int64), class_names
 
 
 def _open_parquet(place: Place, split: str) -> Source:

@@ -1,6 +1,7 @@
 """Splits and classes, as the names of folders and files tell them."""
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 
@@ -16,6 +17,11 @@ STRAYS = 0.01  # most of a split's images that may lie outside of its class fold
 _SPLITS = {alias: split for split, aliases in SPLIT_FOLDERS.items() for alias in aliases}
 _WORDS = "|".join(sorted((*_SPLITS, "holdout", "heldout", "hold[-_ ]?out", "held[-_ ]?out"), key=len, reverse=True))
 _ALIKE = re.compile(rf"(?<![a-z])({_WORDS})(?:[-_ ]?(?:set|data|images?|imgs?))?(?![a-z])")
+
+
+def nfc(text: str) -> str:
+    """The same text in one form: macOS writes é in a file name as two characters, other systems as one."""
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
 def split_named(folder: str) -> str | None:
@@ -98,7 +104,7 @@ def class_folders(names: Iterable[str], level: int | None) -> dict[str, str]:
     groups: dict[tuple[str, ...], dict[str, str]] = {}
     sizes: Counter[tuple[str, ...]] = Counter()
     for folder, count in Counter(map(folder_of, names)).items():
-        parts = folder.split("/") if folder else []
+        parts = nfc(folder).split("/") if folder else []
         if level is not None:
             del parts[level : level + 1]
         if parts:

@@ -25,6 +25,7 @@ from ..configuration_mae import MAEConfig
 from ..errors import UserError
 from ..image_processing_base_mae import center_spans, per_channel, resize_bands, shortest_edge_size
 from ..image_processing_mae import MAEImageProcessor
+from ..masking_mae import patchify
 
 if TYPE_CHECKING:
     from .decode import BadImage
@@ -230,7 +231,10 @@ def _resize(
 def make_normalizer(
     processor: MAEImageProcessor, device: torch.device | str = "cpu"
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function from images (..., C, H, W) of its `pixel_dtype`, on a device, to a processor's pixel_values."""
+    """A function from images (..., C, H, W) of its `pixel_dtype`, on a device, to a processor's pixel_values.
+
+    NaN, a missing pixel, becomes the mean of its channel.
+    """
     # In the images' own units, so that scaling and normalising are one pass.
     factor = processor.rescale_factor if processor.do_rescale else 1.0
     mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) / factor for values in normalization(processor))
@@ -239,4 +243,12 @@ def make_normalizer(
 
 
 def _normalize(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    return (images.float() - mean) / std
+    values = (images.float() - mean) / std
+    return torch.where(values.isnan(), 0.0, values) if images.is_floating_point() else values
+
+
+def find_no_data(images: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor | None:
+    """(B, N) True = every pixel of a patch of `images` (B, C, H, W) is NaN; None for integers, which have no NaN."""
+    if not images.is_floating_point():
+        return None
+    return patchify(images.isnan(), patch_size).all(dim=-1)

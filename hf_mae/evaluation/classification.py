@@ -33,7 +33,7 @@ def evaluate_classification(recipe: ClassificationRecipe) -> dict[str, Any] | No
     device = accelerator.device
     model.to(device)  # pyright: ignore[reportArgumentType]
     with accelerator.main_process_first():
-        _, rows, evaluated_on = open_splits(recipe, streaming=False)
+        _, rows, evaluated_on = open_splits(recipe, streaming=False, labelled=True)
     problem = config.problem_type or "single_label_classification"
     labels = Labels(problem, tuple(config.id2label[i] for i in range(config.num_labels)))
     spec = evaluation_spec(config, processor)

@@ -5,7 +5,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from ..data.labels import find_classes
+from ..data.labels import check_classes
 from ..data.order import Rows
 from ..data.sources import open_splits
 from ..errors import UserError
@@ -41,10 +41,10 @@ class Evaluation:
         self.encoder = FrozenEncoder(recipe.model, recipe.pooling or pooling, recipe.mixed_precision)
         self.encoder.to(self.accelerator.device)
         with self.accelerator.main_process_first():
-            self.rows, self.eval_rows, self.evaluated_on = open_splits(recipe)
+            self.rows, self.eval_rows, self.evaluated_on = open_splits(recipe, labelled=True)
         for rows in (self.rows, self.eval_rows):
             # If all labels are wrong, the first few show it, so check them before spending hours.
-            find_classes([row.label for row in rows.read(rows.index[:16])], rows)
+            check_classes([row.label for row in rows.read(rows.index[:16])], rows)
 
     def _table(self, rows: Rows, bar: str) -> Table:
         recipe, encoder = self.recipe, self.encoder

@@ -13,25 +13,25 @@ import pyarrow.parquet as pq
 from accelerate import Accelerator
 
 from ..data.decode import BadSample
-from ..data.labels import mixed_labels
+from ..data.labels import labels_of, mixed_labels, named
 from ..data.locate import locate
 from ..data.order import Rows
 from ..data.sources import open_split
 from ..errors import UserError
-from ..files import replaced, writing
+from ..files import as_utf8, replaced, writing
 from ..keys.evaluation_keys import EmbedRecipe
 from .encoder import FrozenEncoder
 from .table import encoded_batches, even_batches, report_bad
 
-Batches = Iterator[tuple[list[str], list[Any], np.ndarray]]  # keys, labels, and features (n, D) or (n, N, D) float32
+Batches = Iterator[tuple[list[str], Any, np.ndarray]]  # keys, Arrow labels, features (n, D) or (n, N, D) float32
 
 
 def embed(recipe: EmbedRecipe) -> dict[str, Any]:
     """Write the features of a split.
 
-    The parquet file has the columns `key` (the image's place in the source), `label` (as the source stores it; null
-    without one) and `features`. The numpy file has only the features, (n, D) or (n, N, D) float32; the keys and labels
-    of its rows are in the CSV file of the same name.
+    The parquet file has the columns `key` (the image's place in the source), `label` (the name of its class, or the
+    label as the source stores it; null without one) and `features`. The numpy file has only the features, (n, D) or
+    (n, N, D) float32; the keys and labels of its rows are in the CSV file of the same name.
 
     Returns:
         `path`; `images`, the number written; `width`, the shape of one image's features.
@@ -49,11 +49,17 @@ def embed(recipe: EmbedRecipe) -> dict[str, Any]:
     bad: list[BadSample] = []
 
     def written() -> Batches:
+        # The first images of a list of labels may have none: their type is that of all.
+        kind = None if source.unlisted is None else pa.array([named(label, source) for label in labels_of(rows)]).type
         batches = even_batches(rows, encoder.spec, recipe.batch_size, recipe.num_workers, accelerator, bar="features")
         for batch, values in encoded_batches(encoder, batches):
             bad.extend(batch.bad)
             if batch.keys:
-                yield batch.keys, batch.labels, values.cpu().numpy()
+                # Names of files, and of folders that are labels, may hold bytes that are not text.
+                labels = [named(label, source) for label in batch.labels]
+                labels = pa.array([as_utf8(label) if isinstance(label, str) else label for label in labels], kind)
+                kind = labels.type
+                yield batch.keys, labels, values.cpu().numpy()
         report_bad(rows, bad, recipe.max_bad_fraction)
 
     path = Path(recipe.output)
@@ -76,10 +82,10 @@ def write_parquet(path: Path, batches: Batches, origin: dict[str, Any]) -> None:
             for side in values.shape[:0:-1]:
                 features = pa.FixedSizeListArray.from_arrays(features, side)
             if writer is None:
-                fields = {"key": pa.string(), "label": pa.array(labels).type, "features": features.type}
+                fields = {"key": pa.string(), "label": labels.type, "features": features.type}
                 schema = pa.schema(fields, metadata={"hf_mae": json.dumps(origin)})
                 writer = stack.enter_context(pq.ParquetWriter(temporary, schema))
-            columns = [pa.array(keys), pa.array(labels, writer.schema.field("label").type), features]
+            columns = [pa.array(keys), labels, features]
             writer.write_table(pa.Table.from_arrays(columns, schema=writer.schema))
 
 
@@ -99,7 +105,8 @@ def write_numpy(path: Path, batches: Batches, origin: dict[str, Any]) -> None:
                 _write_header(file, values.shape)
             rows, width = rows + len(values), values.shape[1:]
             file.write(np.ascontiguousarray(values, "<f4").tobytes())
-            writer.writerows(zip(keys, labels, strict=True))
+            texts = ("; ".join(map(str, label)) if isinstance(label, list) else label for label in labels.to_pylist())
+            writer.writerows(zip(keys, texts, strict=True))
         # The new header has the same length: numpy leaves room in it for any number of rows.
         _write_header(file, (rows, *width))
 

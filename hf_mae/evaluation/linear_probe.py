@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data.labels import class_numbers, common_classes, labels_of
+from ..data.labels import CommonClasses, class_numbers, common_classes, labels_of
 from ..data.loader import TrainingStream, each_batch, make_loader
 from ..data.order import Rows, StreamPlan
 from ..errors import UserError
@@ -120,7 +120,7 @@ class ProbeRun:
 
     encoder: FrozenEncoder
     rows: Rows  # training images
-    classes: dict[int | str, int]  # label -> class number
+    classes: CommonClasses
     recipe: LinearProbeRecipe  # its `seed` isn't used
     per_device_batch_size: int  # images at once, which BatchNorm normalises together (512 in the original)
     seed: int  # of initial weights, order, crops and flips
@@ -183,7 +183,7 @@ class ProbeRun:
         with closing(each_batch(loader)) as items:
             for item in items:
                 self.bad.update(item.bad)
-                labels = class_numbers(item.labels, self.classes)
+                labels = class_numbers(item.labels, self.rows.source, self.classes)
                 for part in zip(item.images.split(size), labels.split(size), strict=True):
                     yield tuple(tensor.to(accelerator.device, non_blocking=True) for tensor in part)  # type: ignore[misc]
 
@@ -197,7 +197,7 @@ class ProbeRun:
         batches = even_batches(eval_rows, self.encoder.spec, size, workers, accelerator, bar="evaluation")
         for batch, values in encoded_batches(self.encoder, batches):
             bad += batch.bad
-            scores, labels = head(values), class_numbers(batch.labels, self.classes)
+            scores, labels = head(values), class_numbers(batch.labels, eval_rows.source, self.classes)
             correct = [top_k_correct(scores, labels, k) for k in (1, 5)]
             counts += torch.tensor([len(batch.keys), *correct], device=counts.device)
         images, top1, top5 = cast(torch.Tensor, accelerator.reduce(counts, "sum")).tolist()

@@ -130,8 +130,8 @@ def with_class_numbers(
 ) -> tuple[Features, Features]:
     """The features of the two tables with common class numbers; arguments and errors are those of `common_classes`."""
     classes = common_classes(train.labels, rows, test.labels, eval_rows, all_known=all_known)
-    first, second = (Features(table.values, class_numbers(table.labels, classes)) for table in (train, test))
-    return first, second
+    first = Features(train.values, class_numbers(train.labels, rows.source, classes))
+    return first, Features(test.values, class_numbers(test.labels, eval_rows.source, classes))
 
 
 def report_bad(rows: Rows, bad: list[BadSample], most: float) -> None:

@@ -123,6 +123,12 @@ class Recipe:
             if value is not None and not all(low <= one <= min(high, FINITE) for one in _numbers(value)):
                 raise UserError(f"{name} {short(value)} is out of range; give a number {limits}")
 
+    def check_picture(self, name: str) -> None:
+        """Raise a UserError for a file that no picture can be written to; None passes."""
+        file = getattr(self, name)
+        if file is not None and not file.lower().endswith((".png", ".webp", ".jpg", ".jpeg")):
+            raise UserError(f"{name} {file} is not a .png, .webp or .jpg file; change its ending")
+
     def check_seed(self) -> None:
         """Raise a UserError for a seed that numpy doesn't take."""
         self.check_range("seed", high=2**32 - 1)

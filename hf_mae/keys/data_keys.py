@@ -1,4 +1,4 @@
-"""How every command names its data, and the keys of `hf-mae prepare` and `hf-mae stats`."""
+"""How every command names its data, and the keys of `hf-mae prepare` and `hf-mae inspect`."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,8 @@ class SourceKeys(Recipe):
         dataset_config: configuration of a data set that has several.
         dataset_revision: branch, tag or commit of a data set on the Hub.
         image_column: column (or tar member) of the images.
-        label_column: column (or tar member) of the labels.
+        label_column: column (or tar member) of the labels; for tables beside images, also several, as in "a,b".
+        labels: table of labels for a folder of images (.csv, .tsv, .jsonl or .parquet) that lies elsewhere.
     """
 
     dataset: str = data_key(
@@ -27,7 +28,12 @@ class SourceKeys(Recipe):
     dataset_config: str | None = data_key(None, "configuration name of a Hub data set", place=True, metavar="NAME")
     dataset_revision: str | None = data_key(None, "branch, tag or commit of a Hub data set", place=True, metavar="NAME")
     image_column: str | None = data_key(None, "column that holds the images", "found by type", metavar="NAME")
-    label_column: str | None = data_key(None, "column that holds the labels", "found by type or name", metavar="NAME")
+    label_column: str | None = data_key(
+        None, "column that holds the labels, or several of 0 and 1: a,b", "found by type or name", metavar="NAME"
+    )
+    labels: str | None = data_key(
+        None, "CSV file with the labels of a folder of images", "metadata.csv in it", place=True, metavar="FILE"
+    )
 
 
 @dataclass
@@ -61,7 +67,8 @@ class SplitKeys(DataKeys):
         """Where the images to evaluate on come from. Configuration and revision are for `dataset` alone."""
         if self.eval_dataset is None:
             return self
-        return SourceKeys(dataset=self.eval_dataset, image_column=self.image_column, label_column=self.label_column)
+        shared = {name: getattr(self, name) for name in ("image_column", "label_column", "labels")}
+        return SourceKeys(dataset=self.eval_dataset, **shared)
 
 
 @dataclass
@@ -86,11 +93,21 @@ class PrepareRecipe(SourceKeys):
 
 
 @dataclass
-class StatsRecipe(DataKeys):
-    """Keys of `hf-mae stats`."""
+class InspectRecipe(SourceKeys):
+    """Keys of `hf-mae inspect DATA`."""
 
-    streaming: bool | None = data_key(None, "read the data in place, block by block", "true if remote")
-    num_channels: int | None = data_key(None, "number of channels of each image", "as in the data")
+    dataset: str = inherit(SourceKeys, "dataset", positional=True, metavar="DATA")
+    split: str | None = data_key(None, "the only split to look at", "all splits", metavar="NAME")
+    max_samples: int | None = data_key(
+        None, "read at most this many images of each split", "as many as half a minute allows"
+    )
+    num_channels: int | None = data_key(None, "number of channels to decode each image to", "as in the data")
+    nodata: float | None = data_key(None, "pixel value that stands for missing data, besides NaN", "none")
+    output: str | None = output_key(
+        None, "file for a contact sheet of each split, .png, .webp or .jpg", "none", metavar="FILE"
+    )
+    json: bool = output_key(False, "print what was found as JSON instead of a table")
 
     def check(self) -> None:
         self.check_least(max_samples=1, num_channels=1)
+        self.check_picture("output")

@@ -125,8 +125,7 @@ class ReconstructRecipe(ModelInput):
     cell: int = output_key(128, "pixels of an image's longer side in the picture")
 
     def check(self) -> None:
-        if Path(self.output).suffix.lower() not in (".png", ".webp", ".jpg", ".jpeg"):
-            raise UserError(f"output {self.output} is not a .png, .webp or .jpg file; change its ending")
+        self.check_picture("output")
         self.check_least(max_images=1)
         self.check_range("cell", low=16, high=2048)
         self.check_seed()

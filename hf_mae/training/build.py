@@ -45,7 +45,7 @@ def open_data(recipe: PretrainRecipe) -> PretrainData:
         DataError: if the data is missing, or its number of channels differs from `num_channels`.
     """
     rows, eval_rows, evaluated_on = open_splits(recipe, streaming=recipe.streaming)
-    num_channels, dtype = probe_rows(rows)
+    num_channels, dtype = probe_rows(rows, recipe.num_channels)
     configured = num_channels if recipe.num_channels is None else recipe.num_channels
     if not channels_fit(num_channels, configured):
         raise DataError(
@@ -174,7 +174,8 @@ def start_state(
         CheckpointError: if the data differs from the checkpoint's, unless `allow_data_change` is set.
     """
     # All that the order of samples depends on besides the seed, in JSON's types.
-    fingerprint = json.loads(json.dumps({**data.rows.source.fingerprint, "num_samples": len(data.rows)}))
+    facts = {name: value for name, value in data.rows.source.fingerprint.items() if name != "labels"}
+    fingerprint = json.loads(json.dumps({**facts, "num_samples": len(data.rows)}))
     if stored is None:
         access = data.rows.source.random_access
         plan = StreamPlan.choose(recipe.images_per_step, ranks, recipe.num_workers, len(data.rows), access)

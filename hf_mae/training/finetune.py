@@ -96,7 +96,7 @@ class FinetuneRun:
         self.args = training_arguments(recipe, self.stored, self.precision)
         # The main process goes first, so that a data set library writes its cache only once.
         with self.args.main_process_first(desc="opening the data"):
-            self.rows, self.eval_rows, self.evaluated_on = open_splits(recipe, streaming=False)
+            self.rows, self.eval_rows, self.evaluated_on = open_splits(recipe, streaming=False, labelled=True)
         self.labels = find_labels(self.rows, recipe.problem_type)
         torch.manual_seed(recipe.seed)  # for a new head
         self.model = build_classifier(recipe, self.labels)

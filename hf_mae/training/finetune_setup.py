@@ -198,7 +198,7 @@ def build_rand_augment(recipe: FinetuneRecipe, spec: ImageSpec, processor: MAEIm
 
 def check_images(rows: Rows, spec: ImageSpec) -> None:
     """Raise a DataError if images and model differ in their number of channels."""
-    num_channels, _ = probe_rows(rows)
+    num_channels, _ = probe_rows(rows, spec.num_channels)
     if not channels_fit(num_channels, spec.num_channels):
         raise DataError(
             f"images of {rows.source.name} have {num_channels} channels, but the model has {spec.num_channels}; "

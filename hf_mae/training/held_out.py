@@ -15,7 +15,7 @@ from torch import nn
 from ..data.decode import BadSample
 from ..data.loader import EvaluationSet
 from ..data.order import Rows
-from ..data.transform import ImageSpec
+from ..data.transform import ImageSpec, find_no_data
 from ..errors import DataError
 from ..evaluation.table import even_batches
 from ..image_processing_mae import MAEImageProcessor
@@ -37,6 +37,7 @@ class HeldOut:
     num_workers: int
     accelerator: Accelerator
     mask_seed: int  # a row's mask depends on this and on its index
+    patch_size: tuple[int, int]  # (height, width) in pixels
 
     @torch.no_grad()
     def loss(self, model: nn.Module) -> tuple[float, list[BadSample]]:
@@ -54,7 +55,8 @@ class HeldOut:
         with closing(batches):
             for batch, images, noise in batches:
                 bad += batch.bad
-                loss = model(self.normalize(images), noise=noise).loss
+                no_data = find_no_data(images, self.patch_size)
+                loss = model(self.normalize(images), noise=noise, no_data=no_data).loss
                 if count := len(batch.keys):
                     total += torch.stack([loss.double() * count, torch.tensor(count).to(loss)])
         model.train()

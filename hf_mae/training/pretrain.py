@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..data.loader import TrainingStream, check_bad
-from ..data.transform import make_normalizer
+from ..data.transform import find_no_data, make_normalizer
 from ..errors import CheckpointError
 from ..evaluation.online import OnlineEvaluator
 from ..hub.push import BackgroundPush
@@ -133,7 +133,10 @@ class PretrainRun:
             "num_workers": min(self.recipe.num_workers, 1),
             "accelerator": self.accelerator,
         }
-        self.held_out = HeldOut(rows=data.eval_rows, mask_seed=self.config.eval_mask_seed, **shared)
+        config = self.config
+        self.held_out = HeldOut(
+            rows=data.eval_rows, mask_seed=config.eval_mask_seed, patch_size=config.patch_height_width, **shared
+        )
         self.quality = OnlineEvaluator(
             bank_rows=data.rows, query_rows=data.eval_rows, samples=self.recipe.quality_samples, **shared
         )
@@ -259,8 +262,12 @@ class PretrainRun:
             last = micro_step == self.grad_accum_steps - 1
             with nullcontext() if last else accelerator.no_sync(self.model):
                 pixel_values = self.normalize(batch.images)
+                no_data = find_no_data(batch.images, self.config.patch_height_width)
                 if recipe.masks_per_image > 1:
                     pixel_values = pixel_values.repeat_interleave(recipe.masks_per_image, dim=0)
+                    if no_data is not None:
+                        no_data = no_data.repeat_interleave(recipe.masks_per_image, dim=0)
+                options["no_data"] = no_data
                 part = self.model(pixel_values, noise=batch.noise, **options).loss / self.grad_accum_steps
                 accelerator.backward(part)
             loss += part.detach()

@@ -13,12 +13,11 @@ from ..data.order import Rows
 from ..data.sources import open_source
 from ..data.transform import evaluation_spec, make_normalizer, move_crop, normalization
 from ..errors import DataError, UserError
-from ..files import writing
 from ..keys import height_width
 from ..keys.publishing_keys import ReconstructRecipe
 from ..modeling_mae import MAEForPreTraining
 from ..pretrained import load_with_processor
-from .grid import reconstruction_grid
+from .grid import reconstruction_grid, write_picture
 from .reconstruction import masked_scores, reconstruct
 
 
@@ -85,9 +84,7 @@ def reconstruct_files(recipe: ReconstructRecipe) -> dict[str, Any]:
         picture = reconstruction_grid(results, mean, std, recipe.bands, details=True, cell=recipe.cell)
     except ValueError as error:
         raise UserError(str(error)) from error
-    with writing(recipe.output, "--output"):
-        Path(recipe.output).parent.mkdir(parents=True, exist_ok=True)
-        picture.save(recipe.output)
+    write_picture(picture, recipe.output)
     scores = []
     for result in results:
         psnr, ssim = (score.mean().item() for score in masked_scores(result, mean, std))

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
+from ..files import writing
 from .reconstruction import Reconstruction, masked_psnr, masked_ssim, to_unit_range
 
 GRAY = 0.5
@@ -116,6 +118,13 @@ def _arrange(columns: Sequence[Column], captions: bool, footer: str | None, pair
         grid = ImageOps.expand(grid, (0, 0, missing, HEADER), "white")
         ImageDraw.Draw(grid).text((MARGIN, grid.height - HEADER + 2), footer, fill="black", font_size=12)
     return grid
+
+
+def write_picture(picture: Image.Image, output: str) -> None:
+    """Write the file that a user named by `--output`; a UserError if it can't be written."""
+    with writing(output, "--output"):
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        picture.save(output)
 
 
 def with_title(picture: Image.Image, text: str) -> Image.Image:

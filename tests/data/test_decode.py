@@ -58,13 +58,6 @@ def test_transparency_is_composited_on_white_unless_four_channels_are_wanted():
     assert decode_image(encoded(image), 4).tolist() == np.asarray(image).tolist()
 
 
-def test_exif_orientation_is_not_applied_and_broken_exif_is_not_read():
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    assert decode_image(encoded(picture(), "JPEG", exif=exif), 3).size == (20, 12)
-    assert decode_image(encoded(picture(), "JPEG", exif=b"Exif\0\0II*\0garbage"), 3).size == (20, 12)
-
-
 def test_an_animation_gives_its_first_frame():
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "lime", "blue")]
     for format in ("GIF", "WEBP"):
@@ -212,9 +205,6 @@ def test_what_the_extra_decoder_is_not_for_is_left_to_pillow(by_pillow):
     assert decode_image(jpeg, 1, min_pixels=64).mode == "L"
     assert isinstance(decode_image(jpeg, 3), Image.Image)
     assert decode_image(jpeg, 3, "uint16", min_pixels=64).dtype == np.uint16
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    assert decode_image(encoded(photo, "JPEG", exif=exif), 3, min_pixels=32 * 24).shape == (24, 32, 3)
 
 
 def test_the_extra_decoder_is_not_asked_for_an_image_whose_header_claims_too_much(by_pillow, monkeypatch):
@@ -257,13 +247,50 @@ def test_a_wrong_channel_count_is_named_with_the_one_asked_for():
     assert bad_reason(np.zeros((2, 2, 2, 2), np.uint8)) == "WrongChannels"
 
 
-def test_floats_do_not_become_integers_and_must_be_finite():
+def test_floats_do_not_become_integers():
     floats = np.random.default_rng(0).random((4, 4)).astype(np.float32)
     for data in (npy(floats), tiff(floats)):
         assert probe_image(data) == (1, "float32")
         assert np.array_equal(decode_image(data, 1, "float32")[:, :, 0], floats)
         assert bad_reason(data, 1, "uint8") == bad_reason(data, 3, "uint16") == "WrongDtype"
-    assert bad_reason(np.array([[np.nan, 1.0]]), 1, "float32") == "NotFinite"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("pack", [npy, tiff, np.asarray])
+def test_an_image_without_any_finite_value_is_bad_and_one_with_some_is_read_as_it_is(value, pack):
+    with pytest.raises(BadImage, match="every pixel is NaN or infinite") as caught:
+        decode_image(pack(np.full((4, 5), value, np.float32)), 1, "float32")
+    assert caught.value.reason == "NotFinite"
+    some = np.array([[value, 1.5], [0.0, value]], np.float32)
+    assert np.array_equal(decode_image(pack(some), 1, "float32")[:, :, 0], some, equal_nan=True)
+
+
+def test_float64_values_beyond_float32_are_infinite():
+    assert decode_image(np.array([[1e300, 0.1]]), 1, "float32").ravel().tolist() == [np.inf, np.float32(0.1)]
+    assert bad_reason(np.full((2, 2), 1e300), 1, "float32") == "NotFinite"
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "uint32", "float16", "float64"])
+@pytest.mark.parametrize("low", [-100, 0])
+def test_signed_wide_and_float_arrays_are_float32_whatever_their_values(dtype, low):
+    if dtype == "uint32" and low < 0:
+        low = 2**32 - 256  # float32 holds multiples of 256 here
+    values = np.array([[low, 5], [7, 100]]).astype(dtype)
+    for data in (
+        values,
+        npy(values),
+        npy(np.asfortranarray(values)),
+        npy(values.astype(values.dtype.newbyteorder(">"))),
+    ):
+        assert probe_image(data) == (1, "float32")
+        assert np.array_equal(decode_image(data, 1, "float32")[:, :, 0].astype(np.float64), values.astype(np.float64))
+
+
+def test_booleans_are_0_and_255():
+    mask = np.eye(4, dtype=bool)
+    for data in (mask, npy(mask), encoded(Image.fromarray(mask)), encoded(Image.fromarray(mask), "TIFF")):
+        assert probe_image(data) == (1, "uint8")
+        assert np.array_equal(np.asarray(decode_image(data, 1)), np.eye(4) * 255)
 
 
 def test_the_exception_keeps_its_cause_and_survives_pickling():

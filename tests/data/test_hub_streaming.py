@@ -177,6 +177,14 @@ def repositories(tmp_path_factory):
         path = user / "folder" / "train" / LABELS[label] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(image)
+    expected["listed"] = [samples(600, 5)]
+    listed = user / "listed" / "train"
+    listed.mkdir(parents=True)
+    lines = ["file_name,label"]
+    for number, (image, label) in enumerate(expected["listed"][0]):
+        (listed / f"{number}.png").write_bytes(image)
+        lines.append(f"{number}.png,{label}")
+    (listed / "metadata.csv").write_text("\n".join(lines))
     return root, expected
 
 
@@ -219,6 +227,7 @@ JOBS = {
     "both": PICTURES | {"both": True},
     "tars": {"dataset": "user/tars"},
     "folder": {"dataset": "user/folder"},
+    "listed": {"dataset": "user/listed"},
     "no repository": {"dataset": "user/nothing"},
     "no config": PICTURES | {"dataset_config": "lage"},
     "no split": PICTURES | {"split": "tset"},
@@ -236,7 +245,7 @@ def streamed(repositories, tmp_path_factory):
     return results, hub.requests, sizes
 
 
-@pytest.mark.parametrize("name", ["train", "test", "old train", "tars", "folder"])
+@pytest.mark.parametrize("name", ["train", "test", "old train", "tars", "folder", "listed"])
 def test_every_row_comes_once_with_its_bytes_and_label(repositories, streamed, name):
     assert_rows_are(streamed[0][name], repositories[1][name])
 

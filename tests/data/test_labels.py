@@ -41,6 +41,10 @@ def targets(labels, problem, names=None):
         (["dog", "ant", "dog"], None, ("ant", "dog"), [1, 0, 1]),
         ([True, False], None, ("False", "True"), [1, 0]),
         ([3, "x", 3], None, ("3", "x"), [0, 1, 0]),
+        ([1.0, 0.0, 10.0, 2.0], None, ("0", "1", "2", "10"), [1, 0, 3, 2]),  # whole numbers are classes
+        ([1.0, 0, 1], None, ("0", "1"), [1, 0, 1]),
+        (["caf\u00e9", "the", "cafe\u0301"], None, ("caf\u00e9", "the"), [0, 1, 0]),  # the same text
+        ([0, 1, 2], ["caf\u00e9", "the", "cafe\u0301"], ("caf\u00e9", "the"), [0, 1, 0]),
     ],
 )
 def test_classes_have_the_sources_names_or_those_that_are_found(labels, names, classes, expected):
@@ -68,6 +72,12 @@ def test_unnamed_numbers_match_named_classes_but_never_numbered_ones():
         Labels(SINGLE, ("1", "2")).targets([1, 0], unnamed)
 
 
+def test_numbers_of_any_type_match_classes_that_are_called_by_numbers():
+    labels = find_labels(rows(list(range(3)), ["0", "10", "2"]), SINGLE)
+    for values in ([10, 2, 0], [10.0, 2.0, 0.0], ["10", "2", "0"], [np.int8(10), 2, False]):
+        assert labels.targets(values, rows([0, 1]).source).tolist() == [1, 2, 0]
+
+
 def test_a_label_beyond_the_named_classes_is_an_error():
     # Test sets of the Hub have -1 where labels are kept secret.
     data = rows([0, 1], ["cat", "dog"])
@@ -93,6 +103,36 @@ def test_lists_of_classes_and_rows_of_zeros_and_ones_mean_the_same():
         assert values.dtype == torch.float32
 
 
+def test_lists_of_named_classes_have_all_names_also_unused_ones():
+    # Two classes of two: indices, not zeros and ones.
+    for labels, names, expected in (
+        ([[0, 2], [], [2]], ["a", "b", "c"], [[1, 0, 1], [0, 0, 0], [0, 0, 1]]),
+        ([[0, 1], [1, 0]], ["a", "b"], [[1, 1], [1, 1]]),
+        ([[1, 1]], ["a", "b", "c"], [[0, 1, 0]]),
+    ):
+        found, values = targets(labels, MULTI, names)
+        assert found == tuple(names)
+        assert values.tolist() == expected
+    other = rows([[0]], ["c", "a"]).source
+    assert Labels(MULTI, ("a", "b", "c")).targets([[0], [0, 1]], other).tolist() == [[0, 0, 1], [1, 0, 1]]
+
+
+def test_texts_are_lists_of_names():
+    for labels, names, expected in (
+        (["b; a", "", "c"], ("a", "b", "c"), [[1, 1, 0], [0, 0, 0], [0, 0, 1]]),
+        (["b|a", "c|"], ("a", "b", "c"), [[1, 1, 0], [0, 0, 1]]),
+        (["b,a"], ("a", "b"), [[1, 1]]),
+        (["b;a, left", "b"], ("a, left", "b"), [[1, 1], [0, 1]]),  # one separator for all
+        ([["b", "a"], ["c"]], ("a", "b", "c"), [[1, 1, 0], [0, 0, 1]]),
+    ):
+        found, values = targets(labels, MULTI)
+        assert (found, values.tolist()) == (names, expected)
+    labels = Labels(MULTI, ("a, left", "b"))
+    assert labels.targets(["a, left", "b"], rows([0]).source).tolist() == [[1, 0], [0, 1]]  # known names stay whole
+    with pytest.raises(DataError, match="has the label d, which is not one of the model's 2 classes"):
+        labels.targets(["b;d"], rows([0]).source)
+
+
 def test_numbers_are_targets_as_they_are():
     assert targets([1, 2.5], "regression")[1].tolist() == [[1.0], [2.5]]
     names, values = targets([[1, 2], [3.5, -4]], "regression")
@@ -115,6 +155,9 @@ def test_numbers_are_targets_as_they_are():
         ([0.5, 0.1], MULTI, "has the label 0.5, .* pass --problem_type regression"),
         (["a", "b"], "regression", "has the label a, not a finite number"),
         ([1.0, float("nan")], "regression", "has the label nan, not a finite number"),
+        ([[0.0, 1.0], [0.5, 1.0]], MULTI, r"has the label \[0.0, 1.0\], .* pass --problem_type regression"),
+        (["a", ""], SINGLE, "1 of 2 images .* have no label"),
+        ([{"a": 1}], SINGLE, "which doesn't fit single_label_classification; choose another --label_col"),
         ([[1, 2], [3]], "regression", "has a label of 1 numbers, not 2"),
         ([[]], "regression", r"has the label \[\], not a finite number"),
     ],
@@ -162,3 +205,29 @@ def test_labels_of_part_of_a_source_are_those_of_its_rows():
     data = rows(list(range(20)), max_samples=7)
     assert labels_of(data) == [row.label for row in data.read(data.index)]
     assert len(labels_of(data)) == 7
+
+
+def test_a_column_of_lists_of_classes_keeps_the_names_of_all_classes(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    classes = datasets.ClassLabel(names=["cyst", "mass", "edema"])
+    features = datasets.Features({"image": datasets.Image(), "findings": datasets.List(classes)})
+    table = {"image": [png(i) for i in range(3)], "findings": [[0, 2], [], [2]]}
+    datasets.Dataset.from_dict(table, features=features).to_parquet(str(tmp_path / "table.parquet"))
+    for options in ({}, {"streaming": True}, {"label_column": "findings"}):
+        data = Rows(open_source(str(tmp_path / "table.parquet"), **options))
+        found = find_labels(data, MULTI)
+        assert found.names == ("cyst", "mass", "edema")
+        assert found.targets(labels_of(data), data.source).tolist() == [[1, 0, 1], [0, 0, 0], [0, 0, 1]]
+
+
+def test_class_folders_whose_names_differ_only_in_their_unicode_form_are_one_class(tmp_path):
+    for i, name in enumerate(("caf\u00e9/1.png", "cafe\u0301/2.png", "the/3.png")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(png(i))
+    source = open_source(str(tmp_path))
+    assert source.label_names == ["caf\u00e9", "the"]
+    assert {row.key: row.label for row in source.read(0, range(3))} == {
+        "caf\u00e9/1.png": 0,
+        "cafe\u0301/2.png": 0,
+        "the/3.png": 1,
+    }

@@ -278,7 +278,7 @@ def test_files_that_are_not_what_they_are_called_are_named(tmp_path):
             for streaming in (True, None):
                 with pytest.raises(DataError, match=rf"{name}.* is not (a complete parquet file|an uncompressed tar)"):
                     open_source(str(tmp_path / name), streaming=streaming)
-    with pytest.raises(DataError, match=r"cannot read .*a\.parquet"):
+    with pytest.raises(DataError, match=r"a\.parquet is not a complete parquet file"):
         open_source(str(tmp_path / "a.parquet"), streaming=False)
 
 

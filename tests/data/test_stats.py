@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
+from bad_images import encoded, tiff
 from memory_source import MemorySource, memory_rows, noise_images
+from PIL import Image
 
 from hf_mae.data.order import Rows
 from hf_mae.data.sources import open_source
@@ -128,6 +130,19 @@ def test_channel_counts_that_do_not_go_together_are_an_error_with_the_remedy():
         probe_rows(array_rows(COLOUR8, BANDS8))
     with pytest.raises(DataError, match="have 1 and 3 and 4 channels"):
         probe_rows(array_rows(COLOUR8, BANDS8, GRAY8))
+
+
+def test_the_number_of_channels_asked_for_is_found_if_any_image_has_it():
+    rgba = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 4), dtype=np.uint8)))
+    near_infrared = tiff(BANDS8, photometric="rgb", planarconfig="contig", extrasamples=["unspecified"])
+    for images in ([rgba, COLOUR8], [near_infrared], [COLOUR8, BANDS8]):
+        assert probe_rows(array_rows(*images), 4) == (4, "uint8")
+        assert probe_rows(array_rows(*images), 3) == (3, "uint8")
+    assert probe_rows(array_rows(rgba)) == (3, "uint8")
+    assert probe_rows(array_rows(near_infrared)) == (4, "uint8")
+    assert probe_rows(array_rows(encoded(Image.new("RGB", (8, 8)))), 4) == (3, "uint8")
+    with pytest.raises(DataError, match="have 3 and 4 channels"):
+        probe_rows(array_rows(COLOUR8, BANDS8), 13)
 
 
 def test_no_image_that_can_be_decoded_is_an_error_that_names_one():

@@ -2,13 +2,21 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from memory_source import random_image
 from PIL import Image
 
 from hf_mae import MAEImageProcessor, MAEImageProcessorPil
 from hf_mae.data import transform
 from hf_mae.data.augment import sample_rng, training_view
-from hf_mae.data.transform import crop_settings, evaluation_view, pixel_dtype, resize_before_crop
+from hf_mae.data.transform import (
+    crop_settings,
+    evaluation_view,
+    find_no_data,
+    make_normalizer,
+    pixel_dtype,
+    resize_before_crop,
+)
 
 
 @pytest.mark.parametrize(
@@ -85,3 +93,11 @@ def test_a_processor_tells_which_pixels_it_was_made_for(factor, dtype):
 )
 def test_other_factors_belong_to_8_bits_or_leave_the_values_alone(factor, dtype):
     assert pixel_dtype(MAEImageProcessor(rescale_factor=factor)) == dtype
+
+
+def test_a_missing_pixel_becomes_the_mean_and_a_patch_of_them_is_found():
+    processor = MAEImageProcessor(image_mean=[2.0], image_std=[4.0], num_channels=1, do_rescale=False)
+    images = torch.tensor([[[[6.0, math.nan, math.nan, math.nan], [math.nan, -2.0, math.nan, math.nan]]]])
+    assert make_normalizer(processor)(images).tolist() == [[[[1, 0, 0, 0], [0, -1, 0, 0]]]]
+    assert find_no_data(images, (2, 2)).tolist() == [[False, True]]
+    assert find_no_data(images.nan_to_num().to(torch.uint8), (2, 2)) is None

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from measure_in_processes import bright_rows, measure
+from measure_in_processes import bright_rows, classes_of, measure
 from memory_source import MemorySource
 from runs import REPOSITORY, environment, mistake, recipe_names, start
 from tiny import save_model
@@ -91,14 +91,10 @@ def test_the_head_and_its_optimizer_are_the_published_ones(folder):
 # ------------------------------------------------------------------------------------------ a run
 
 
-CLASSES = {0: 0, 7: 1, 14: 2}
-
-
 def probe_run(folder, per_device=16, workers=0, images=96, **settings) -> ProbeRun:
     recipe = probe_recipe(folder, num_workers=workers, **settings)
-    return ProbeRun(
-        FrozenEncoder(folder, "cls"), bright_rows(images), CLASSES, recipe, per_device, 0, Accelerator(cpu=True)
-    )
+    encoder, rows = FrozenEncoder(folder, "cls"), bright_rows(images)
+    return ProbeRun(encoder, rows, classes_of(rows), recipe, per_device, 0, Accelerator(cpu=True))
 
 
 def probe_recipe(folder, **settings) -> LinearProbeRecipe:
@@ -149,7 +145,7 @@ def test_crops_are_drawn_once_between_8_and_100_percent_and_flipped(folder):
     images = [rng.integers(0, 256, (10, 70, 1), np.uint8) for _ in range(64)]
     rows = Rows(MemorySource([images], labels=range(64)))
     encoder, recipe = FrozenEncoder(folder, "cls"), probe_recipe(folder, epochs=1)
-    run = ProbeRun(encoder, rows, {n: n for n in range(64)}, recipe, 16, 3, Accelerator(cpu=True))
+    run = ProbeRun(encoder, rows, classes_of(rows), recipe, 16, 3, Accelerator(cpu=True))
     seen = 0
     for batch, labels in run._batches():
         for found, number in zip(batch.numpy(), labels.tolist(), strict=True):

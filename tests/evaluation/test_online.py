@@ -34,7 +34,8 @@ def test_the_figures_are_those_of_the_saved_model(folder):
     encoder = FrozenEncoder(folder, "mean")
     train, test = (table_of(encoder, rows, 16) for rows in (bank, queries))
     classes = common_classes(train.labels, bank, test.labels, queries)
-    tables = [Features(table.values, class_numbers(table.labels, classes)) for table in (train, test)]
+    pairs = (train, bank), (test, queries)
+    tables = [Features(table.values, class_numbers(table.labels, rows.source, classes)) for table, rows in pairs]
     assert found == {
         "knn_top1": pytest.approx(knn_accuracy(*tables, ks=(20,))["knn_top1_k20"]),
         "linear_top1": pytest.approx(fast_linear_accuracy(*tables)["linear_top1"]),

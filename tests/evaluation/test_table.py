@@ -31,7 +31,7 @@ def rows_of(labels, names=None) -> Rows:
 def numbered(train, test, **options):
     rows, eval_rows = rows_of(train, options.pop("names", None)), rows_of(test, options.pop("eval_names", None))
     classes = common_classes(train, rows, test, eval_rows, **options)
-    return class_numbers(train, classes).tolist(), class_numbers(test, classes).tolist()
+    return class_numbers(train, rows.source, classes).tolist(), class_numbers(test, eval_rows.source, classes).tolist()
 
 
 @pytest.mark.parametrize(
@@ -51,6 +51,34 @@ def test_classes_of_any_kind_are_numbered_without_gaps(train, test):
 
 
 @pytest.mark.parametrize(
+    ("train", "names", "test", "eval_names", "expected"),
+    [
+        (range(3), ["0", "10", "2"], [0, 10, 2], None, [0, 1, 2]),  # class folders, then a column of numbers
+        (range(3), ["0", "10", "2"], [2.0, 0.0, 10.0], None, [2, 0, 1]),
+        (range(3), ["0", "10", "2"], ["10", "2", "0"], None, [1, 2, 0]),
+        ([0, 10, 2], None, range(3), ["0", "10", "2"], [0, 2, 1]),  # numbers are numbered in their own order
+        (range(3), ["00", "02", "10"], [0, 2, 10], None, [0, 1, 2]),
+        (range(3), ["cat", "dog", "emu"], range(3), ["emu", "cat", "dog"], [2, 0, 1]),  # another order of names
+        (range(3), ["cat", "dog", "emu"], range(3), ["emu", "eel", "cat"], None),
+        (range(3), ["cat", "dog", "emu"], ["emu", "cat"], None, [2, 0]),
+        (range(3), ["cat", "dog", "emu"], [2, 0], None, [2, 0]),  # numbers without names are indices
+        ([0, 2], ["cat", "dog", "emu"], [2, 0], None, [1, 0]),  # of all names, also of unused ones
+        ([True, False], None, [1, 0], None, [1, 0]),
+        ([1, 0], None, [True, False], None, [1, 0]),
+        ([0, 1], ["False", "True"], [True, False], None, [1, 0]),
+        ([0, 1], ["cafe\u0301", "the"], ["caf\u00e9", "the"], None, [0, 1]),
+    ],
+)  # fmt: skip
+def test_classes_of_two_splits_are_matched_by_name(train, names, test, eval_names, expected):
+    arguments = {"names": names, "eval_names": eval_names}
+    if expected is None:
+        with pytest.raises(DataError, match="1 of 3 classes of split train of memory, the first eel, are not among"):
+            numbered(list(train), list(test), **arguments)
+    else:
+        assert numbered(list(train), list(test), **arguments)[1] == expected
+
+
+@pytest.mark.parametrize(
     ("train", "test", "options", "words"),
     [
         ([0, None, 1], [0], {}, ["1 of 3 images", "no label", "--label_column"]),
@@ -61,8 +89,8 @@ def test_classes_of_any_kind_are_numbered_without_gaps(train, test):
         ([float("inf"), 1.0], [1], {}, ["label inf", "not a class"]),
         ([4, 4, 4], [4], {}, ["3 images", "only one class (4)", "two or more"]),
         ([0, 1], [0, 5, 6], {}, ["2 of 3 classes", "the first 5", "the 2 of", "more images"]),
-        ([0, 1], [0, 1], {"names": ["cat", "dog"], "eval_names": ["cat", "eel"]}, ["class 1 is 'dog'", "'eel'"]),
-        ([0, 1], [0, 1], {"names": ["cat", "dog"], "eval_names": ["cat"]}, ["class 1 is 'dog'", "None"]),
+        ([0, 1], [0, 1], {"names": ["cat", "dog"], "eval_names": ["cat", "eel"]}, ["1 of 2 classes", "first eel"]),
+        ([0, 1], [0, 1], {"names": ["cat", "dog"], "eval_names": ["cat"]}, ["the first 1 (of 1 named classes)"]),
     ],
 )  # fmt: skip
 def test_labels_that_will_not_do_get_one_line(train, test, options, words):

@@ -139,3 +139,18 @@ def test_too_many_broken_files_stop_the_run_in_one_line(tmp_path, capfd):
     assert str(tmp_path / "run" / "bad_samples.jsonl") in last
     assert max(losses(tmp_path / "run")) < 40
     assert multiprocessing.active_children() == []
+
+
+def test_missing_pixels_are_left_out_and_the_run_trains(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "tiles").mkdir()
+    for number in range(24):
+        tile = rng.normal(300, 50, (2, 32, 32)).astype(np.float32)
+        tile[:, :16, :16] = np.nan  # whole patches
+        tile[0, 20, 20] = np.nan
+        np.save(tmp_path / "tiles" / f"{number}.npy", tile)
+    output_dir = run(tmp_path / "run", dataset=tmp_path / "tiles", total_steps=3, image_size=32, patch_size=8)
+    assert all(math.isfinite(loss) for loss in losses(output_dir).values())
+    assert not any("skipped" in line for line in (output_dir / "metrics.jsonl").read_text().splitlines())
+    assert AutoImageProcessor.from_pretrained(output_dir).image_mean == pytest.approx([300, 300], abs=5)
+    assert not (output_dir / "bad_samples.jsonl").exists()

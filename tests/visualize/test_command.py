@@ -129,3 +129,14 @@ def test_what_a_user_did_wrong_is_told_in_one_line(saved, photos, tmp_path, monk
     error = capsys.readouterr().err
     assert message in error
     assert error.startswith("hf-mae: error: ") and error.count("\n") == 1  # noqa: PT018
+
+
+def test_photos_are_shown_upright(saved, tmp_path):
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 60, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo.save(tmp_path / "turned.png", exif=exif)
+    photo.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "upright.png")
+    files = [(tmp_path / name).read_bytes() for name in ("turned.png", "upright.png")]
+    turned, upright = Reconstructor(str(saved)).pixel_values(files)
+    assert torch.equal(turned, upright)
