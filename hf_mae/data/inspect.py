@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from ..errors import DataError
 from ..keys.data_keys import InspectRecipe
 from .decode import BadImage, decode_image, probe_image
 from .labels import named
@@ -133,7 +134,10 @@ class _Look:
         try:
             channels, dtype = probe_image(row.image)
             if self.stats is None:
-                found, self.dtype = probe_rows(self.rows, self.recipe.num_channels)
+                try:
+                    found, self.dtype = probe_rows(self.rows, self.recipe.num_channels)
+                except DataError:  # images differ too much for one kind; the faults say so
+                    found, self.dtype = channels, dtype
                 self.num_channels = self.recipe.num_channels or found
                 self.stats = ChannelStats(self.num_channels, self.recipe.nodata)
             pixels = np.asarray(decode_image(row.image, self.num_channels, self.dtype))
@@ -177,8 +181,8 @@ class _Look:
             "depths": dict(self.depths.counts.most_common()),
             "channels": {str(number): count for number, count in self.channels.counts.most_common()},
             "bad": {reason: [count, self.bad.first[reason]] for reason, count in self.bad.counts.most_common()},
-            "as_used": {"num_channels": self.num_channels, "dtype": self.dtype} if self.stats else None,
-            "bands": self.stats.table(RESCALE_FACTORS[self.dtype]) if self.stats else [],
+            "as_used": {"num_channels": self.num_channels, "dtype": self.dtype} if self.decoded else None,
+            "bands": self.stats.table(RESCALE_FACTORS[self.dtype]) if self.stats and self.decoded else [],
         }
 
 

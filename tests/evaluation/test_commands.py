@@ -166,7 +166,7 @@ def test_folders_that_will_not_do_get_one_line(folder, tmp_path, mistake):
     animals = class_folder(tmp_path / "animals", ["cat", "dog"])
     others = class_folder(tmp_path / "others", ["cat", "eel"])
     flat = class_folder(tmp_path / "flat", [""])
-    assert "class 1 is 'dog' in split train of" in message(animals, others)
+    assert "1 of 2 classes of split train of" in message(animals, others)
     assert "have no label; name their column with --label_column" in message(animals, flat)
     assert "have no label" in message(flat, animals)
     (animals / "cat" / "1.png").write_bytes(b"broken")
