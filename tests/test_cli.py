@@ -291,13 +291,13 @@ def test_data_without_images_is_named_with_what_would_be_images(mistake, tmp_pat
     assert "--image_column" in message
 
 
-def test_another_channel_count_than_the_datas_is_named_with_the_right_one(mistake, tmp_path, capsys):
+def test_another_channel_count_than_the_datas_is_named_with_the_right_one(tmp_path, mistake, capfd):
     tiles(tmp_path / "tiles")
     assert "13 channels, but num_channels is 3; pass --num_channels 13" in mistake(
         *arguments("out", dataset="tiles", num_channels=3)
     )
     assert start("inspect", "tiles", "--num_channels", 3) == 0
-    assert "can't be decoded: WrongChannels" in capsys.readouterr().out
+    assert "can't be decoded: WrongChannels" in capfd.readouterr().out
     pictures(tmp_path / "pictures")
     assert "3 channels, but num_channels is 13; pass --num_channels 3" in mistake(
         *arguments("out", dataset="pictures", num_channels=13)

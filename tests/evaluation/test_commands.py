@@ -167,7 +167,9 @@ def test_folders_that_will_not_do_get_one_line(folder, tmp_path, mistake):
     others = class_folder(tmp_path / "others", ["cat", "eel"])
     flat = class_folder(tmp_path / "flat", [""])
     assert "1 of 2 classes of split train of" in message(animals, others)
-    assert "have no label; name their column with --label_column" in message(animals, flat)
+    assert "have no label; sort images into one folder per class, name the column with --label_column" in message(
+        animals, flat
+    )
     assert "have no label" in message(flat, animals)
     (animals / "cat" / "1.png").write_bytes(b"broken")
     assert "1 of the 6 images" in (found := message(animals, animals))
