@@ -162,7 +162,7 @@ def test_no_command_stores_or_shows_a_secret_or_a_path_that_was_not_typed(served
     data = url("t.tar")
     read = f"--dataset {data} --num_workers 0 --max_bad_fraction 1"
     changed = read.replace("SIGNATURECANARY", "SIGNATURECANARY2")
-    run(f"stats --dataset {data}")
+    run(f"inspect --dataset {data}")
     run(f"prepare {data} prepared --num_workers 0 --max_bad_fraction 1")
     run(f"pretrain {read} --output_dir p {TINY} --total_batch_size 4 --total_steps 2 --save_steps 1")
     shutil.rmtree(work / "p" / "checkpoint-2")
@@ -178,8 +178,8 @@ def test_no_command_stores_or_shows_a_secret_or_a_path_that_was_not_typed(served
     for model in "pf":
         run(f"report {model} --output {model}.html")
         run(f"card --model {model} --output {model}.md")
-    run(f"stats --dataset {url('absent.tar')}", 2)
-    run(f"stats --dataset {data.replace('PASSWORDCANARY', 'WRONGCANARY')}", 2)
+    run(f"inspect --dataset {url('absent.tar')}", 2)
+    run(f"inspect --dataset {data.replace('PASSWORDCANARY', 'WRONGCANARY')}", 2)
     assert failed == []
     canary = b"CANARY"
     assert [(command, text) for command, text in said if canary in text] == []
