@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ..errors import DataError
 from ..keys.data_keys import InspectRecipe
 from .decode import BadImage, decode_image, probe_image
-from .labels import named
+from .labels import labels_of, named
 from .locate import locate
 from .order import Rows
 from .shards import Row
@@ -58,6 +58,58 @@ class Tally:
         self.first[kind] = min(key, self.first.get(kind, key))  # rows come in no order
 
 
+class BandFigures(ChannelStats):
+    """The figures of each channel that a person looks at.
+
+    Args:
+        num_channels: C.
+        nodata: value that stands for a missing pixel, besides NaN.
+    """
+
+    SAMPLED = 64  # pixels of each image, from which percentiles are computed
+
+    def __init__(self, num_channels: int, nodata: float | None):
+        super().__init__(num_channels)
+        self.nodata, self.total, self.zeros = nodata, 0, np.zeros(num_channels)
+        self.low, self.high = np.full(num_channels, np.inf), np.full(num_channels, -np.inf)
+        self._sample: list[np.ndarray] = []
+
+    def add_image(self, image: np.ndarray) -> tuple[int, int]:
+        """Add an image, (H, W, C); returns how many of its values are missing, and how many infinite."""
+        pixels = image.reshape(-1, len(self.mean)).astype(np.float64)
+        infinite = np.isinf(pixels)
+        if self.nodata is not None:
+            pixels[pixels == self.nodata] = np.nan
+        missing = int(np.isnan(pixels).sum())
+        pixels[infinite] = np.nan
+        self.total += len(pixels)
+        self.zeros += (pixels == 0).sum(axis=0)
+        self.low, self.high = np.fmin(self.low, np.fmin.reduce(pixels)), np.fmax(self.high, np.fmax.reduce(pixels))
+        self._sample.append(pixels[:: max(1, len(pixels) // self.SAMPLED)].copy())
+        self.add(pixels)
+        return missing, int(infinite.sum())
+
+    def table(self, rescale_factor: float) -> list[dict[str, Any]]:
+        """For each channel, in raw units: `mean`, `std`, `min`, `p1`, `p50`, `p99` and `max`, None without data.
+
+        Also the shares `zeros` and `no_data` of its pixels; and as used, after rescaling: `image_mean`, `image_std`.
+        """
+        sample = np.concatenate(self._sample)
+        rows = []
+        for channel, (count, mean) in enumerate(zip(self.count, self.mean, strict=True)):
+            values = sample[:, channel][~np.isnan(sample[:, channel])]
+            figures = dict.fromkeys(("mean", "std", "min", "p1", "p50", "p99", "max"))
+            if count:
+                figures |= {"mean": mean, "std": self.std[channel], "min": self.low[channel], "max": self.high[channel]}
+            if len(values):
+                figures |= zip(("p1", "p50", "p99"), np.percentile(values, (1, 50, 99)), strict=True)
+            shares = {"zeros": self.zeros[channel] / self.total, "no_data": 1 - count / self.total}
+            used = {"image_mean": mean * rescale_factor, "image_std": self.divisor(rescale_factor)[channel]}
+            found = figures | shares | used
+            rows.append({key: None if value is None else float(value) for key, value in found.items()})
+        return rows
+
+
 def inspect(recipe: InspectRecipe) -> tuple[dict[str, Any], dict[str, list[Tile]]]:
     """Look at a data set.
 
@@ -67,7 +119,7 @@ def inspect(recipe: InspectRecipe) -> tuple[dict[str, Any], dict[str, list[Tile]
         `splits`: for each split `rows`, `read` and `decoded`, the numbers of all its images, of those that were hashed
         and of those that were measured; `labels`, class -> images; `unlabelled`; `formats`, `sizes`, `depths`,
         `channels`, value -> measured images; `bad`, reason -> number and first key; `as_used`, the number of channels
-        and dtype that images are decoded to; `bands`, the figures of `ChannelStats` for each channel; `copies`, groups
+        and dtype that images are decoded to; `bands`, the table of `BandFigures`; `copies`, groups
         of keys of identical files;
         `leaks`: split -> key, for each file that is in several splits;
         `faults`: one line for each thing that is wrong.
@@ -83,7 +135,7 @@ def inspect(recipe: InspectRecipe) -> tuple[dict[str, Any], dict[str, list[Tile]
     looks = [_Look(rows, recipe, SECONDS / len(sources)) for rows in sources]
     copies, leaks = _find_copies(looks)
     found = {
-        "dataset": recipe.dataset,
+        "dataset": place.name,
         "kind": place.kind,
         "splits": {look.name: {**look.found(), "copies": copies[look.name]} for look in looks},
         "leaks": leaks,
@@ -103,7 +155,10 @@ class _Look:
         self.bad, self.no_data, self.not_finite = Tally(), Tally(), Tally()
         self.tiles: list[Tile] = []
         self.num_channels, self.dtype = 0, ""
-        self.stats: ChannelStats | None = None
+        self.stats: BandFigures | None = None
+        self._known = rows.source.known_labels() is not None
+        for label in labels_of(rows) if self._known else ():
+            self._count_label(label)
         self._look(seconds)
 
     def _look(self, seconds: float) -> None:
@@ -112,7 +167,8 @@ class _Look:
             for row in _spread_out(self.rows):
                 bar.update()
                 self.read += 1
-                self._count_label(row.label)
+                if not self._known:
+                    self._count_label(row.label)
                 if not isinstance(row.image, BadImage):
                     self.digests.append((_digest(row.image), row.key))
                 before = time.monotonic()
@@ -139,7 +195,7 @@ class _Look:
                 except DataError:  # images differ too much for one kind; the faults say so
                     found, self.dtype = channels, dtype
                 self.num_channels = self.recipe.num_channels or found
-                self.stats = ChannelStats(self.num_channels, self.recipe.nodata)
+                self.stats = BandFigures(self.num_channels, self.recipe.nodata)
             pixels = np.asarray(decode_image(row.image, self.num_channels, self.dtype))
         except BadImage as error:
             self.bad.add(error.reason, row.key)
@@ -155,7 +211,7 @@ class _Look:
             (self.depths, dtype),
         ):
             tally.add(kind, row.key)
-        missing, infinite = self.stats.add(pixels)
+        missing, infinite = self.stats.add_image(pixels)
         for tally, wrong in ((self.no_data, missing), (self.not_finite, infinite)):
             if wrong:
                 tally.add("images", row.key)
@@ -165,11 +221,6 @@ class _Look:
 
     def found(self) -> dict[str, Any]:
         """The table of this split, but its copies."""
-        labels = self.rows.source.known_labels()
-        if labels is not None and self.read < len(self.rows):
-            self.labels, self.unlabelled = Counter(), 0
-            for number in self.rows.index:
-                self._count_label(labels[number])
         return {
             "rows": len(self.rows),
             "read": self.read,

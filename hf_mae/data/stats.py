@@ -48,48 +48,30 @@ def channels_fit(have: int, wanted: int) -> bool:
 
 
 class ChannelStats:
-    """Figures of each channel over all pixels of the images that are added.
-
-    Args:
-        num_channels: C.
-        nodata: value that stands for a missing pixel, besides NaN.
+    """Mean and standard deviation of each channel over all pixels that are added.
 
     Attributes:
         count, mean, squares: (C,) number of pixels with data, their mean, and their squared distances from it.
-        infinite: (C,) number of pixels that are infinite; they are in none of the others.
     """
 
-    SAMPLED = 64  # pixels of each image, from which percentiles are computed
+    def __init__(self, num_channels: int):
+        self.count, self.mean, self.squares = np.zeros((3, num_channels))
 
-    def __init__(self, num_channels: int, nodata: float | None = None):
-        self.nodata, self.total = nodata, 0
-        self.count, self.mean, self.squares, self.zeros, self.infinite = np.zeros((5, num_channels))
-        self.low, self.high = np.full(num_channels, np.inf), np.full(num_channels, -np.inf)
-        self._sample: list[np.ndarray] = []
-
-    def add(self, image: np.ndarray) -> tuple[int, int]:
-        """Add an image, (H, W, C); returns how many of its values are missing, and how many infinite."""
-        pixels = image.reshape(-1, len(self.mean)).astype(np.float64)
-        missing = np.isnan(pixels) if self.nodata is None else np.isnan(pixels) | (pixels == self.nodata)
-        infinite = np.isinf(pixels)
-        self.total += len(pixels)
-        self.infinite += infinite.sum(axis=0)
-        self.zeros += (pixels == 0).sum(axis=0)
-        self._sample.append(np.where(missing | infinite, np.nan, pixels)[:: max(1, len(pixels) // self.SAMPLED)])
-        for channel, good in enumerate(~(missing | infinite).T):
-            if good.any():
-                self._add_channel(channel, pixels[good, channel])
-        return int(missing.sum()), int(infinite.sum())
-
-    def _add_channel(self, channel: int, values: np.ndarray) -> None:
-        """Merge an image's values (Chan et al.), because a sum of squares of 16-bit pixels would lose precision."""
-        before = self.count[channel]
-        after, delta = before + len(values), values.mean() - self.mean[channel]
-        self.squares[channel] += values.var() * len(values) + delta**2 * before * len(values) / after
-        self.mean[channel] += delta * len(values) / after
-        self.count[channel] = after
-        self.low[channel] = min(self.low[channel], values.min())
-        self.high[channel] = max(self.high[channel], values.max())
+    def add(self, pixels: np.ndarray) -> None:
+        """Add an image's pixels, (n, C) float64; NaN is a missing one."""
+        missing = np.isnan(pixels)
+        count = len(pixels) - missing.sum(axis=0)
+        if missing.any():
+            mean = np.where(missing, 0.0, pixels).sum(axis=0) / np.maximum(count, 1)
+            squares = np.where(missing, 0.0, pixels - mean)
+            squares = np.square(squares).sum(axis=0)
+        else:
+            mean, squares = pixels.mean(axis=0), pixels.var(axis=0) * len(pixels)
+        # Merged image by image (Chan et al.), because a sum of squares of 16-bit pixels would lose precision.
+        delta, total = mean - self.mean, self.count + count
+        self.squares += squares + delta**2 * self.count * count / np.maximum(total, 1)
+        self.mean += delta * count / np.maximum(total, 1)
+        self.count = total
 
     @property
     def std(self) -> np.ndarray:
@@ -100,26 +82,6 @@ class ChannelStats:
         """(C,) standard deviations of the pixels times `factor`; 1 for a constant channel, which would divide by 0."""
         # The threshold is relative, since the data may have any unit.
         return np.where(self.std > 1e-9 * np.abs(self.mean), self.std * factor, 1.0)
-
-    def table(self, rescale_factor: float) -> list[dict[str, Any]]:
-        """For each channel, in raw units: `mean`, `std`, `min`, `p1`, `p50`, `p99` and `max`, None without data.
-
-        Also the shares `zeros` and `no_data` of its pixels; and as used, after rescaling: `image_mean`, `image_std`.
-        """
-        sample = np.concatenate(self._sample)
-        rows = []
-        for channel, (count, mean) in enumerate(zip(self.count, self.mean, strict=True)):
-            values = sample[:, channel][~np.isnan(sample[:, channel])]
-            figures = dict.fromkeys(("mean", "std", "min", "p1", "p50", "p99", "max"))
-            if count:
-                figures |= {"mean": mean, "std": self.std[channel], "min": self.low[channel], "max": self.high[channel]}
-            if len(values):
-                figures |= zip(("p1", "p50", "p99"), np.percentile(values, (1, 50, 99)), strict=True)
-            shares = {"zeros": self.zeros[channel] / self.total, "no_data": 1 - count / self.total}
-            used = {"image_mean": mean * rescale_factor, "image_std": self.divisor(rescale_factor)[channel]}
-            found = figures | shares | used
-            rows.append({key: None if value is None else float(value) for key, value in found.items()})
-        return rows
 
 
 def channel_stats(rows: Rows, num_channels: int, dtype: str, max_samples: int = 2048) -> dict[str, Any]:
@@ -143,11 +105,11 @@ def channel_stats(rows: Rows, num_channels: int, dtype: str, max_samples: int = 
             last_error = f"{row.key}: {error}"
             continue
         good += 1
-        stats.add(image * RESCALE_FACTORS[dtype])
+        stats.add(image.reshape(-1, num_channels) * RESCALE_FACTORS[dtype])
     if not good:
         name = rows.source.name
         raise DataError(f"none of {len(index)} images of {name} can be decoded ({last_error}); check the data")
-    if stats.infinite.any() or not np.isfinite(stats.std).all():
+    if not (np.isfinite(stats.mean).all() and np.isfinite(stats.std).all()):
         raise DataError(f"{rows.source.name} has pixels that are not finite numbers; replace them before training")
     return {
         "image_mean": stats.mean.tolist(),
