@@ -27,7 +27,18 @@ from .keys.run_keys import PretrainRecipe
 
 # Extra of the package -> the modules that need it. Models load and run without any.
 EXTRAS = {
-    "train": ["accelerate", "datasets", "evaluate", "fsspec", "jinja2", "pyarrow", "sklearn", "timm", "tqdm"],
+    "train": [
+        "accelerate",
+        "datasets",
+        "evaluate",
+        "fsspec",
+        "jinja2",
+        "pyarrow",
+        "sklearn",
+        "tifffile",
+        "timm",
+        "tqdm",
+    ],
     "export": ["onnx", "onnxruntime", "onnxscript"],
     "viz": ["matplotlib"],
     "demo": ["gradio"],

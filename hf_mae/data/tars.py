@@ -270,7 +270,7 @@ def _members(file: BinaryIO, url: str) -> Iterator[tuple[str, int, int]]:
             raise tarfile.ReadError from error
         offset += tarfile.BLOCKSIZE
         sparse = header.type == tarfile.GNUTYPE_SPARSE
-        more = sparse and block[482]  # its map goes on in the next block
+        more = sparse and block[482]  # its map continues in the next block
         while more:
             more = _header_block(file, offset)[504]
             offset += tarfile.BLOCKSIZE

@@ -181,7 +181,7 @@ def start_state(
         plan = StreamPlan.choose(recipe.images_per_step, ranks, recipe.num_workers, len(data.rows), access)
         return RunState(recipe.to_dict(), total_steps, plan, [0] * plan.num_streams, fingerprint)
     if stored.fingerprint != fingerprint:
-        change = f"{recipe.dataset} is not the data that this run was trained on (its files or rows changed)"
+        change = f"{data.rows.source.name} is not the data that this run was trained on (its files or rows changed)"
         if not recipe.allow_data_change:
             raise CheckpointError(f"{change}; restore the old data, or pass --allow_data_change true")
         logger.warning("%s; continuing with it, in a different order of samples from here on", change)
