@@ -167,14 +167,16 @@ def test_no_command_stores_or_shows_a_secret_or_a_path_that_was_not_typed(served
     run(f"pretrain {read} --output_dir p {TINY} --total_batch_size 4 --total_steps 2 --save_steps 1")
     shutil.rmtree(work / "p" / "checkpoint-2")
     run(f"pretrain {changed} --output_dir p {TINY} --total_batch_size 4 --total_steps 2 --save_steps 1 --resume auto")
-    # `datasets`, which makes the table that fine-tuning reads, takes the question mark of a query for a pattern.
-    fine = "finetune --model p --dataset good.tar --num_workers 0 --total_batch_size 4 --total_steps 2"
-    run(f"{fine} --eval_dataset {url('good.tar')} --output_dir f")
-    for protocol, model in (("knn", "p"), ("linear-probe", "p"), ("classification", "f")):
-        run(f"evaluate {protocol} --model {model} {read} --results {model}/results.json")
+    # `datasets`, which makes the table that these two read as --dataset, takes the question mark of a query for a
+    # pattern.
+    local = f"--dataset good.tar --eval_dataset {url('good.tar')} --num_workers 0"
+    run(f"finetune --model p {local} --total_batch_size 4 --total_steps 2 --output_dir f")
+    run(f"evaluate classification --model f {local} --results f/results.json")
+    for protocol in ("knn", "linear-probe"):
+        run(f"evaluate {protocol} --model p {read} --results p/results.json")
     for file in ("e.parquet", "e.npy"):
         run(f"embed --model p {read} --output {file}")
-    run(f"reconstruct --model p --dataset {data} --output r.png")
+    run(f"reconstruct {data} --model p --output r.png")
     for model in "pf":
         run(f"report {model} --output {model}.html")
         run(f"card --model {model} --output {model}.md")
