@@ -12,7 +12,14 @@ from . import __version__, register
 from .errors import UserError, nearest, short
 from .keys import Recipe
 from .keys.data_keys import InspectRecipe, PrepareRecipe
-from .keys.evaluation_keys import ClassificationRecipe, EmbedRecipe, KnnRecipe, LinearProbeRecipe, ScoreRecipe
+from .keys.evaluation_keys import (
+    ClassificationRecipe,
+    EmbedRecipe,
+    KnnRecipe,
+    LinearProbeRecipe,
+    PredictRecipe,
+    ScoreRecipe,
+)
 from .keys.finetune_keys import FinetuneRecipe
 from .keys.publishing_keys import (
     CardRecipe,
@@ -34,6 +41,7 @@ EXTRAS = {
         "fsspec",
         "jinja2",
         "pyarrow",
+        "scipy",
         "sklearn",
         "tifffile",
         "timm",
@@ -76,6 +84,7 @@ hf-mae evaluate knn --model outputs/mine --dataset path/to/images
 hf-mae evaluate linear-probe --model outputs/mine --dataset path/to/images
 hf-mae evaluate linear-probe --recipe linear_probe_vit_base_in1k --model outputs/base
 hf-mae evaluate classification --model outputs/finetune_quickstart --dataset digits
+hf-mae predict --model outputs/finetune_quickstart --dataset path/to/images --output predictions.csv
 hf-mae embed --model outputs/mine --dataset path/to/images --output features.parquet
 hf-mae reconstruct photo.jpg path/to/images --model outputs/mine --output picture.png
 hf-mae report outputs/mine
@@ -224,14 +233,14 @@ def _pretrain(recipe: PretrainRecipe) -> None:
 
 
 def _finetune(recipe: FinetuneRecipe) -> None:
+    from .evaluation.results import describe_figures
     from .training.finetune import finetune
 
     result, folder = finetune(recipe), recipe.output_dir
     if result:  # only the main process has one
         bad = result["data"].get("bad_samples", 0)
-        figures = ", ".join(f"{name} {value:.4g}" for name, value in result["figures"].items())
         print(
-            f"{figures}, on {result['data']['eval_images']:,} images\n"
+            "\n".join([f"evaluated on {result['data']['eval_images']:,} images", *describe_figures(result), ""])
             + (f"{bad} images could not be decoded: {folder}/bad_samples.jsonl\n" if bad else "")
             + f"model    {folder}\n"
             f"figures  {folder}/results.json\n"
@@ -280,6 +289,18 @@ def _show_result(recipe: ScoreRecipe, result: dict[str, Any] | None) -> None:
     if result:  # only the main process has one
         print(describe_result(result))
         print(f"added to {recipe.results_file}" if recipe.results_file else "not saved; pass --results FILE to save it")
+
+
+def _predict(recipe: PredictRecipe) -> None:
+    from accelerate import PartialState
+
+    from .evaluation.predictions import predict
+
+    written = predict(recipe)
+    PartialState().destroy_process_group()
+    if written:  # only the main process has one
+        classes = ", ".join(f"{name} {count:,}" for name, count in written["classes"].items() if count)
+        print(f"{written['images']:,} images{f' ({classes})' if classes else ''}: {written['path']}")
 
 
 def _embed(recipe: EmbedRecipe) -> None:
@@ -373,6 +394,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate knn": Command("classify by the nearest neighbours among frozen features", KnnRecipe, _knn),
     "evaluate linear-probe": Command("train a linear classifier on frozen features", LinearProbeRecipe, _linear_probe),
     "evaluate classification": Command("score a fine-tuned model", ClassificationRecipe, _classification),
+    "predict": Command("write what a fine-tuned model says of images without labels", PredictRecipe, _predict),
     "embed": Command("write frozen features of any data to a parquet or numpy file", EmbedRecipe, _embed),
     "reconstruct": Command(
         "draw original, masked and reconstructed images of a pretrained model", ReconstructRecipe, _reconstruct

@@ -219,12 +219,26 @@ def add_result(path: Path, result: dict[str, Any], key: str = "--results") -> No
             write_json(path, [*others, result])
 
 
+def show_figure(name: str, value: float) -> str:
+    """A figure of a result as text."""
+    return f"{value:.2f} %" if _is_percent(name) else f"{value:.4g}"
+
+
+def show_limits(name: str, limits: Sequence[float]) -> str:
+    """The lower and upper limit of a figure as text."""
+    return " to ".join(f"{limit:.2f}" if _is_percent(name) else f"{limit:.4g}" for limit in limits)
+
+
+def _is_percent(name: str) -> bool:
+    return "top" in name or name == "accuracy"
+
+
 def _is_whole_result(entry: Any) -> bool:
     """Whether an entry has everything that a card and a report show, with values of the right types."""
     tables = ("protocol", "data", "checkpoint", "figures")
     if not isinstance(entry, dict) or not all(isinstance(entry.get(name), dict) for name in tables):
         return False
-    data, ranges = entry["data"], entry.get("ranges", {})
+    data, limits = entry["data"], [entry.get("ranges", {}), entry.get("intervals", {})]
     texts = [entry["protocol"].get("name"), data.get("dataset"), data.get("evaluated_on")]
     optional = [data[name] for name in ("config", "revision") if data.get(name) is not None]
     counts = [data.get("eval_images"), data.get("classes"), data.get("train_images", 0)]
@@ -232,9 +246,26 @@ def _is_whole_result(entry: Any) -> bool:
         all(isinstance(text, str) for text in texts + optional)
         and all(map(is_count, counts))
         and all(map(is_number, entry["figures"].values()))
-        and isinstance(ranges, dict)
-        and all(isinstance(pair, list) and len(pair) == 2 and all(map(is_number, pair)) for pair in ranges.values())
+        and all(isinstance(pairs, dict) and all(map(_is_pair, pairs.values())) for pairs in limits)
+        and isinstance(per_class := entry.get("per_class", {}), dict)
+        and all(map(_is_class_table, per_class.values()))
     )
+
+
+def _is_class_table(value: Any) -> bool:
+    """Whether a value holds a class's support and figures, each with its interval."""
+    tables = [value.get("figures"), value.get("intervals")] if isinstance(value, dict) else [None]
+    return (
+        all(isinstance(table, dict) for table in tables)
+        and is_count(value.get("support"))
+        and tables[0].keys() == tables[1].keys()
+        and all(map(is_number, tables[0].values()))
+        and all(map(_is_pair, tables[1].values()))
+    )
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
 
 
 # ------------------------------------------------------------------------------------------ tolerant reading

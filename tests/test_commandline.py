@@ -389,10 +389,8 @@ def test_the_keys_that_a_resumed_run_may_change_are_these():
         "keep_checkpoints", "eval_steps", "max_eval_samples", "max_bad_fraction", "dry_run", "allow_data_change",
         "quality_steps", "quality_samples", "push_to_hub", "hub_private_repo",
     }  # fmt: skip
-    assert (
-        names_where(FinetuneRecipe, free=True)
-        == names_where(PretrainRecipe, free=True) & keys_of(FinetuneRecipe).keys()
-    )
+    shared = names_where(PretrainRecipe, free=True) & keys_of(FinetuneRecipe).keys()
+    assert names_where(FinetuneRecipe, free=True) == shared | {"predictions"}
     for kind in (PretrainRecipe, FinetuneRecipe):
         assert names_where(kind, place=True) == {
             "dataset", "dataset_config", "dataset_revision", "eval_dataset", "eval_split", "labels",
@@ -411,7 +409,7 @@ def test_the_choices_of_a_key_are_what_the_package_can_do():
 
 def test_a_card_leaves_out_how_a_run_was_started():
     started = {"recipe", "output_dir", "resume", "dry_run", "log_with"}
-    assert names_where(FinetuneRecipe, card=False) == started
+    assert names_where(FinetuneRecipe, card=False) == started | {"predictions"}
     assert names_where(PretrainRecipe, card=False) == started | {"push_to_hub", "hub_private_repo"}
 
 

@@ -337,6 +337,10 @@ def test_entries_that_a_card_cannot_use_are_left_out_of_it(folder, caplog):
         ("data", {**DATA, "train_images": None}), ("data", {**DATA, "train_images": "many"}),
         ("data", {**DATA, "eval_images": True}), ("data", {**DATA, "classes": -1}), ("data", {**DATA, "config": ["a"]}),
         ("data", {**DATA, "revision": 5}), ("ranges", None), ("ranges", [1, 2]), ("ranges", {"knn_top1": None}),
+        ("intervals", {"knn_top1": 1}), ("per_class", []), ("per_class", {"cat": None}),
+        ("per_class", {"cat": {"support": -1, "figures": {}, "intervals": {}}}),
+        ("per_class", {"cat": {"support": 1, "figures": {"ap": "a"}, "intervals": {"ap": [0, 1]}}}),
+        ("per_class", {"cat": {"support": 1, "figures": {"ap": 1}, "intervals": {}}}),
         ("ranges", {"knn_top1": [1]}), ("ranges", {"knn_top1": "ab"}), ("ranges", {"knn_top1": ["a", "b"]}),
     ):  # fmt: skip
         caplog.clear()

@@ -6,7 +6,7 @@ number the classes of the two splits that frozen features are evaluated on.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
@@ -17,10 +17,10 @@ import torch
 from ..errors import DataError, one_line
 from ..keys.finetune_keys import Problem
 from .order import Rows
-from .shards import Source
+from .shards import Row, Source
 from .splits import nfc
 
-LABELS_AT_ONCE = 256  # rows; all their images are in memory at once
+ROWS_AT_ONCE = 256  # their images are in memory at once
 SEPARATORS = (";", "|", ",")  # of class names in one text; the first that occurs in a data set is its separator
 
 
@@ -143,8 +143,13 @@ def labels_of(rows: Rows) -> list[Any]:
     labels = rows.source.known_labels()
     if labels is not None:
         return [labels[i] for i in rows.index.tolist()]
-    parts = (rows.index[start : start + LABELS_AT_ONCE] for start in range(0, len(rows), LABELS_AT_ONCE))
-    return [row.label for part in parts for row in rows.read(part)]
+    return [row.label for row in each_row(rows)]
+
+
+def each_row(rows: Rows) -> Iterator[Row]:
+    """All rows in order, undecoded; few of them are in memory at once."""
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        yield from rows.read(rows.index[start : start + ROWS_AT_ONCE])
 
 
 def named(label: Any, source: Source) -> Any:

@@ -2,19 +2,13 @@
 
 from typing import Any
 
-import torch
-from accelerate import Accelerator
 from transformers import EvalPrediction
 
-from ..classifier_mae import MAEForImageClassification
-from ..data.labels import Labels
 from ..data.sources import open_splits
-from ..data.transform import evaluation_spec, make_normalizer
 from ..keys.evaluation_keys import ClassificationRecipe
-from ..pretrained import load_with_processor
-from .metrics import make_compute_metrics
+from .metrics import detail, make_compute_metrics
+from .predictions import ClassifierRun, scores_of, write_predictions
 from .results import check_results_file, named_data, record_result
-from .table import encoded_batches, even_batches, extract_table, report_bad
 
 
 def evaluate_classification(recipe: ClassificationRecipe) -> dict[str, Any] | None:
@@ -27,32 +21,21 @@ def evaluate_classification(recipe: ClassificationRecipe) -> dict[str, Any] | No
         UserError: if the model or the data can't be read, or their labels don't match; one line with the remedy.
     """
     check_results_file(recipe)
-    accelerator = Accelerator()
-    model, processor = load_with_processor(MAEForImageClassification, recipe.model)
-    config: Any = model.config
-    device = accelerator.device
-    model.to(device)  # pyright: ignore[reportArgumentType]
-    with accelerator.main_process_first():
+    run = ClassifierRun(recipe)
+    with run.accelerator.main_process_first():
         _, rows, evaluated_on = open_splits(recipe, streaming=False, labelled=True)
-    problem = config.problem_type or "single_label_classification"
-    labels = Labels(problem, tuple(config.id2label[i] for i in range(config.num_labels)))
-    spec = evaluation_spec(config, processor)
-    normalize = make_normalizer(processor, device)
-
-    def logits(images: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.mixed_precision == "bf16"):
-            return model(normalize(images)).logits
-
-    batches = even_batches(rows, spec, recipe.batch_size, recipe.num_workers, accelerator)
-    table = extract_table(rows, encoded_batches(logits, batches))
-    report_bad(rows, table.bad, recipe.max_bad_fraction)
-    if not accelerator.is_main_process:
+    table = run.logits(rows)
+    if not run.accelerator.is_main_process:
         return None
-    prediction = EvalPrediction(table.values.numpy(), labels.targets(table.labels, rows.source).numpy())
+    labels, logits = run.labels, table.values.numpy()
+    targets = labels.targets(table.labels, rows.source).numpy()
+    if recipe.predictions:
+        scores = scores_of(labels, table.values)
+        write_predictions(recipe.predictions, "--predictions", labels, table.keys, scores, targets)
     protocol = {
         "name": "classification",
-        "image_size": list(spec.size),
-        "eval_resize": spec.eval_resize,
+        "image_size": list(run.spec.size),
+        "eval_resize": run.spec.eval_resize,
         "mixed_precision": recipe.mixed_precision,
     }
     data = {
@@ -61,4 +44,5 @@ def evaluate_classification(recipe: ClassificationRecipe) -> dict[str, Any] | No
         "bad_samples": len(table.bad),
         "classes": len(labels.names),
     }
-    return record_result(recipe, protocol, data, [make_compute_metrics(problem)(prediction)])
+    figures = make_compute_metrics(labels.problem)(EvalPrediction(logits, targets))
+    return record_result(recipe, protocol, data, [figures], detail(labels, logits, targets))

@@ -6,7 +6,7 @@
 import torch
 import torch.nn.functional as F
 
-from .table import Features, top_k_correct
+from .table import Features, top_k_correct, top_ks
 
 # Factors of half the squared weights, added to the mean cross-entropy. Each fit starts from the next stronger one's.
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
@@ -28,7 +28,7 @@ def fast_linear_accuracy(
     `max_iter` limits the steps of L-BFGS for each penalty.
 
     Returns:
-        `linear_top1` and `linear_top5` in percent; `linear_penalty`, the chosen penalty.
+        `linear_top1` and, with more than five classes, `linear_top5`, in percent; `linear_penalty`, the chosen penalty.
     """
     mean, std = train.values.mean(dim=0), train.values.std(dim=0, correction=0)
     std = torch.where(std > 0, std, 1.0)
@@ -47,12 +47,8 @@ def fast_linear_accuracy(
     _, penalty, weights = best
     weights = logistic_regression(values, labels, penalty, weights, max_iter)
     logits = torch.cat([_logits((part - mean).div(std).to(device), weights).cpu() for part in test.values.split(ROWS)])
-    share = 100 / len(test.labels)
-    return {
-        "linear_top1": share * top_k_correct(logits, test.labels, 1),
-        "linear_top5": share * top_k_correct(logits, test.labels, 5),
-        "linear_penalty": penalty,
-    }
+    accuracies = {k: 100 * top_k_correct(logits, test.labels, k) / len(test.labels) for k in top_ks(len(weights))}
+    return {**{f"linear_top{k}": value for k, value in accuracies.items()}, "linear_penalty": penalty}
 
 
 def logistic_regression(

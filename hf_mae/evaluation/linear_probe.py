@@ -26,7 +26,7 @@ from ..optim.schedule import lr_at, steps_of
 from .commands import Evaluation
 from .encoder import FrozenEncoder
 from .fast_linear import MAX_ITER, PENALTIES, fast_linear_accuracy
-from .table import encoded_batches, even_batches, report_bad, top_k_correct
+from .table import encoded_batches, even_batches, report_bad, top_k_correct, top_ks
 
 # The paper's settings: keys of the recipe, whose defaults are Table 10's, and those that can't be changed.
 PAPER_KEYS = ("total_batch_size", "epochs", "warmup_epochs", "blr", "min_lr", "weight_decay")
@@ -189,17 +189,17 @@ class ProbeRun:
 
     @torch.no_grad()
     def accuracy(self, eval_rows: Rows) -> tuple[dict[str, float], int]:
-        """`linear_top1` and `linear_top5` in percent on the evaluation crops, and the number of images."""
-        accelerator, bad = self.accelerator, []
+        """Accuracies in percent on the evaluation crops, named as in `fast_linear_accuracy`; the number of images."""
+        accelerator, bad, ks = self.accelerator, [], top_ks(len(self.classes))
         head = accelerator.unwrap_model(self.head).eval()
-        counts = torch.zeros(3, device=accelerator.device, dtype=torch.float64)
+        counts = torch.zeros(1 + len(ks), device=accelerator.device, dtype=torch.float64)
         size, workers = self.per_device_batch_size, self.recipe.num_workers
         batches = even_batches(eval_rows, self.encoder.spec, size, workers, accelerator, bar="evaluation")
         for batch, values in encoded_batches(self.encoder, batches):
             bad += batch.bad
             scores, labels = head(values), class_numbers(batch.labels, eval_rows.source, self.classes)
-            correct = [top_k_correct(scores, labels, k) for k in (1, 5)]
+            correct = [top_k_correct(scores, labels, k) for k in ks]
             counts += torch.tensor([len(batch.keys), *correct], device=counts.device)
-        images, top1, top5 = cast(torch.Tensor, accelerator.reduce(counts, "sum")).tolist()
+        images, *correct = cast(torch.Tensor, accelerator.reduce(counts, "sum")).tolist()
         report_bad(eval_rows, gather_object(bad), self.recipe.max_bad_fraction)
-        return {"linear_top1": 100 * top1 / images, "linear_top5": 100 * top5 / images}, int(images)
+        return {f"linear_top{k}": 100 * hits / images for k, hits in zip(ks, correct, strict=True)}, int(images)

@@ -15,8 +15,11 @@ from ..errors import without_secrets
 from ..files import sha256
 from ..keys.data_keys import SplitKeys
 from ..keys.evaluation_keys import ScoreRecipe
-from ..run_folder import FEW_IMAGES, WEIGHTS_NAME, add_result, read_results
+from ..run_folder import WEIGHTS_NAME, add_result, read_results, show_figure, show_limits
+from .intervals import accuracy_interval
+from .metrics import Details
 
+MOST_CLASSES = 20  # lines about single classes
 PACKAGES = ("torch", "transformers", "datasets", "scikit-learn", "numpy", "pillow")
 
 
@@ -48,7 +51,11 @@ def named_data(recipe: SplitKeys, split: str, evaluated_on: str, learned: bool =
 
 
 def make_result(
-    protocol: dict[str, Any], data: dict[str, Any], model: str, runs: list[dict[str, float]]
+    protocol: dict[str, Any],
+    data: dict[str, Any],
+    model: str,
+    runs: list[dict[str, float]],
+    details: Details | None = None,
 ) -> dict[str, Any]:
     """One entry of results.json.
 
@@ -57,11 +64,12 @@ def make_result(
         data: data set, splits and numbers of images.
         model: folder or Hub id, as typed.
         runs: figures of each repetition.
+        details: more about a single repetition.
 
     Returns:
         `protocol`, `data`; `checkpoint`: `path` and the `sha256` of its weights (None if they are in several files);
-        `figures`: means over the repetitions; `ranges`: smallest and largest of each, if there are several;
-        `versions`. All values have JSON types.
+        `figures`: means over the repetitions; `ranges`: smallest and largest of each, if there are several, otherwise
+        `intervals`: their 95 % bootstrap intervals; `per_class`, see `Details`; `versions`. All values have JSON types.
     """
     weights = cached_file(model, WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
     result = {
@@ -73,15 +81,25 @@ def make_result(
     if len(runs) > 1:
         values = {key: [run[key] for run in runs] for key in runs[0]}
         result["ranges"] = {key: [min(numbers), max(numbers)] for key, numbers in values.items()}
+    else:
+        accuracies = {key: value for key, value in runs[0].items() if "top" in key}
+        result["intervals"] = {key: accuracy_interval(value, data["eval_images"]) for key, value in accuracies.items()}
+    if details:
+        result["intervals"] |= details.intervals
+        result |= {"per_class": details.per_class} if details.per_class else {}
     result["versions"] = {"hf_mae": __version__, **{package: version(package) for package in PACKAGES}}
     return json.loads(json.dumps(result))
 
 
 def record_result(
-    recipe: ScoreRecipe, protocol: dict[str, Any], data: dict[str, Any], runs: list[dict[str, float]]
+    recipe: ScoreRecipe,
+    protocol: dict[str, Any],
+    data: dict[str, Any],
+    runs: list[dict[str, float]],
+    details: Details | None = None,
 ) -> dict[str, Any]:
     """Make an entry with `make_result`, and add it to the file that the recipe names."""
-    result = make_result(protocol, data, recipe.model, runs)
+    result = make_result(protocol, data, recipe.model, runs, details)
     if recipe.results_file:
         add_result(recipe.results_file, result)
     return result
@@ -100,21 +118,38 @@ def describe_result(result: dict[str, Any]) -> str:
     if differs := protocol.get("differs_from_source"):
         settings = ", ".join(f"{key} {value}" for key, value in differs.items())
         lines.append(f"differs from {protocol['source']}: {settings}")
+    return "\n".join([*lines, *describe_figures(result)])
+
+
+def describe_figures(result: dict[str, Any]) -> list[str]:
+    """A line for each figure of a result, and for each class."""
     width = max(len(key) for key in result["figures"])
-    lines += [f"  {key:{width}}  {' '.join(_describe_figure(key, result))}" for key in result["figures"]]
-    return "\n".join(lines)
+    lines = [f"  {key:{width}}  {' '.join(_describe_figure(key, result))}" for key in result["figures"]]
+    return [*lines, *_describe_classes(result.get("per_class", {}))]
 
 
 def _describe_figure(key: str, result: dict[str, Any]) -> Iterator[str]:
-    value, data = result["figures"][key], result["data"]
-    if "top" not in key:
-        yield f"{value:.3g}"
-        return
-    yield f"{value:.2f} %"
-    if data["eval_images"] < FEW_IMAGES:
-        yield f"of {data['eval_images']} images"
+    yield show_figure(key, result["figures"][key])
     if "ranges" in result:
-        yield "({:.2f} to {:.2f})".format(*result["ranges"][key])
+        yield f"({show_limits(key, result['ranges'][key])})"
+    elif limits := result.get("intervals", {}).get(key):
+        yield f"(95 % interval {show_limits(key, limits)})"
     neighbours = re.fullmatch(r"knn_top1_k(\d+)", key)
-    if neighbours and int(neighbours[1]) > (bank := data["train_images"]):
+    if neighbours and int(neighbours[1]) > (bank := result["data"]["train_images"]):
         yield f"(k is larger than the training set, so all {bank} images vote)"
+
+
+def _describe_classes(per_class: dict[str, Any]) -> Iterator[str]:
+    """A line for each class, for up to `MOST_CLASSES` of them: those with the lowest figures."""
+    scored = {name: entry for name, entry in per_class.items() if entry["figures"]}
+    if len(scored) > MOST_CLASSES:
+        lowest = sorted(scored, key=lambda name: next(iter(scored[name]["figures"].values())))[:MOST_CLASSES]
+        yield f"the {MOST_CLASSES} classes with the lowest figures, of {len(scored)}:"
+        scored = {name: scored[name] for name in lowest}
+    width = max(map(len, scored), default=0)
+    for name, entry in scored.items():
+        figures = ", ".join(
+            f"{key} {show_figure(key, value)} ({show_limits(key, entry['intervals'][key])})"
+            for key, value in entry["figures"].items()
+        )
+        yield f"  {name:{width}}  {entry['support']:,} images, {figures}"

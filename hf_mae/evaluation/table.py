@@ -155,3 +155,8 @@ def top_k_correct(scores: torch.Tensor, labels: torch.Tensor, k: int) -> int:
     """Number of rows of (n, K) scores whose label (n,) is among the k highest; all rows if k >= K."""
     best = scores.topk(min(k, scores.shape[1]), dim=1).indices
     return int((best == labels.to(best.device).unsqueeze(1)).sum())
+
+
+def top_ks(classes: int) -> tuple[int, ...]:
+    """The numbers k of the top-k accuracies to show: of up to five classes, all are among the first five."""
+    return (1, 5) if classes > 5 else (1,)

@@ -20,7 +20,7 @@ from ..files import as_utf8, is_hub_id, local_path, read_json, sha256
 from ..keys import height_width, names_where
 from ..keys.finetune_keys import FinetuneRecipe
 from ..keys.run_keys import PretrainRecipe
-from ..run_folder import CONFIG_NAME, FEW_IMAGES, RunFolder, curve, run_of
+from ..run_folder import CONFIG_NAME, FEW_IMAGES, RunFolder, curve, run_of, show_figure, show_limits
 
 LICENCES = {"apache-2.0": "Apache-2.0", "cc-by-nc-4.0": "CC BY-NC 4.0 (not for commercial use)"}
 LOCAL = " (local)"
@@ -146,7 +146,8 @@ class Card:
             images_per_second=statistics.median(speeds) if speeds else None,
             licence_name=LICENCES.get(str(self.licence), self.licence),
             count=_count,
-            figure=_figure,
+            figure=show_figure,
+            limits=show_limits,
             protocol=_protocol,
             settings=_settings,
             sides=lambda size: "{} x {}".format(*height_width(size)),
@@ -248,10 +249,3 @@ def _short(value: Any) -> str:
     if isinstance(value, dict):
         return "(" + ", ".join(f"{key} {_short(item)}" for key, item in value.items()) + ")"
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _figure(name: str, value: float, low_high: list[float] | None) -> str:
-    percent = " %" if "top" in name else ""
-    digits = ".2f" if percent else ".4g"
-    spread = f" ({low_high[0]:{digits}} to {low_high[1]:{digits}})" if low_high else ""
-    return f"{value:{digits}}{percent}{spread}"

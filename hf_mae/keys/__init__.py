@@ -23,6 +23,7 @@ BOOLEANS: dict[str, bool] = {
     **dict.fromkeys(("false", "no", "f", "n", "0"), False),
 }
 
+PICTURE_FILES = (".png", ".webp", ".jpg", ".jpeg")
 FINITE = sys.float_info.max
 
 # type of a word -> how the help writes it, and what an error says it should be
@@ -123,11 +124,12 @@ class Recipe:
             if value is not None and not all(low <= one <= min(high, FINITE) for one in _numbers(value)):
                 raise UserError(f"{name} {short(value)} is out of range; give a number {limits}")
 
-    def check_picture(self, name: str) -> None:
-        """Raise a UserError for a file that no picture can be written to; None passes."""
+    def check_ending(self, name: str, *endings: str) -> None:
+        """Raise a UserError for a file with another ending; None passes."""
         file = getattr(self, name)
-        if file is not None and not file.lower().endswith((".png", ".webp", ".jpg", ".jpeg")):
-            raise UserError(f"{name} {file} is not a .png, .webp or .jpg file; change its ending")
+        if file is not None and not file.lower().endswith(endings):
+            *others, last = endings
+            raise UserError(f"{name} {file} is not a {', '.join(others)} or {last} file; change its ending")
 
     def check_seed(self) -> None:
         """Raise a UserError for a seed that numpy doesn't take."""

@@ -1,8 +1,9 @@
 """How every command names its data, and the keys of `hf-mae prepare` and `hf-mae inspect`."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from . import Recipe, data_key, evaluation_key, hardware_key, inherit, output_key
+from . import PICTURE_FILES, Recipe, data_key, evaluation_key, hardware_key, inherit, output_key
 
 
 @dataclass
@@ -71,6 +72,15 @@ class SplitKeys(DataKeys):
         return SourceKeys(dataset=self.eval_dataset, **shared)
 
 
+PREDICTION_FILES = (".csv", ".parquet")
+
+
+def predictions_key(**changes: Any) -> Any:
+    """A file for what a classifier says of the images that it is evaluated on."""
+    text = "CSV or parquet file for the label, prediction and scores of each evaluation image"
+    return output_key(None, text, "none", metavar="FILE", **changes)
+
+
 @dataclass
 class PrepareRecipe(SourceKeys):
     """Keys of `hf-mae prepare SRC DST`."""
@@ -110,4 +120,4 @@ class InspectRecipe(SourceKeys):
 
     def check(self) -> None:
         self.check_least(max_samples=1, num_channels=1)
-        self.check_picture("output")
+        self.check_ending("output", *PICTURE_FILES)

@@ -7,7 +7,7 @@ from typing import Literal
 from ..errors import UserError
 from ..optim.schedule import scaled_lr
 from . import Recipe, data_key, evaluation_key, hardware_key, inherit, key, model_key, optimization_key, output_key
-from .data_keys import DataKeys, SplitKeys
+from .data_keys import PREDICTION_FILES, DataKeys, SplitKeys, predictions_key
 
 Pooling = Literal["mean", "cls", "both"]
 
@@ -74,6 +74,23 @@ class ClassificationRecipe(ScoreRecipe):
     max_samples: int | None = inherit(
         DataKeys, "max_samples", None, "maximum number of images that it was fine-tuned on"
     )
+    predictions: str | None = predictions_key()
+
+    def check(self) -> None:
+        super().check()
+        self.check_ending("predictions", *PREDICTION_FILES)
+
+
+@dataclass
+class PredictRecipe(FeatureRecipe):
+    """Keys of `hf-mae predict`."""
+
+    model: str = inherit(ModelInput, "model", help_text="folder or Hub id of a fine-tuned model")
+    output: str = output_key(help_text="file to write: .csv or .parquet", metavar="FILE")
+
+    def check(self) -> None:
+        super().check()
+        self.check_ending("output", *PREDICTION_FILES)
 
 
 @dataclass
@@ -167,6 +184,4 @@ class EmbedRecipe(FeatureRecipe):
 
     def check(self) -> None:
         super().check()
-        if Path(self.output).suffix not in FEATURE_FILES:
-            names = " or ".join(FEATURE_FILES)
-            raise UserError(f"output {self.output} is not a {names} file; change its ending")
+        self.check_ending("output", *FEATURE_FILES)

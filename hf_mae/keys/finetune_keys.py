@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from ..errors import UserError
 from . import ImageSize, data_key, evaluation_key, inherit, model_key, optimization_key
+from .data_keys import PREDICTION_FILES, predictions_key
 from .run_keys import RunRecipe
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class FinetuneRecipe(RunRecipe):
     min_lr: float = inherit(RunRecipe, "min_lr", 1e-6)
     layer_decay: float = optimization_key(0.75, "learning rate of a layer relative to that of the layer above it")
     adam_beta2: float = inherit(RunRecipe, "adam_beta2", 0.999)
+    predictions: str | None = predictions_key(free=True, card=False)
     ema_decay: float | None = optimization_key(
         None, "decay of a running average of the weights, such as 0.9999, which is evaluated and saved", "no average"
     )
@@ -87,6 +89,7 @@ class FinetuneRecipe(RunRecipe):
         self.check_range("eval_crop_pct", low=0.1, high=1)
         if self.blr <= 0:
             raise UserError(f"blr {self.blr} is not positive; the paper's recipes have 5e-4 and 1e-3")
+        self.check_ending("predictions", *PREDICTION_FILES)
         self.check_range("mixup", "cutmix")
         self.check_range("random_erasing", "label_smoothing", "drop_path_rate", "layer_decay", "ema_decay", high=1)
         mixed = [name for name in CLASS_MIXING if getattr(self, name)]

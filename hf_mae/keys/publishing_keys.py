@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import UserError
-from . import ImageSize, Recipe, data_key, key, masking_key, model_key, output_key, positional_key
+from . import PICTURE_FILES, ImageSize, Recipe, data_key, key, masking_key, model_key, output_key, positional_key
 from .evaluation_keys import ModelInput
 
 Statistics = Literal["visible", "true", "raw"]
@@ -125,7 +125,7 @@ class ReconstructRecipe(ModelInput):
     cell: int = output_key(128, "pixels of an image's longer side in the picture")
 
     def check(self) -> None:
-        self.check_picture("output")
+        self.check_ending("output", *PICTURE_FILES)
         self.check_least(max_images=1)
         self.check_range("cell", low=16, high=2048)
         self.check_seed()

@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
+from transformers import EvalPrediction, PrinterCallback, ProgressCallback, Trainer, TrainerState
 
 from ..data.labelled import Collator, LabelledImages, without_bad
-from ..data.labels import find_labels, labels_of
+from ..data.labels import each_row, find_labels, labels_of
 from ..data.loader import one_line_errors
 from ..data.mix import Mixing
 from ..data.order import Rows
 from ..data.sources import open_splits
 from ..data.transform import evaluation_spec
-from ..evaluation.metrics import make_compute_metrics
+from ..evaluation.metrics import arrays_of, detail, make_compute_metrics
+from ..evaluation.predictions import scores_of, write_predictions
 from ..evaluation.results import make_result, named_data
 from ..keys.finetune_keys import FinetuneRecipe
 from ..optim.groups import layer_decay_groups
@@ -134,10 +135,14 @@ class FinetuneRun:
             "train_dataset": self.train_images,
             "eval_dataset": self.eval_images,
             "processing_class": self.processor,
-            "compute_metrics": make_compute_metrics(recipe.problem_type),
+            "compute_metrics": self._compute_metrics,
             "optimizer_cls_and_kwargs": (torch.optim.AdamW, adamw),
             "callbacks": [EpochCallback(self.train_images), *average],
         }
+
+    def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        self.prediction = prediction  # that of the last evaluation is looked at in detail
+        return make_compute_metrics(self.recipe.problem_type)(prediction)
 
     def describe(self) -> None:
         """Print what the run will do, and write run_config.yaml."""
@@ -233,7 +238,13 @@ class FinetuneRun:
             "bad_samples": self._bad_samples(),
             "classes": len(self.labels.names),
         }
-        result = make_result(protocol, data, str(output_dir), [log.figures])
+        logits, targets = arrays_of(self.prediction)
+        if recipe.predictions:
+            keys = [row.key for row in each_row(self.eval_rows)]
+            scores = scores_of(self.labels, torch.from_numpy(logits))
+            write_predictions(recipe.predictions, "--predictions", self.labels, keys, scores, targets)
+        details = detail(self.labels, logits, targets)
+        result = make_result(protocol, data, str(output_dir), [log.figures], details)
         add_result(self.folder.results_file, result, "--output_dir")
         for checkpoint in self.folder.checkpoints():
             remove_folder(checkpoint)

@@ -176,7 +176,7 @@ def test_the_probe_learns_and_leaves_every_bit_of_the_encoder(folder):
     trained, _ = run.accuracy(bright_rows(96))
     assert images == 96
     assert untrained["linear_top1"] < 80 < trained["linear_top1"]
-    assert trained["linear_top5"] == 100
+    assert trained.keys() == {"linear_top1"}  # of two classes, all are among the first five
     after = run.encoder.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())

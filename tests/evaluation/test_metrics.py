@@ -10,6 +10,7 @@ from tiny import pixels, tiny
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from hf_mae import MAEForImageClassification, MAEImageProcessor
+from hf_mae.data.labels import Labels
 
 evaluate = pytest.importorskip("evaluate")
 metrics = pytest.importorskip("hf_mae.evaluation.metrics")
@@ -149,3 +150,61 @@ def test_logits_are_found_in_front_of_hidden_states():
 def test_an_unknown_problem_type_is_named():
     with pytest.raises(ValueError, match="'ranking' is unknown; use one of single_label"):
         metrics.make_compute_metrics("ranking")
+
+
+def test_top_5_is_left_out_where_all_classes_are_among_the_first_five():
+    measure = metrics.make_compute_metrics(None)
+    assert measure(EvalPrediction(*scores_and_labels(classes=5))).keys() == {"top1"}
+    assert measure(EvalPrediction(*scores_and_labels(classes=6))).keys() == {"top1", "top5"}
+
+
+def test_the_accuracy_of_each_class_is_its_share_of_hits():
+    scores = np.array([[2, 1, 0], [2, 1, 0], [0, 1, 2], [0, 3, 2]], np.float32)
+    labels = Labels("single_label_classification", ("cat", "dog", "owl"))
+    found = metrics.detail(labels, scores, np.array([0, 0, 0, 1]))
+    cat, dog, owl = (found.per_class[name] for name in labels.names)
+    assert cat == {"support": 3, "figures": {"accuracy": pytest.approx(200 / 3)}, "intervals": {"accuracy": [0, 100]}}
+    assert dog == {"support": 1, "figures": {"accuracy": 100}, "intervals": {"accuracy": [100, 100]}}
+    assert owl == {"support": 0, "figures": {}, "intervals": {}}
+    assert found.intervals == {}
+
+
+def test_multi_label_details_are_those_of_every_resample_measured_anew():
+    rng = np.random.default_rng(0)
+    targets = rng.integers(0, 2, (30, 3))
+    targets[:, 2] = 0
+    scores = (targets + rng.normal(size=targets.shape)).astype(np.float32)
+    found = metrics.detail(Labels("multi_label_classification", ("a", "b", "c")), scores, targets)
+    rng = np.random.default_rng(0)  # the draws of `bootstrap`
+    drawn = [np.sort(rng.integers(30, size=30)) for _ in range(1000)]
+    each = [
+        [measure(targets[rows, c], scores[rows, c]) for rows in drawn if 0 < targets[rows, c].sum() < 30]
+        for c in (0, 1)
+        for measure in (average_precision_score, roc_auc_score)
+    ]
+    for name, c in (("a", 0), ("b", 1)):
+        table = found.per_class[name]
+        assert table["support"] == targets[:, c].sum()
+        assert table["figures"] == pytest.approx(
+            {
+                "ap": average_precision_score(targets[:, c], scores[:, c]),
+                "auroc": roc_auc_score(targets[:, c], scores[:, c]),
+            }
+        )
+        for i, figure in enumerate(("ap", "auroc")):
+            assert table["intervals"][figure] == pytest.approx(np.percentile(each[2 * c + i], [2.5, 97.5]))
+    assert found.per_class["c"] == {"support": 0, "figures": {}, "intervals": {}}
+    for i, figure in enumerate(("map", "auroc")):
+        means = np.mean([each[i], each[2 + i]], axis=0)
+        assert found.intervals[figure] == pytest.approx(np.percentile(means, [2.5, 97.5]))
+
+
+def test_the_interval_of_a_mean_error_holds_the_error():
+    rng = np.random.default_rng(0)
+    scores, targets = rng.normal(size=(80, 2)).astype(np.float32), rng.normal(size=(80, 2)).astype(np.float32)
+    found = metrics.detail(Labels("regression", ("x", "y")), scores, targets)
+    assert found.per_class is None
+    low, high = found.intervals["mae"]
+    error = mean_absolute_error(targets, scores)
+    spread = np.abs(targets - scores).mean(axis=1).std() / np.sqrt(80)
+    assert (low, high) == pytest.approx((error - 1.96 * spread, error + 1.96 * spread), rel=0.03)

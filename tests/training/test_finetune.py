@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import torch
 import yaml
@@ -57,14 +58,35 @@ def test_a_run_ends_as_a_model_folder_that_the_pipeline_loads(pretrained, tmp_pa
     assert again["protocol"]["name"] == "classification"
     assert again["figures"] == pytest.approx({key: value for key, value in figures.items() if key != "loss"})
     assert again["data"]["eval_images"] == 92
+    assert again["per_class"] == results(out)["per_class"]
+    assert sum(table["support"] for table in again["per_class"].values()) == 92
+    assert again["intervals"] == results(out)["intervals"]
+    low, high = again["intervals"]["top1"]
+    assert low < figures["top1"] < high
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_a_run_writes_its_predictions_for_the_images_that_it_is_scored_on(pretrained, tmp_path, ending):
+    file = tmp_path / f"said.{ending}"
+    out = tune(tmp_path / "out", model=pretrained, max_samples=None, predictions=file)
+    said = pandas.read_csv(file) if ending == "csv" else pandas.read_parquet(file)
+    assert len(said) == results(out)["data"]["eval_images"] == 92
+    assert said.key[0].startswith("digits#")
+    right = said.label.astype(str) == said.prediction.astype(str)
+    assert results(out)["figures"]["top1"] == pytest.approx(100 * right.mean())
+    scores = said.filter(like="score_")
+    assert scores.idxmax(axis=1).str.removeprefix("score_").tolist() == said.prediction.astype(str).tolist()
+    assert scores.sum(axis=1).to_numpy() == pytest.approx(1)
 
 
 def test_a_finished_run_says_so_again_and_is_not_run_again(pretrained, tmp_path, capsys):
     out = tune(tmp_path / "out", model=pretrained)
     before = (out / "model.safetensors").stat().st_mtime_ns
-    first = capsys.readouterr().out.splitlines()[-4:]
+    first = capsys.readouterr().out
     assert start("finetune", *arguments(out, model=pretrained, resume="auto")) == 0
-    assert capsys.readouterr().out.splitlines() == first
+    again = capsys.readouterr().out
+    assert again.startswith("evaluated on 92 images\n")
+    assert first.endswith(again)
     assert (out / "model.safetensors").stat().st_mtime_ns == before
     assert start("finetune", *arguments(out, model=pretrained)) == 2
     assert "holds another run; continue it with --resume auto" in capsys.readouterr().err
@@ -75,7 +97,7 @@ def test_a_finished_run_says_so_without_a_count_of_bad_samples(pretrained, tmp_p
     entry = {"protocol": {"name": "fine-tuning"}, "data": data, "checkpoint": {}, "figures": {"top1": 50.0}}
     add_result(tmp_path / "out" / "results.json", entry)
     assert start("finetune", *arguments(tmp_path / "out", model=pretrained, resume="auto")) == 0
-    assert capsys.readouterr().out.startswith("top1 50, on 5 images\nmodel ")
+    assert capsys.readouterr().out.startswith("evaluated on 5 images\n  top1  50.00 %\nmodel ")
 
 
 @pytest.mark.parametrize(("blocks", "trained"), [("0", 0), ("0.5", 0.5), ("1", 1), ("all", 2)])

@@ -108,7 +108,7 @@ def test_images_of_every_kind_are_shown_or_named(saved, tmp_path, capsys):
         ({"images": "text.png"}, "text.png can't be shown: "),
         ({"model": "./nowhere"}, "--model ./nowhere can't be loaded"),
         ({"model": "encoder"}, "--model encoder has no weights for decoder"),
-        ({"output": "x.txt"}, "output x.txt is not a .png, .webp or .jpg file; change its ending"),
+        ({"output": "x.txt"}, "output x.txt is not a .png, .webp, .jpg or .jpeg file; change its ending"),
         ({"mask_ratios": 1.0}, "mask_ratio 1.0"),
         ({"mask_ratios": 0}, "mask_ratio"),
         ({"bands": 5}, "bands [5] can't be shown; give one or three numbers from 0 to 2"),

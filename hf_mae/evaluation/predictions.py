@@ -1,0 +1,149 @@
+"""What a classifier says of each image: `--predictions FILE`, and `hf-mae predict` for images without labels."""
+
+# Shape letters in this file
+#   n images   K classes
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import torch
+from accelerate import Accelerator
+
+from ..classifier_mae import MAEForImageClassification
+from ..data.labels import Labels
+from ..data.locate import locate
+from ..data.order import Rows
+from ..data.sources import open_split
+from ..data.transform import evaluation_spec, make_normalizer
+from ..errors import UserError
+from ..files import as_utf8, replaced, writing
+from ..keys.evaluation_keys import FeatureRecipe, PredictRecipe
+from ..pretrained import load_with_processor
+from .table import Table, encoded_batches, even_batches, extract_table, report_bad
+
+SEPARATOR = "; "  # of several classes in one text
+
+
+class ClassifierRun:
+    """A fine-tuned model and the processes that run it.
+
+    Args:
+        recipe: keys of the command.
+
+    Raises:
+        UserError: if the model can't be loaded.
+    """
+
+    def __init__(self, recipe: FeatureRecipe):
+        self.recipe, self.accelerator = recipe, Accelerator()
+        self.model, processor = load_with_processor(MAEForImageClassification, recipe.model)
+        config: Any = self.model.config
+        self.model.to(self.accelerator.device)  # pyright: ignore[reportArgumentType]
+        problem = config.problem_type or "single_label_classification"
+        self.labels = Labels(problem, tuple(config.id2label[i] for i in range(config.num_labels)))
+        self.spec = evaluation_spec(config, processor)
+        self.normalize = make_normalizer(processor, self.accelerator.device)
+
+    def logits(self, rows: Rows) -> Table:
+        """The logits of all rows, (n, K), on every process.
+
+        Raises:
+            DataError: if too many images can't be decoded.
+            UserError: if logits are not finite.
+        """
+        recipe, accelerator = self.recipe, self.accelerator
+
+        def encode(images: torch.Tensor) -> torch.Tensor:
+            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.mixed_precision == "bf16"):
+                return self.model(self.normalize(images)).logits
+
+        batches = even_batches(rows, self.spec, recipe.batch_size, recipe.num_workers, accelerator, bar="images")
+        table = extract_table(rows, encoded_batches(encode, batches))
+        report_bad(rows, table.bad, recipe.max_bad_fraction)
+        if not table.values.isfinite().all():
+            raise UserError(f"outputs of --model {recipe.model} are not finite; its training has diverged")
+        return table
+
+
+def predict(recipe: PredictRecipe) -> dict[str, Any] | None:
+    """Write what a fine-tuned model says of the images of a split, which need no labels.
+
+    Returns:
+        `path`; `images`, the number written; `classes`, class -> number of images that it was predicted for, empty for
+        regression. None on all but the main process.
+
+    Raises:
+        UserError: for anything a user can fix; one line with the remedy.
+    """
+    run = ClassifierRun(recipe)
+    with run.accelerator.main_process_first():
+        rows = Rows(open_split(locate(recipe), recipe.split), max_samples=recipe.max_samples)
+    table = run.logits(rows)
+    if not run.accelerator.is_main_process:
+        return None
+    scores = scores_of(run.labels, table.values)
+    write_predictions(recipe.output, "--output", run.labels, table.keys, scores)
+    found = [name for row in predicted(run.labels, scores) for name in row]
+    counts = {name: found.count(name) for name in run.labels.names} if found else {}
+    return {"path": recipe.output, "images": len(table.keys), "classes": counts}
+
+
+def scores_of(labels: Labels, logits: torch.Tensor) -> np.ndarray:
+    """Probabilities of the classes, or the numbers of a regression, (n, K), from logits of that size."""
+    if labels.problem == "regression":
+        return logits.numpy()
+    return (logits.softmax(dim=1) if labels.problem == "single_label_classification" else logits.sigmoid()).numpy()
+
+
+def predicted(labels: Labels, scores: np.ndarray) -> list[list[str]]:
+    """The classes that each image is said to have: the likeliest, or all above one half; none for a regression."""
+    if labels.problem == "regression":
+        return [[] for _ in scores]
+    if labels.problem == "single_label_classification":
+        return [[labels.names[c]] for c in scores.argmax(axis=1)]
+    return [[labels.names[c] for c in np.flatnonzero(row > 0.5)] for row in scores]
+
+
+def write_predictions(
+    path: str, flag: str, labels: Labels, keys: Sequence[str], scores: np.ndarray, targets: np.ndarray | None = None
+) -> None:
+    """Write a CSV or parquet file with a row for each image.
+
+    Its columns are `key`, the image's place in the source; `label`, if there are targets; `prediction`, the class or
+    classes (not for a regression); and `score_CLASS` of each class: its probability, or the predicted number.
+
+    Args:
+        path: file to write, .csv or .parquet.
+        flag: the key of the command that named it.
+        labels: the classes.
+        keys: of the n images.
+        scores: (n, K), from `scores_of`.
+        targets: the targets that `labels` makes, (n,) or (n, K).
+
+    Raises:
+        UserError: if the file can't be written.
+    """
+    columns: dict[str, Any] = {"key": [as_utf8(key) for key in keys]}
+    if targets is not None:
+        columns["label"] = _true_labels(labels, targets)
+    if labels.problem != "regression":
+        columns["prediction"] = [SEPARATOR.join(row) for row in predicted(labels, scores)]
+    columns |= {f"score_{as_utf8(name)}": scores[:, c] for c, name in enumerate(labels.names)}
+    table = pa.table(columns)
+    with writing(path, flag):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with replaced(Path(path)) as temporary:
+            (pq.write_table if path.endswith(".parquet") else pyarrow.csv.write_csv)(table, temporary)
+
+
+def _true_labels(labels: Labels, targets: np.ndarray) -> list[Any]:
+    if labels.problem == "single_label_classification":
+        return [labels.names[c] for c in targets]
+    if labels.problem == "regression":
+        return [row[0] if len(row) == 1 else SEPARATOR.join(map(str, row)) for row in targets.tolist()]
+    return [SEPARATOR.join(labels.names[c] for c in np.flatnonzero(row)) for row in targets]
