@@ -13,7 +13,10 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from hub_server import HubServer
 from PIL import Image
 from runs import environment
 
@@ -112,6 +115,17 @@ def picture(number: int) -> bytes:
     return stream.getvalue()
 
 
+@pytest.mark.parametrize("name", ["t.tar", "t.parquet"])
+def test_files_with_a_signature_are_downloaded_into_a_table(served, own_caches_of_urls, name):
+    folder, url = served
+    images = [png(number) for number in range(3)]
+    write_tar(folder / "t.tar", [(f"{number}.png", image) for number, image in enumerate(images)])
+    pq.write_table(pa.table({"image": [{"bytes": image, "path": None} for image in images]}), folder / "t.parquet")
+    source = open_source(url(name), streaming=False)
+    assert [row.image for row in source.read(0, [0, 1, 2])] == images
+    assert "CANARY" not in json.dumps([source.fingerprint, source.name, source.shard_names])
+
+
 def test_keys_and_fingerprints_have_no_signature(served, own_caches_of_urls):
     folder, url = served
     write_files(folder, {"a.png": png(1)})
@@ -137,8 +151,14 @@ TINY = """
 """
 
 
+@pytest.fixture
+def hub(tmp_path):
+    with HubServer(tmp_path / "hub") as server:
+        yield server
+
+
 @pytest.mark.slow
-def test_no_command_stores_or_shows_a_secret_or_a_path_that_was_not_typed(served, tmp_path):
+def test_no_command_stores_or_shows_a_secret_or_a_path_that_was_not_typed(served, tmp_path, hub):
     folder, url = served
     members = [part for i in range(40) for part in ((f"{i:03d}.png", picture(i)), (f"{i:03d}.cls", b"%d" % (i % 2)))]
     members[4] = ("002.png", b"\x89PNG broken")
@@ -150,9 +170,9 @@ def test_no_command_stores_or_shows_a_secret_or_a_path_that_was_not_typed(served
     home, hf_home = tmp_path / "HOMECANARY", tmp_path / "HFHOMECANARY"
     said, failed = [], []
 
-    def run(command: str, status: int = 0):
+    def run(command: str, status: int = 0, **more: str):
         variables = environment() | {"HOME": str(home), "HF_HOME": str(hf_home), "ACCELERATE_USE_CPU": "true"}
-        variables |= {"HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path)}
+        variables |= {"HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path), **more}
         words = [sys.executable, "-m", "hf_mae.cli", *command.split()]
         done = subprocess.run(words, capture_output=True, cwd=work, env=variables, timeout=600)
         said.append((command, done.stdout + done.stderr))
@@ -167,11 +187,10 @@ def test_no_command_stores_or_shows_a_secret_or_a_path_that_was_not_typed(served
     run(f"pretrain {read} --output_dir p {TINY} --total_batch_size 4 --total_steps 2 --save_steps 1")
     shutil.rmtree(work / "p" / "checkpoint-2")
     run(f"pretrain {changed} --output_dir p {TINY} --total_batch_size 4 --total_steps 2 --save_steps 1 --resume auto")
-    # `datasets`, which makes the table that these two read as --dataset, takes the question mark of a query for a
-    # pattern.
-    local = f"--dataset good.tar --eval_dataset {url('good.tar')} --num_workers 0"
-    run(f"finetune --model p {local} --total_batch_size 4 --total_steps 2 --output_dir f")
-    run(f"evaluate classification --model f {local} --results f/results.json")
+    good = f"--dataset {url('good.tar')} --num_workers 0"
+    run(f"finetune --model p {good} --total_batch_size 4 --total_steps 2 --output_dir f --predictions f.csv")
+    run(f"evaluate classification --model f {good} --results f/results.json --predictions again.parquet")
+    run(f"predict --model f {read} --output predicted.csv")
     for protocol in ("knn", "linear-probe"):
         run(f"evaluate {protocol} --model p {read} --results p/results.json")
     for file in ("e.parquet", "e.npy"):
@@ -180,11 +199,18 @@ def test_no_command_stores_or_shows_a_secret_or_a_path_that_was_not_typed(served
     for model in "pf":
         run(f"report {model} --output {model}.html")
         run(f"card --model {model} --output {model}.md")
+    run("convert p converted --to vit_mae")
+    run("export p exported --to torch_export")
+    run(f"demo --model p --gallery {data} --output_dir space")
+    own = ("HF_ENDPOINT", "HF_HUB_DISABLE_XET", "NO_PROXY", "no_proxy")
+    online = {name: hub.env[name] for name in own} | {"HF_TOKEN": "TOKENCANARY", "HF_HUB_OFFLINE": "0"}
+    for model in "pf":
+        run(f"push {model} --repo_id user/{model}", **online)
     run(f"inspect --dataset {url('absent.tar')}", 2)
     run(f"inspect --dataset {data.replace('PASSWORDCANARY', 'WRONGCANARY')}", 2)
     assert failed == []
     canary = b"CANARY"
     assert [(command, text) for command, text in said if canary in text] == []
-    written = [path for path in work.rglob("*") if path.is_file()]
+    written = [path for place in (work, tmp_path / "hub") for path in place.rglob("*") if path.is_file()]
     assert len(written) > 30
-    assert [str(path.relative_to(work)) for path in written if canary in path.read_bytes()] == []
+    assert [str(path.relative_to(tmp_path)) for path in written if canary in path.read_bytes()] == []

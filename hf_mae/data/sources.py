@@ -231,8 +231,8 @@ def _open_saved(place: Place, split: str) -> Source:
 def _open_mapped(place: Place, split: str, streaming: bool | None) -> Source:
     builder = place.builder
     if builder is None:
-        data_files = {split: [glob.escape(file) for file in place.urls(split)]}
-        builder = load_builder(place.name, place.kind, data_files=data_files)
+        files = map(glob.escape, _without_queries(place, place.urls(split)))
+        builder = load_builder(place.name, place.kind, data_files={split: list(files)})
     if place.kind == "imagefolder" and any(file.lower().endswith(PACKED) for file in place.splits[split]):
         # `datasets` 5.2 takes the archive's own folder for the class of each of its files, and then refuses it.
         logger.warning("%s: class folders inside archives are not read as labels; unpack them to use these", place.name)
@@ -256,6 +256,15 @@ def _open_mapped(place: Place, split: str, streaming: bool | None) -> Source:
     source = ArrowSource(place, split, table, follow_paths=own_files)
     source.fingerprint = _fingerprint(place, source) | {"kind": f"{place.kind}, mapped"}
     return source
+
+
+def _without_queries(place: Place, urls: list[str]) -> list[str]:
+    """The files, downloaded if they have queries: `datasets` would take a URL's question mark for a wildcard."""
+    if all(without_query(url) == url for url in urls):
+        return urls
+    import datasets
+
+    return with_retries(lambda: datasets.DownloadManager().download(urls), place.name)
 
 
 def _rows_to_map(place: Place, split: str, streaming: bool | None) -> int:
