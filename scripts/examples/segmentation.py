@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from transformers import UperNetConfig, UperNetForSemanticSegmentation
 
@@ -97,7 +97,8 @@ def draw_shapes(seed: int | np.integer, size: int) -> Pair:
 def read_pair(image: Path) -> Pair:
     """An image of ADE20K and its classes: there 1 to 150 and 0 = not labelled, here 0 to 149 and 255."""
     labels = Path(str(image).replace("images", "annotations")).with_suffix(".png")
-    return Image.open(image).convert("RGB"), np.array(Image.open(labels)) - np.uint8(1)
+    upright = ImageOps.exif_transpose(Image.open(image))  # the label map is drawn for the upright photograph
+    return upright.convert("RGB"), np.array(Image.open(labels)) - np.uint8(1)
 
 
 def training_pairs(data: Path | None, size: int, seed: int) -> Iterator[tuple[Pair, np.random.Generator]]:
