@@ -1,5 +1,6 @@
 """Scores of a fine-tuned model on a labelled split, with the evaluation crop of its image processor."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ from ..classifier_mae import MAEForImageClassification
 from ..data.labels import Labels
 from ..data.sources import open_splits
 from ..data.transform import evaluation_spec, make_normalizer
+from ..errors import without_secrets
 from ..keys.evaluation_keys import ClassificationRecipe
 from ..pretrained import load_with_processor
+from ..run_folder import RunFolder
 from .metrics import make_compute_metrics
 from .results import check_results_file, named_data, record_result
 from .table import encoded_batches, even_batches, extract_table, report_bad
@@ -27,14 +30,15 @@ def evaluate_classification(recipe: ClassificationRecipe) -> dict[str, Any] | No
         UserError: if the model or the data can't be read, or their labels don't match; one line with the remedy.
     """
     check_results_file(recipe)
+    recipe = with_fraction_of_run(recipe)
     accelerator = Accelerator()
     model, processor = load_with_processor(MAEForImageClassification, recipe.model)
     config: Any = model.config
     device = accelerator.device
     model.to(device)  # pyright: ignore[reportArgumentType]
-    with accelerator.main_process_first():
-        _, rows, evaluated_on = open_splits(recipe, streaming=False, labelled=True)
     problem = config.problem_type or "single_label_classification"
+    with accelerator.main_process_first():
+        _, rows, evaluated_on = open_splits(recipe, streaming=False, labelled=True, problem=problem)
     labels = Labels(problem, tuple(config.id2label[i] for i in range(config.num_labels)))
     spec = evaluation_spec(config, processor)
     normalize = make_normalizer(processor, device)
@@ -62,3 +66,13 @@ def evaluate_classification(recipe: ClassificationRecipe) -> dict[str, Any] | No
         "classes": len(labels.names),
     }
     return record_result(recipe, protocol, data, [make_compute_metrics(problem)(prediction)])
+
+
+def with_fraction_of_run(recipe: ClassificationRecipe) -> ClassificationRecipe:
+    """Hold out the `eval_fraction` of the run that wrote the model, on that run's data and unless told otherwise."""
+    run, _ = RunFolder(recipe.model).config()
+    fraction, typed = run.get("eval_fraction"), recipe.eval_fraction or recipe.eval_dataset or recipe.eval_split
+    same_data = all(run.get(name) == without_secrets(getattr(recipe, name)) for name in ("dataset", "split"))
+    if typed or not same_data or not isinstance(fraction, float):
+        return recipe
+    return replace(recipe, eval_fraction=fraction)
