@@ -24,3 +24,10 @@ def obvious_stream(rows: Rows, seed: int, number: int, count: int):
         order = obvious_order(rows, seed, epoch)
         for index in order[number * len(order) // count : (number + 1) * len(order) // count]:
             yield epoch, index
+
+
+def obvious_hash(shard: int, row: int) -> float:
+    """splitmix64 of a row's place, in [0, 1)."""
+    key = ((shard << 40) + row + 0x9E3779B97F4A7C15) * 0xBF58476D1CE4E5B9 % 2**64
+    key = (key ^ key >> 27) * 0x94D049BB133111EB % 2**64
+    return (key ^ key >> 31) / 2**64

@@ -246,6 +246,8 @@ IMPOSSIBLE = {
     "a pattern without files": ({"dataset": "shard-{000..002}.tar"}, ["shard-000.tar"]),
     "a split that isn't": ({"split": "tset"}, ["no split 'tset'", "train"]),
     "an evaluation split that isn't": ({"eval_split": "tset"}, ["no split 'tset'", "train"]),
+    "all images held out": ({"eval_fraction": 0.9999999}, ["1797 rows", "eval_fraction 0.9999999", "--eval_dataset"]),
+    "two ways to evaluate": ({"eval_fraction": 0.1, "eval_split": "train"}, ["eval_split is train; leave out one"]),
     "evaluation data that isn't": ({"eval_dataset": "./nowhere"}, ["./nowhere"]),
     "a model that isn't": ({"model": "./nowhere"}, ["--model ./nowhere can't be loaded"]),
     "a checkpoint that isn't": ({"resume": "nowhere/checkpoint-3"}, ["nowhere/checkpoint-3", "not a complete"]),

@@ -12,6 +12,7 @@ from functools import cached_property
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..errors import DataError, one_line
@@ -107,8 +108,15 @@ def find_labels(rows: Rows, problem: Problem) -> Labels:
     Raises:
         DataError: if there are no labels, only one class, or labels that don't fit the problem.
     """
-    source = rows.source
-    values = _whole(labels_of(rows), source, problem)
+    labels = _labels_among(labels_of(rows), rows.source, problem)
+    if len(labels.names) < (2 if problem == "single_label_classification" else 1):
+        found = f"only one class ({labels.names[0]})" if labels.names else "no class"
+        raise DataError(f"{rows.source.name} has {found}; two or more are needed: check the labels")
+    return labels
+
+
+def _labels_among(values: Sequence[Any], source: Source, problem: Problem) -> Labels:
+    values = _whole(values, source, problem)
     if problem == "regression":
         return Labels(problem, tuple(f"LABEL_{i}" for i in range(len(_numbers(values[0], source)))))
     multiple = problem == "multi_label_classification"
@@ -124,11 +132,32 @@ def find_labels(rows: Rows, problem: Problem) -> Labels:
         raise DataError(f"{source.name} has the label {str(other)[:50]}, which doesn't fit {problem}; {remedy}")
     if multi_hot:
         return Labels(problem, tuple(str(i) for i in range(len(values[0]))))
-    names = _class_names([value for row in values for value in row] if multiple else values, source)
-    if len(names) < 2 and not (multiple and names):
-        found = f"only one class ({names[0]})" if names else "no class"
-        raise DataError(f"{source.name} has {found}; two or more are needed: check the labels")
-    return Labels(problem, names)
+    return Labels(problem, _class_names([value for row in values for value in row] if multiple else values, source))
+
+
+def class_groups(source: Source, problem: Problem) -> np.ndarray:
+    """The class of each row, so that a part of each class can be held out.
+
+    A row with several classes belongs to its rarest one, or the first of these. Rows without any class are a group too.
+
+    Returns:
+        (n,) int64 class indices; the number of classes for rows without any; -1 for `unlisted` rows.
+
+    Raises:
+        DataError: if a label is missing, or doesn't fit the problem.
+    """
+    rows = Rows(source, labelled=True)
+    values = labels_of(rows)
+    if source.known_labels() is None:
+        source.read_labels = values  # reading them again would read all images again
+    targets = _labels_among(values, source, problem).targets(values, source).numpy()
+    if targets.ndim == 2:
+        counts = targets.sum(axis=0)
+        rarest = np.where(targets, counts, np.inf).argmin(axis=1)
+        targets = np.where(targets.any(axis=1), rarest, len(counts))
+    groups = np.full(len(source), -1)
+    groups[rows.index] = targets
+    return groups
 
 
 def _class_names(values: Sequence[Any], source: Source) -> tuple[str, ...]:

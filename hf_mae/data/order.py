@@ -22,7 +22,7 @@ import numpy as np
 from ..errors import DataError
 from .shards import Row, Source
 
-HELD_OUT = 0.05  # share held out for evaluation if a source has no evaluation split
+HELD_OUT = 0.05  # share held out for evaluation if a source has no evaluation split and no share is given
 
 # Salts keep the random numbers of different uses apart. Don't change them: that would change the order of samples.
 _BLOCKS, _ROWS = 1, 2
@@ -35,14 +35,35 @@ def held_out(shards: np.ndarray, rows: np.ndarray, fraction: float) -> np.ndarra
 
     `shards` and `rows` (n,) are each row's shard and its number there; `fraction` is in [0, 1). Returns (n,) bool.
     """
+    hashes = _hash(shards, rows)
+    out = hashes.astype(np.float64) / 2.0**64 < fraction
+    if fraction and len(out) > 1 and not out.any():
+        out[hashes.argmin()] = True
+    return out
+
+
+def held_out_of_each(groups: np.ndarray, shards: np.ndarray, rows: np.ndarray, fraction: float) -> np.ndarray:
+    """Hold out the same fraction of each group of rows: those with the smallest hashes, so mostly as `held_out` does.
+
+    A group of two or more rows has at least one on either side; a single row isn't held out.
+
+    `groups` (n,) is the number of each row's group; the rest is as for `held_out`.
+    """
+    order = np.lexsort([_hash(shards, rows), groups])
+    _, starts, counts = np.unique(groups[order], return_index=True, return_counts=True)
+    most = np.rint(fraction * counts).clip(1, None).clip(None, counts - 1)
+    out = np.empty(len(groups), dtype=bool)
+    out[order] = np.arange(len(groups)) < np.repeat(starts + most, counts)
+    return out
+
+
+def _hash(shards: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """A different number for each place, (n,) uint64, evenly spread."""
     key = (shards.astype(np.uint64) << np.uint64(40)) + rows.astype(np.uint64)
     # splitmix64: neighbouring places get unrelated numbers.
     key = (key + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
     key = (key ^ (key >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    out = (key := key ^ (key >> np.uint64(31))).astype(np.float64) / 2.0**64 < fraction
-    if fraction and len(out) > 1 and not out.any():
-        out[key.argmin()] = True
-    return out
+    return key ^ (key >> np.uint64(31))
 
 
 def spread(index: np.ndarray, most: int, source: Source) -> np.ndarray:
@@ -61,6 +82,7 @@ class Rows:
         held_out_fraction: share of the rows that are held out, in [0, 1).
         max_samples: maximum number of rows, chosen by `spread`; all rows when omitted.
         labelled: whether to leave out the `unlisted` rows of the source.
+        groups: (n,) group of each row of the source; then the same share of each group is held out.
 
     Attributes:
         index: (n,) numbers of these rows in the whole source, from 0, ascending.
@@ -78,24 +100,29 @@ class Rows:
         held_out_fraction: float = HELD_OUT,
         max_samples: int | None = None,
         labelled: bool = False,
+        groups: np.ndarray | None = None,
     ):
         self.source = source
         sizes = np.asarray(source.shard_sizes, dtype=np.int64)
         self.shard_starts = np.concatenate([[0], np.cumsum(sizes)])
         index = np.arange(self.shard_starts[-1])
         if part != "all":
-            out = held_out(*self.place(index), held_out_fraction)
+            place = self.place(index)
+            if groups is None:
+                out = held_out(*place, held_out_fraction)
+            else:
+                out = held_out_of_each(groups, *place, held_out_fraction)
             index = index[out if part == "held_out" else ~out]
         if labelled and source.unlisted is not None:
             index = index[~source.unlisted[index]]
         if max_samples is not None:
             index = spread(index, max_samples, source)
         if len(index) == 0:
-            few = "" if part == "all" else ", too few to train on some and evaluate on others"
-            raise DataError(
-                f"split {source.split} of {source.name} has {int(sizes.sum())} rows{few}; give more data"
-                + (", or an --eval_dataset" if few else ", or another split")
-            )
+            what, remedy = f"split {source.split} of {source.name} has {int(sizes.sum())} rows", "or another split"
+            if part != "all":
+                what += f", too few to train on some and evaluate on others with eval_fraction {held_out_fraction}"
+                remedy = "another --eval_fraction or an --eval_dataset"
+            raise DataError(f"{what}; give more data, {remedy}")
         self.index = index
         starts = [0] if source.random_access else [self.shard_starts[s] + start for s, start, _ in source.blocks]
         edges = np.searchsorted(index, [*starts, self.shard_starts[-1]])

@@ -63,6 +63,7 @@ class Source:
         label_names: class names by index; None if they are unknown. A label may be a list of such indices.
         label_remedy: what a user can do if images have no label.
         unlisted: which rows have no label in a table that has those of others, (n,) bool; None without such a table.
+        read_labels: the labels of all rows, in order, once someone has read them; None before.
         fingerprint: values that can be stored as JSON and differ if the data differs; no absolute paths, no secrets.
     """
 
@@ -75,6 +76,7 @@ class Source:
         self.label_names: list[str] | None = None
         self.label_remedy = LABEL_REMEDY
         self.unlisted: np.ndarray | None = None
+        self.read_labels: list[Any] | None = None
         self.fingerprint: dict[str, Any] = {}
 
     def __len__(self) -> int:
@@ -94,7 +96,7 @@ class Source:
 
     def known_labels(self) -> list[Any] | None:
         """The labels of all rows, in order; None if they can only be found by reading the rows."""
-        return None
+        return self.read_labels
 
     def _row(self, shard: int, row: int, image: bytes | np.ndarray | BadImage, label: Any) -> Row:
         return Row(shard, row, f"{self.shard_names[shard]}#{row}", image, label)

@@ -16,9 +16,11 @@ import numpy as np
 from ..errors import DataError, one_line, public_logger
 from ..files import plain_name
 from ..keys.data_keys import DataKeys, SplitKeys
+from ..keys.finetune_keys import Problem
 from .builders import load_builder
 from .kinds import PACKED
 from .label_files import attach
+from .labels import class_groups
 from .listing import shown
 from .locate import locate
 from .order import HELD_OUT, Rows
@@ -48,12 +50,21 @@ def open_source(dataset: str, *, streaming: bool | None = None, **keys: Any) -> 
     return open_split(locate(named), named.split, streaming)
 
 
-def open_splits(keys: SplitKeys, streaming: bool | None = None, labelled: bool = False) -> tuple[Rows, Rows, str]:
+def open_splits(
+    keys: SplitKeys, streaming: bool | None = None, labelled: bool = False, problem: Problem | None = None
+) -> tuple[Rows, Rows, str]:
     """Open the rows to learn from and those to evaluate on.
 
-    Without `eval_dataset` and `eval_split`, the evaluation split is found by its name; a data set that has none gets a
-    held-out part, chosen by a hash of each row's place. `streaming` is for `dataset` alone. `labelled` leaves out the
-    images that a table of labels doesn't list. Errors are those of `locate` and `open_split`.
+    Without `eval_dataset` and `eval_split`, the evaluation split is found by its name. A data set that has none gets a
+    held-out part, and so does one for which `eval_fraction` is given. Errors are those of `locate` and `open_split`.
+
+    Args:
+        keys: the data.
+        streaming: as for `open_split`, for `dataset` alone.
+        labelled: whether to leave out the images that a table of labels doesn't list.
+        problem: hold out a part of each class, for labels of this kind. When omitted, a part of all rows, chosen by
+            the hash of their place alone: then evaluations of frozen features use rows that pretraining, which knows
+            no labels, held out too. A part of all rows for regression as well.
 
     Returns:
         Rows to learn from, rows to evaluate on, and a description of the latter.
@@ -62,20 +73,29 @@ def open_splits(keys: SplitKeys, streaming: bool | None = None, labelled: bool =
     source = open_split(place, keys.split, streaming)
     if keys.eval_dataset:
         evaluation = open_split(locate(keys.evaluation_source()), keys.eval_split or "train")
-    elif name := keys.eval_split or _evaluation_split(place, keys.split):
+    elif name := keys.eval_split or _evaluation_split(place, keys):
         evaluation = open_split(place, name, streaming)
     else:
-        rows = Rows(source, "train", max_samples=keys.max_samples, labelled=labelled)
-        eval_rows = Rows(source, "held_out", max_samples=keys.max_eval_samples, labelled=labelled)
-        return rows, eval_rows, f"{HELD_OUT:.0%} of {keys.split}, held out by a hash of each row's place"
+        return _hold_out(source, keys, labelled, problem)
     rows = Rows(source, max_samples=keys.max_samples, labelled=labelled)
     eval_rows = Rows(evaluation, max_samples=keys.max_eval_samples, labelled=labelled)
     return rows, eval_rows, eval_rows.name
 
 
-def _evaluation_split(place: Place, training: str) -> str | None:
+def _evaluation_split(place: Place, keys: SplitKeys) -> str | None:
+    if keys.eval_fraction is not None:
+        return None
     names = SPLIT_FOLDERS["validation"] + SPLIT_FOLDERS["test"]
-    return next((name for name in names if name in place.splits and name != training), None)
+    return next((name for name in names if name in place.splits and name != keys.split), None)
+
+
+def _hold_out(source: Source, keys: SplitKeys, labelled: bool, problem: Problem | None) -> tuple[Rows, Rows, str]:
+    groups = None if problem in (None, "regression") else class_groups(source, problem)
+    share = HELD_OUT if keys.eval_fraction is None else keys.eval_fraction
+    rows = Rows(source, "train", share, keys.max_samples, labelled, groups)
+    eval_rows = Rows(source, "held_out", share, keys.max_eval_samples, labelled, groups)
+    what = keys.split if groups is None else f"each class of {keys.split}"
+    return rows, eval_rows, f"{100 * share:g}% of {what}, held out by a hash of each row's place"
 
 
 def open_split(place: Place, split: str, streaming: bool | None = None) -> Source:

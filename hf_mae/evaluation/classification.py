@@ -1,11 +1,14 @@
 """Scores of a fine-tuned model on a labelled split, with the evaluation crop of its image processor."""
 
+from dataclasses import replace
 from typing import Any
 
 from transformers import EvalPrediction
 
 from ..data.sources import open_splits
+from ..errors import without_secrets
 from ..keys.evaluation_keys import ClassificationRecipe
+from ..run_folder import RunFolder
 from .metrics import detail, make_compute_metrics
 from .predictions import ClassifierRun, scores_of, write_predictions
 from .results import check_results_file, named_data, record_result
@@ -21,14 +24,15 @@ def evaluate_classification(recipe: ClassificationRecipe) -> dict[str, Any] | No
         UserError: if the model or the data can't be read, or their labels don't match; one line with the remedy.
     """
     check_results_file(recipe)
+    recipe = with_fraction_of_run(recipe)
     run = ClassifierRun(recipe)
+    labels = run.labels
     with run.accelerator.main_process_first():
-        _, rows, evaluated_on = open_splits(recipe, streaming=False, labelled=True)
+        _, rows, evaluated_on = open_splits(recipe, streaming=False, labelled=True, problem=labels.problem)
     table = run.logits(rows)
     if not run.accelerator.is_main_process:
         return None
-    labels, logits = run.labels, table.values.numpy()
-    targets = labels.targets(table.labels, rows.source).numpy()
+    logits, targets = table.values.numpy(), labels.targets(table.labels, rows.source).numpy()
     if recipe.predictions:
         scores = scores_of(labels, table.values)
         write_predictions(recipe.predictions, "--predictions", labels, table.keys, scores, targets)
@@ -46,3 +50,13 @@ def evaluate_classification(recipe: ClassificationRecipe) -> dict[str, Any] | No
     }
     figures = make_compute_metrics(labels.problem)(EvalPrediction(logits, targets))
     return record_result(recipe, protocol, data, [figures], detail(labels, logits, targets))
+
+
+def with_fraction_of_run(recipe: ClassificationRecipe) -> ClassificationRecipe:
+    """Hold out the `eval_fraction` of the run that wrote the model, on that run's data and unless told otherwise."""
+    run, _ = RunFolder(recipe.model).config()
+    fraction, typed = run.get("eval_fraction"), recipe.eval_fraction or recipe.eval_dataset or recipe.eval_split
+    same_data = all(run.get(name) == without_secrets(getattr(recipe, name)) for name in ("dataset", "split"))
+    if typed or not same_data or not isinstance(fraction, float):
+        return recipe
+    return replace(recipe, eval_fraction=fraction)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import UserError, without_secrets
 from . import PICTURE_FILES, Recipe, data_key, evaluation_key, hardware_key, inherit, output_key
 
 
@@ -58,11 +59,29 @@ class SplitKeys(DataKeys):
     eval_split: str | None = data_key(
         None,
         "name of the split to evaluate on",
-        "validation or test if there is one, otherwise 5% of split, held out from training",
+        "validation or test if there is one, otherwise eval_fraction of split, held out from training",
         place=True,
         metavar="NAME",
     )
+    eval_fraction: float | None = data_key(
+        None,
+        "fraction of split to hold out from training and evaluate on, whether or not the data has an evaluation split",
+        "0.05, if the data has no evaluation split",
+    )
     max_eval_samples: int | None = evaluation_key(None, "evaluate on at most this many images", "all")
+
+    def check(self) -> None:
+        super().check()
+        if (fraction := self.eval_fraction) is None:
+            return
+        if not 0 < fraction < 1:
+            raise UserError(f"eval_fraction {fraction} lies outside (0, 1); give e.g. 0.2")
+        for name in ("eval_dataset", "eval_split"):
+            if given := getattr(self, name):
+                raise UserError(
+                    f"eval_fraction {fraction} holds out a part of split {self.split}, but {name} is "
+                    f"{without_secrets(given)}; leave out one of them"
+                )
 
     def evaluation_source(self) -> SourceKeys:
         """Where the images to evaluate on come from. Configuration and revision are for `dataset` alone."""

@@ -29,6 +29,7 @@ class FeatureRecipe(ModelInput, DataKeys):
     num_workers: int = hardware_key(2, "loader processes for each process")
 
     def check(self) -> None:
+        super().check()
         self.check_least(max_samples=1, per_device_batch_size=1, num_workers=0)
         self.check_range("max_bad_fraction", high=1)
 

@@ -150,6 +150,7 @@ class RunRecipe(SplitKeys):
         super().__post_init__()
 
     def check(self) -> None:
+        super().check()
         self.check_least(
             total_batch_size=1, per_device_batch_size=1, log_steps=1, keep_checkpoints=2, save_steps=1, eval_steps=1,
             max_samples=1, max_eval_samples=1,

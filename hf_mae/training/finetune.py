@@ -28,6 +28,7 @@ from ..optim.groups import layer_decay_groups
 from ..run_folder import WEIGHTS_NAME, RunFolder, add_result, read_results
 from .callbacks import EMACallback, EpochCallback, LogCallback
 from .checkpoint import load_tensors, remove_folder, write_model
+from .class_weights import WeightedLoss, balanced_weights
 from .describe import RunSetup, announce, derive_facts
 from .devices import prepare_process, tune_for_device
 from .finetune_setup import (
@@ -77,8 +78,9 @@ def trainer_parts(recipe: FinetuneRecipe) -> dict[str, Any]:
 
     Returns:
         Keyword arguments of `Trainer`: `model`, `args`, `data_collator`, `train_dataset`, `eval_dataset`,
-        `processing_class`, `compute_metrics`, `optimizer_cls_and_kwargs` and `callbacks`. With `resume`, pass
-        `args.resume_from_checkpoint` to `Trainer.train`. Add your own callbacks to the list instead of replacing it.
+        `processing_class`, `compute_loss_func`, `compute_metrics`, `optimizer_cls_and_kwargs` and `callbacks`. With
+        `resume`, pass `args.resume_from_checkpoint` to `Trainer.train`. Add your own callbacks to the list instead of
+        replacing it.
 
     Raises:
         UserError: for anything the user can fix; one line with the remedy.
@@ -97,7 +99,8 @@ class FinetuneRun:
         self.args = training_arguments(recipe, self.stored, self.precision)
         # The main process goes first, so that a data set library writes its cache only once.
         with self.args.main_process_first(desc="opening the data"):
-            self.rows, self.eval_rows, self.evaluated_on = open_splits(recipe, streaming=False, labelled=True)
+            splits = open_splits(recipe, streaming=False, labelled=True, problem=recipe.problem_type)
+        self.rows, self.eval_rows, self.evaluated_on = splits
         self.labels = find_labels(self.rows, recipe.problem_type)
         torch.manual_seed(recipe.seed)  # for a new head
         self.model = build_classifier(recipe, self.labels)
@@ -121,6 +124,13 @@ class FinetuneRun:
     def _targets(self, rows: Rows) -> torch.Tensor:
         return self.labels.targets(labels_of(rows), rows.source)
 
+    def _loss(self) -> WeightedLoss | None:
+        """The loss with class weights; None for the model's own."""
+        if self.recipe.class_weights == "none":
+            return None
+        weights = balanced_weights(self.train_images.targets, self.model.num_labels)
+        return WeightedLoss(weights, several=self.recipe.problem_type == "multi_label_classification")
+
     def trainer_parts(self) -> dict[str, Any]:
         """Arguments of a Trainer."""
         recipe = self.recipe
@@ -135,6 +145,7 @@ class FinetuneRun:
             "train_dataset": self.train_images,
             "eval_dataset": self.eval_images,
             "processing_class": self.processor,
+            "compute_loss_func": self._loss(),
             "compute_metrics": self._compute_metrics,
             "optimizer_cls_and_kwargs": (torch.optim.AdamW, adamw),
             "callbacks": [EpochCallback(self.train_images), *average],
@@ -228,6 +239,7 @@ class FinetuneRun:
             "image_size": list(self.spec.size),
             "eval_resize": self.spec.eval_resize,
             "trainable_blocks": recipe.trainable_blocks,
+            "class_weights": recipe.class_weights,
             "epochs": recipe.total_batch_size * self.steps[0] / len(self.rows),
             "seed": recipe.seed,
         }

@@ -169,3 +169,12 @@ def test_a_readme_that_datasets_cannot_read_is_one_line(tmp_path, header):
     (folder / "README.md").write_text(f"---\n{header}\n---\n")
     with pytest.raises(DataError, match=rf"^{folder}: [^\n]*; [^\n]*$"):
         locate(DataKeys(dataset=str(folder)))
+
+
+def test_a_fraction_to_hold_out_wins_over_the_data_sets_own_evaluation_split(tmp_path):
+    folder = str(image_folder(tmp_path / "d", ("train", "val")))
+    assert open_splits(SplitKeys(dataset=folder))[2] == f"split validation of {folder}"
+    rows, eval_rows, evaluated_on = open_splits(SplitKeys(dataset=folder, eval_fraction=0.5))
+    assert rows.source is eval_rows.source
+    assert sorted([*rows.index, *eval_rows.index]) == list(range(IMAGES))
+    assert evaluated_on == "50% of train, held out by a hash of each row's place"

@@ -3,20 +3,13 @@ import itertools
 import numpy as np
 import pytest
 from memory_source import memory_rows
-from obvious_order import obvious_order, obvious_stream
+from obvious_order import obvious_hash, obvious_order, obvious_stream
 
 from hf_mae.data.order import EpochOrder, LogicalStream, StreamPlan, held_out
 from hf_mae.errors import DataError
 
 # Shards fewer than the streams, as many, and more; with and without blocks; none of the sizes divides another.
 SIZES = {"one shard": [173], "uneven shards": [40, 1, 75, 0, 22, 35], "many small shards": [3, 5, 2, 7, 1] * 8}
-
-
-def obvious_hash(shard: int, row: int) -> float:
-    """splitmix64 of a row's place, in [0, 1)."""
-    key = ((shard << 40) + row + 0x9E3779B97F4A7C15) * 0xBF58476D1CE4E5B9 % 2**64
-    key = (key ^ key >> 27) * 0x94D049BB133111EB % 2**64
-    return (key ^ key >> 31) / 2**64
 
 
 # ------------------------------------------------------------------------------------------ which rows

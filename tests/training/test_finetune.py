@@ -19,6 +19,7 @@ from transformers import AutoModelForImageClassification, Trainer, pipeline
 from tunings import arguments, parts_of, results, tune
 
 from hf_mae import MAEImageProcessor
+from hf_mae.data.sources import open_splits
 from hf_mae.errors import UserError
 from hf_mae.keys.finetune_keys import FinetuneRecipe
 from hf_mae.run_folder import add_result, read_results
@@ -32,7 +33,7 @@ def test_a_run_ends_as_a_model_folder_that_the_pipeline_loads(pretrained, tmp_pa
     assert files == {"config.json", "metrics.jsonl", "model.safetensors", "preprocessor_config.json", "results.json",
                      "run_config.yaml"}  # fmt: skip
     printed = capsys.readouterr().out
-    assert "1,705 images of digits, 1 x 8 x 8 uint8, 10 classes" in printed
+    assert "1,707 images of digits, 1 x 8 x 8 uint8, 10 classes" in printed
     assert "60 steps of 64 images = 1 process x 1 x 64" in printed
     assert f"pipeline('image-classification', '{out}')" in printed
     figures = results(out)["figures"]
@@ -40,7 +41,7 @@ def test_a_run_ends_as_a_model_folder_that_the_pipeline_loads(pretrained, tmp_pa
     assert results(out)["protocol"]["name"] == "fine-tuning"
     assert results(out)["protocol"]["start"] == pretrained
     assert results(out)["checkpoint"] == {"path": str(out), "sha256": weights_hash(out)}
-    assert results(out)["data"]["eval_images"] == 92
+    assert results(out)["data"]["eval_images"] == 90
     logged = events(out)
     assert [event["step"] for event in logged if "eval_loss" in event] == [*range(0, 61, 6)]
     assert [event["step"] for event in logged if "loss" in event] == [20, 40, 60]
@@ -57,9 +58,9 @@ def test_a_run_ends_as_a_model_folder_that_the_pipeline_loads(pretrained, tmp_pa
     again = json.loads((Path(out) / "results.json").read_text())[-1]
     assert again["protocol"]["name"] == "classification"
     assert again["figures"] == pytest.approx({key: value for key, value in figures.items() if key != "loss"})
-    assert again["data"]["eval_images"] == 92
+    assert again["data"]["eval_images"] == 90
     assert again["per_class"] == results(out)["per_class"]
-    assert sum(table["support"] for table in again["per_class"].values()) == 92
+    assert sum(table["support"] for table in again["per_class"].values()) == 90
     assert again["intervals"] == results(out)["intervals"]
     low, high = again["intervals"]["top1"]
     assert low < figures["top1"] < high
@@ -70,7 +71,7 @@ def test_a_run_writes_its_predictions_for_the_images_that_it_is_scored_on(pretra
     file = tmp_path / f"said.{ending}"
     out = tune(tmp_path / "out", model=pretrained, max_samples=None, predictions=file)
     said = pandas.read_csv(file) if ending == "csv" else pandas.read_parquet(file)
-    assert len(said) == results(out)["data"]["eval_images"] == 92
+    assert len(said) == results(out)["data"]["eval_images"] == 90
     assert said.key[0].startswith("digits#")
     right = said.label.astype(str) == said.prediction.astype(str)
     assert results(out)["figures"]["top1"] == pytest.approx(100 * right.mean())
@@ -85,7 +86,7 @@ def test_a_finished_run_says_so_again_and_is_not_run_again(pretrained, tmp_path,
     first = capsys.readouterr().out
     assert start("finetune", *arguments(out, model=pretrained, resume="auto")) == 0
     again = capsys.readouterr().out
-    assert again.startswith("evaluated on 92 images\n")
+    assert again.startswith("evaluated on 90 images\n")
     assert first.endswith(again)
     assert (out / "model.safetensors").stat().st_mtime_ns == before
     assert start("finetune", *arguments(out, model=pretrained)) == 2
@@ -293,6 +294,39 @@ def test_broken_images_are_named_and_do_not_end_the_run(colourful, tmp_path, cap
     assert json.loads((out / "config.json").read_text())["id2label"] == {"0": "ant", "1": "bee"}
 
 
+def test_a_rare_class_is_held_out_and_scored_by_finetune_and_evaluate_alike(colourful, tmp_path, monkeypatch, capsys):
+    data = Path(class_folders(tmp_path / "data"))
+    for number in range(6, 40):
+        (data / "bee" / f"{number}.png").unlink()
+    scored = []
+
+    def spy(*args, **keys):
+        scored.append(open_splits(*args, **keys)[1].index.tolist())
+        return open_splits(*args, **keys)
+
+    for module in ("training.finetune", "evaluation.classification"):
+        monkeypatch.setattr(f"hf_mae.{module}.open_splits", spy)
+    keys = {"total_batch_size": 8, "total_steps": 2, "class_weights": "balanced"}
+    out = tune(tmp_path / "out", model=colourful, dataset=data, eval_fraction=0.3, **keys)
+    words = ["evaluate", "classification", "--model", out, "--num_workers", 0, "--dataset"]
+    assert start(*words, data) == 0  # the run's fraction, as the data is the run's
+    assert start(*words, data, "--eval_fraction", 0.3) == 0
+    assert scored[0] == scored[1] == scored[2]
+    assert sum(number >= 40 for number in scored[0]) == 2  # bees
+    assert len(scored[0]) == 14
+    tuned, again = read_results(out / "results.json")  # the third equals the second and takes its place
+    assert tuned["data"]["evaluated_on"] == "30% of each class of train, held out by a hash of each row's place"
+    assert again["data"]["evaluated_on"] == tuned["data"]["evaluated_on"]
+    assert again["figures"] == pytest.approx({name: tuned["figures"][name] for name in again["figures"]})
+    # Other data, and another fraction, are the user's choice.
+    other = shutil.copytree(data, tmp_path / "other")
+    assert start(*words, other) == 0
+    assert start(*words, data, "--eval_fraction", 0.5) == 0
+    assert [len(rows) for rows in scored[3:]] == [3, 23]
+    message = mistake(capsys, "finetune", *arguments(out, model=colourful, dataset=data, resume="auto", **keys))
+    assert "belongs to a run with eval_fraction 0.3, not None; use the same recipe" in message
+
+
 # ------------------------------------------------------------------------------------------ mistakes
 
 
@@ -308,6 +342,8 @@ def test_broken_images_are_named_and_do_not_end_the_run(colourful, tmp_path, cap
         ({"problem_type": "multi_label_classification"}, "pass --problem_type single_label_classification"),
         ({"layer_decay": 1.5}, "layer_decay 1.5 is out of range; give a number in [0, 1]"),
         ({"blr": 0}, "blr 0.0 is not positive"),
+        ({"eval_fraction": 1}, "eval_fraction 1.0 lies outside (0, 1); give e.g. 0.2"),
+        ({"class_weights": "balanced", "problem_type": "regression"}, "regression; pass --class_weights none"),
         ({"image_size": 7}, "image_size 7x7 is not a multiple of patch_size 2x2; the nearest that fits is"),
         ({"total_batch_size": 30, "per_device_batch_size": 16}, "is not a multiple of per_device_batch_size 16"),
         ({"eval_split": "test"}, "digits has no split 'test'; choose one of: train"),

@@ -3,7 +3,19 @@
 import shutil
 
 import pytest
-from runs import checkpoints, cut_off, evaluations, events, losses, run, tree, weights_difference, weights_hash
+from runs import (
+    arguments,
+    checkpoints,
+    cut_off,
+    evaluations,
+    events,
+    losses,
+    mistake,
+    run,
+    tree,
+    weights_difference,
+    weights_hash,
+)
 
 pytestmark = pytest.mark.usefixtures("own_caches", "no_process_is_left")
 
@@ -77,3 +89,8 @@ def test_a_run_that_is_over_stays_as_it_is_when_it_is_started_again(stages, tmp_
     assert weights_hash(output_dir) == weights_hash(stages)
     assert events(output_dir) == events(stages)
     assert "after step 12" in capfd.readouterr().out
+
+
+def test_a_resume_with_other_rows_held_out_is_refused(stages, capsys):
+    message = mistake(capsys, *arguments(stages, resume="auto", eval_fraction=0.2))
+    assert "belongs to a run with eval_fraction None, not 0.2; use the same recipe" in message
