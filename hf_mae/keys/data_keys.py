@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from . import Recipe, data_key, evaluation_key, hardware_key, inherit, output_key
+from . import FLOAT32_MAX, Recipe, data_key, evaluation_key, hardware_key, inherit, output_key
 
 
 @dataclass
@@ -72,7 +72,18 @@ class SplitKeys(DataKeys):
 
 
 @dataclass
-class PrepareRecipe(SourceKeys):
+class NodataKeys(Recipe):
+    """Which pixels are missing."""
+
+    nodata: float | None = data_key(None, "pixel value that stands for missing data, besides NaN", "none")
+
+    def check(self) -> None:
+        super().check()
+        self.check_range("nodata", low=-FLOAT32_MAX, high=FLOAT32_MAX)
+
+
+@dataclass
+class PrepareRecipe(NodataKeys, SourceKeys):
     """Keys of `hf-mae prepare SRC DST`."""
 
     dataset: str = inherit(SourceKeys, "dataset", positional=True, metavar="SRC")
@@ -85,6 +96,7 @@ class PrepareRecipe(SourceKeys):
     max_bad_fraction: float = data_key(0.01, "fail when a larger fraction of the images can't be decoded")
 
     def check(self) -> None:
+        super().check()
         self.check_range("shortest_edge", low=1, high=65_535)
         self.check_range("quality", low=1, high=95)
         self.check_range("rows_per_shard", low=1, high=10**9)
@@ -93,7 +105,7 @@ class PrepareRecipe(SourceKeys):
 
 
 @dataclass
-class InspectRecipe(SourceKeys):
+class InspectRecipe(NodataKeys, SourceKeys):
     """Keys of `hf-mae inspect DATA`."""
 
     dataset: str = inherit(SourceKeys, "dataset", positional=True, metavar="DATA")
@@ -102,12 +114,12 @@ class InspectRecipe(SourceKeys):
         None, "read at most this many images of each split", "as many as half a minute allows"
     )
     num_channels: int | None = data_key(None, "number of channels to decode each image to", "as in the data")
-    nodata: float | None = data_key(None, "pixel value that stands for missing data, besides NaN", "none")
     output: str | None = output_key(
         None, "file for a contact sheet of each split, .png, .webp or .jpg", "none", metavar="FILE"
     )
     json: bool = output_key(False, "print what was found as JSON instead of a table")
 
     def check(self) -> None:
+        super().check()
         self.check_least(max_samples=1, num_channels=1)
         self.check_picture("output")
