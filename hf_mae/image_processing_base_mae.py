@@ -51,15 +51,16 @@ def resize_bands(
     how = (size[1], size[0]), resample, box
     if image.dtype == np.uint8 and image.shape[-1] == 3:  # one call, with the same result as band by band
         return np.array(Image.fromarray(image).resize(*how))
-    if image.dtype == np.uint8:
-        return np.stack([np.asarray(Image.fromarray(band).resize(*how)) for band in np.moveaxis(image, -1, 0)], axis=-1)
 
-    def resize(band: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(np.array(Image.fromarray(band.numpy()).resize(*how)))
+    def resize(bands: np.ndarray) -> np.ndarray:
+        return np.stack([np.asarray(Image.fromarray(band).resize(*how)) for band in bands])
 
     # Above 8 bits Pillow only filters mode F; its double accumulator keeps a uint16 exact.
-    bands = torch.from_numpy(image.astype(np.float32)).movedim(-1, 0)
-    resized = torch.stack([resize_present(band, resize) for band in bands], dim=-1).numpy()
+    bands = np.moveaxis(image if image.dtype == np.uint8 else image.astype(np.float32), -1, 0)
+    if image.dtype == np.float32 and np.isnan(image).any():
+        present = resize_present(torch.from_numpy(bands), lambda part: torch.from_numpy(resize(part.numpy())))
+        return np.moveaxis(present.numpy(), 0, -1)
+    resized = np.moveaxis(resize(bands), 0, -1)
     return resized.round().clip(0, 65535).astype(np.uint16) if image.dtype == np.uint16 else resized
 
 
