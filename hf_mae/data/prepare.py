@@ -78,7 +78,7 @@ def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
         bad += [{"split": name, "key": key, "reason": reason} for key, reason in left_out]
     with writing(folder, "--output_dir"):
         write_lines(RunFolder(folder).bad_file, bad)
-        write_text(folder / "README.md", _card(manifest, features))
+        write_text(folder / "README.md", _card(manifest, features, recipe.nodata_flag))
         write_json(folder / "manifest.json", manifest)
     return manifest
 
@@ -311,7 +311,7 @@ def _write_all(shards: _Shards, num_workers: int) -> list[dict[str, Any]]:
     return list(tqdm(each_batch(loader), shards.rows.name, total=len(shards), unit="shard", disable=None))
 
 
-def _card(manifest: dict[str, Any], features: Any) -> str:
+def _card(manifest: dict[str, Any], features: Any, nodata_flag: str) -> str:
     """README.md: metadata for `datasets` and the Hub, and a few lines for readers."""
     splits = datasets.SplitDict()
     for name, split in manifest["splits"].items():
@@ -327,10 +327,9 @@ def _card(manifest: dict[str, Any], features: Any) -> str:
         for name, split in manifest["splits"].items()
     )
     side = manifest["shortest_edge"]
-    nodata = "" if manifest["nodata"] is None else f" --nodata {manifest['nodata']:g}"
     return (
         f"---\n{data.to_yaml()}\n---\n\n# Images of {side} pixels\n\nRe-encoded by `hf-mae prepare "
-        f"--shortest_edge {side} --quality {manifest['quality']}{nodata}`: the shorter side is at most "
+        f"--shortest_edge {side} --quality {manifest['quality']}{nodata_flag}`: the shorter side is at most "
         f"{side} pixels; smaller images keep the source's bytes. The licence is the source's.\n\n"
         f"| split | images | shards | left out (can't be decoded) |\n|---|---|---|---|\n{table}\n"
         "`manifest.json` has the rows, bytes and sha256 of each shard; `bad_samples.jsonl` lists the left-out images.\n"

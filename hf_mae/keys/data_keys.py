@@ -77,6 +77,11 @@ class NodataKeys(Recipe):
 
     nodata: float | None = data_key(None, "pixel value that stands for missing data, besides NaN", "none")
 
+    @property
+    def nodata_flag(self) -> str:
+        """The flag at the end of a command line, with a space before it; empty without a value."""
+        return "" if self.nodata is None else f" --nodata {self.nodata:.9g}"  # a float32 has nine digits at most
+
     def check(self) -> None:
         super().check()
         self.check_range("nodata", low=-FLOAT32_MAX, high=FLOAT32_MAX)

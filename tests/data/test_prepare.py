@@ -145,6 +145,17 @@ def test_pixels_of_a_value_are_not_blended_with_others(dtype, bands, nodata):
     assert not (blended[:, 14] == nodata).all()
 
 
+def test_the_value_of_missing_pixels_is_recorded_and_another_refused(tmp_path, capsys):
+    (tmp_path / "i").mkdir()
+    Image.fromarray(np.eye(40, dtype=np.uint8)).save(tmp_path / "i" / "a.png")
+    words = ["prepare", tmp_path / "i", tmp_path / "out", "--shortest_edge", 20, "--num_workers", 0, "--nodata"]
+    assert start(*words, 0) == 0
+    assert f"use it   hf-mae pretrain --dataset {tmp_path / 'out'} --nodata 0\n" in capsys.readouterr().out
+    assert "--quality 90 --nodata 0`" in (tmp_path / "out" / "README.md").read_text()
+    assert start(*words, -9999) == 2
+    assert "was prepared with nodata 0.0, not -9999.0" in capsys.readouterr().err
+
+
 def test_no_pixel_becomes_one_of_the_missing_value_and_an_empty_image_is_bad():
     edge = np.full((40, 60), 2, np.uint8)
     edge[:, 25:] = 250
