@@ -373,7 +373,7 @@ def _prepare(recipe: PrepareRecipe) -> None:
         bad = ", ".join(f"{count} {reason}" for reason, count in split["bad"].items())
         left_out = f"; left out: {bad}" if bad else ""
         print(f"{name}: {split['rows']:,} images in {len(split['shards'])} shards{left_out}")
-    print(f"data     {recipe.output_dir}\nuse it   hf-mae pretrain --dataset {recipe.output_dir}")
+    print(f"data     {recipe.output_dir}\nuse it   hf-mae pretrain --dataset {recipe.output_dir}{recipe.nodata_flag}")
 
 
 def _inspect(recipe: InspectRecipe) -> None:

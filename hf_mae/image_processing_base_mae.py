@@ -8,7 +8,7 @@
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,9 @@ from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT
 
 from .hub_code_mae import NamesCode
 
+# A little less, because half of the weight is common at the edge of missing pixels, and filters round differently.
+HALF = 0.499
+
 
 def resize_bands(
     image: np.ndarray, size: tuple[int, int], resample: int, box: tuple[float, float, float, float] | None = None
@@ -29,7 +32,7 @@ def resize_bands(
     """Resize every band with Pillow's filters, keeping the dtype.
 
     Args:
-        image: (H, W, C) uint8, uint16 or float32.
+        image: (H, W, C) uint8, uint16 or float32, in which NaN is a missing pixel (see `resize_present`).
         size: (height, width) of the result in pixels.
         resample: a `PIL.Image.Resampling` filter.
         box: (left, upper, right, lower), the part of the image to read, in pixels; all of it when omitted.
@@ -45,14 +48,57 @@ def resize_bands(
             f"resize_bands got shape {image.shape} and dtype {image.dtype}; pass (height, width, bands) as uint8, "
             "uint16 or float32"
         )
-    height, width = size
+    how = (size[1], size[0]), resample, box
     if image.dtype == np.uint8 and image.shape[-1] == 3:  # one call, with the same result as band by band
-        return np.array(Image.fromarray(image).resize((width, height), resample, box))
+        return np.array(Image.fromarray(image).resize(*how))
+
+    def resize(bands: np.ndarray) -> np.ndarray:
+        return np.stack([np.asarray(Image.fromarray(band).resize(*how)) for band in bands])
+
     # Above 8 bits Pillow only filters mode F; its double accumulator keeps a uint16 exact.
-    filtered = image if image.dtype == np.uint8 else image.astype(np.float32)
-    bands = [Image.fromarray(band) for band in np.moveaxis(filtered, -1, 0)]
-    resized = np.stack([np.asarray(band.resize((width, height), resample, box)) for band in bands], axis=-1)
+    bands = np.moveaxis(image if image.dtype == np.uint8 else image.astype(np.float32), -1, 0)
+    if image.dtype == np.float32 and np.isnan(image).any():
+        present = resize_present(torch.from_numpy(bands), lambda part: torch.from_numpy(resize(part.numpy())))
+        return np.moveaxis(present.numpy(), 0, -1)
+    resized = np.moveaxis(resize(bands), 0, -1)
     return resized.round().clip(0, 65535).astype(np.uint16) if image.dtype == np.uint16 else resized
+
+
+def resize_present(image: torch.Tensor, resize: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Resize bands in which NaN stands for a missing pixel, and which may have none.
+
+    Missing pixels get no weight in the filter, so they don't spread and nothing is blended into their neighbours. Where
+    they have more than half of the weight, the result is missing. With missing pixels, every band stays in its range.
+
+    Args:
+        image: (..., H, W).
+        resize: a linear filter, (..., H, W) -> (..., height, width).
+    """
+    missing = image.isnan()
+    if not missing.any():
+        return resize(image)
+    weight = resize((~missing).to(image.dtype))
+    mean = resize(image.masked_fill(missing, 0)) / weight
+    low = image.masked_fill(missing, math.inf).amin((-2, -1), keepdim=True)
+    high = image.masked_fill(missing, -math.inf).amax((-2, -1), keepdim=True)
+    return mean.clamp(low, high).masked_fill(weight < HALF, math.nan)
+
+
+def mark_missing(image: Any, nodata: float | None) -> Any:
+    """Pixels with the value `nodata`, in any band, become NaN.
+
+    Args:
+        image: array or tensor of any shape and number type.
+        nodata: value that stands for a missing pixel; None if there is no such value.
+
+    Returns:
+        float32 with NaN in place of the value; `image` itself if it doesn't hold it.
+    """
+    if nodata is None or not (missing := image == nodata).any():
+        return image
+    marked = image.astype(np.float32) if isinstance(image, np.ndarray) else image.to(torch.float32, copy=True)
+    marked[missing] = math.nan
+    return marked
 
 
 def to_opaque(image: Image.Image, num_channels: int) -> Image.Image:
@@ -273,9 +319,15 @@ def per_channel(name: str, value: float | tuple[float, ...], num_channels: int) 
 
 
 class MAEImageProcessorKwargs(ImagesKwargs, total=False):
-    """A processor's settings, which a call may override: transformers' keys and `num_channels`."""
+    """A processor's settings, which a call may override: transformers' keys and ours.
+
+    num_channels: number of bands.
+    nodata: value that stands for a missing pixel besides NaN, at the bit depth that `to_bands` gives: 0..255 with a
+        `rescale_factor` of 1/255.
+    """
 
     num_channels: int
+    nodata: float | int | None
 
 
 class MAEImageProcessorBase(NamesCode, BaseImageProcessor):
@@ -298,6 +350,7 @@ class MAEImageProcessorBase(NamesCode, BaseImageProcessor):
     image_mean = IMAGENET_DEFAULT_MEAN
     image_std = IMAGENET_DEFAULT_STD
     num_channels = 3
+    nodata: float | None = None
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Open paths and URLs; local files keep their mode, because transformers' loader would clip 16 bits."""
@@ -321,7 +374,8 @@ class MAEImageProcessorBase(NamesCode, BaseImageProcessor):
     def _to_bands(self, image: Any, kwargs: dict[str, Any]) -> torch.Tensor:
         rescale_factor = kwargs["rescale_factor"] if kwargs["do_rescale"] else None
         layout, to_rgb = kwargs["input_data_format"], kwargs["do_convert_rgb"]
-        return to_bands(image, kwargs["num_channels"], rescale_factor, layout, to_rgb)
+        bands = to_bands(image, kwargs["num_channels"], rescale_factor, layout, to_rgb)
+        return mark_missing(bands, kwargs["nodata"])
 
     def _preprocess_image_like_inputs(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
         if kwargs["do_normalize"]:  # checked before any image is decoded

@@ -12,7 +12,7 @@ import torch
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import SizeDict
 
-from .image_processing_base_mae import MAEImageProcessorBase, center_spans, resized_size
+from .image_processing_base_mae import MAEImageProcessorBase, center_spans, resize_present, resized_size
 
 
 class MAEImageProcessor(MAEImageProcessorBase, TorchvisionBackend):
@@ -33,7 +33,9 @@ class MAEImageProcessor(MAEImageProcessorBase, TorchvisionBackend):
     def resize(self, image: torch.Tensor, size: SizeDict, resample: Any = None, **kwargs: Any) -> torch.Tensor:
         """Resize (B, C, H, W) to the same size that the Pillow backend computes."""
         height, width = resized_size(image.shape[-2], image.shape[-1], size)
-        image = super().resize(image, SizeDict(height=height, width=width), resample, **kwargs)
+        resize = super().resize
+        exact = SizeDict(height=height, width=width)
+        image = resize_present(image, lambda bands: resize(bands, exact, resample, **kwargs))
         # bicubic overshoots; torchvision only clamps uint8
         return image.clamp(0, 65535) if image.dtype == torch.int32 else image
 
@@ -43,6 +45,10 @@ class MAEImageProcessor(MAEImageProcessorBase, TorchvisionBackend):
         return torch.nn.functional.pad(image[..., rows, columns], (*zero_columns, *zero_rows))
 
     def rescale_and_normalize(self, images: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Pixels -> model input; 16-bit images that are neither rescaled nor normalised are returned as uint16."""
+        """Pixels -> model input, 0 where a pixel is missing (NaN); that is the mean, if pixels are normalised.
+
+        16-bit images that are neither rescaled nor normalised are returned as uint16.
+        """
         images = super().rescale_and_normalize(images, *args, **kwargs)
+        images = images.masked_fill(images.isnan(), 0)
         return images.to(torch.uint16) if images.dtype == torch.int32 else images

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_base import BatchFeature
 from transformers.image_utils import SizeDict
 
 from .image_processing_base_mae import MAEImageProcessorBase, center_spans, resize_bands, resized_size
@@ -39,3 +40,9 @@ class MAEImageProcessorPil(MAEImageProcessorBase, PilBackend):
         """Crop the centre of (C, H, W), padding an image that is too small with zeros."""
         (rows, columns), zeros = center_spans(image.shape[1], image.shape[2], size)
         return np.pad(image[:, rows, columns], ((0, 0), *zeros))
+
+    def _preprocess(self, *args: Any, return_tensors: Any = None, **kwargs: Any) -> BatchFeature:
+        """Pixels -> model input, 0 where a pixel is missing (NaN); that is the mean, if pixels are normalised."""
+        images = super()._preprocess(*args, return_tensors=None, **kwargs)["pixel_values"]
+        images = [np.where(np.isnan(image), 0, image) for image in images]
+        return BatchFeature({"pixel_values": images}, tensor_type=return_tensors)

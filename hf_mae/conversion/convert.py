@@ -44,6 +44,8 @@ def convert(recipe: ConvertRecipe) -> dict[str, Any]:
     differences = {"read": compare_runs(source.run, ours, config, f"{recipe.model} and hf_mae")}
     changes = _adapt(source, recipe)
     model, more = part_for(source.model, recipe.to)
+    if source.processor.nodata is not None and recipe.to in ("vit_mae", "vit", "timm"):
+        more.append(f"nodata {source.processor.nodata:g} -> none: {recipe.to} doesn't handle missing pixels")
     with new_folder(Path(recipe.output_dir), "--output_dir") as folder:
         written = WRITERS[recipe.to](model, source.processor, folder)
         pair = f"hf_mae and {recipe.to}"

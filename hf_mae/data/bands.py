@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..image_processing_base_mae import band_axis, on_white, to_8_bits, to_16_bits
+from ..image_processing_base_mae import band_axis, mark_missing, on_white, to_8_bits, to_16_bits
 from .limits import BadImage
 
 _LUMA = np.array([19_595, 38_470, 7_471])  # of 65,536: red, green and blue, as in Pillow's conversion to grey
@@ -130,6 +130,14 @@ def to_dtype(array: np.ndarray, dtype: str) -> np.ndarray:
     if low < 0 or high > np.iinfo(dtype).max:
         raise BadImage(f"the image holds {array.dtype} from {low} to {high}, too wide for {dtype}", "WrongDtype")
     return array.astype(dtype)
+
+
+def missing_as_nan(pixels: np.ndarray, nodata: float | None) -> np.ndarray:
+    """`mark_missing` for an image; a BadImage if no pixel is left."""
+    marked = mark_missing(pixels, nodata)
+    if marked is not pixels and not np.isfinite(marked).any():
+        raise BadImage(f"every pixel has the nodata value {nodata:g}", "NoData")
+    return marked
 
 
 def natural_dtype(array: np.ndarray) -> str:

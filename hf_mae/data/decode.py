@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .bands import Bands, bands_last, natural_dtype, to_channels_last, to_dtype, to_native
+from .bands import Bands, bands_last, missing_as_nan, natural_dtype, to_channels_last, to_dtype, to_native
 from .limits import JPEG_MAGIC, BadImage, BadSample, as_bad_image, check_shape, check_size
 from .pictures import deep_reader, open_picture, orientation, picture_gives, upright, with_channels
 from .tiff import MAGIC as TIFF_MAGIC
@@ -38,7 +38,11 @@ _NPY_MAGIC = b"\x93NUMPY"
 
 
 def decode_image(
-    data: bytes | np.ndarray | BadImage, num_channels: int, dtype: str = "uint8", min_pixels: int | None = None
+    data: bytes | np.ndarray | BadImage,
+    num_channels: int,
+    dtype: str = "uint8",
+    min_pixels: int | None = None,
+    nodata: float | None = None,
 ) -> Image.Image | np.ndarray:
     """Decode one sample: an encoded file or an array.
 
@@ -54,9 +58,12 @@ def decode_image(
         dtype: `uint8` in [0, 255], `uint16` in [0, 65535], or `float32` with the values of the file, NaN included.
         min_pixels: a JPEG may be decoded with its sides reduced to 1/2, 1/4 or 1/8 if this many pixels remain, and may
             be returned as an array. Decoded at full size when omitted.
+        nodata: value, in the unit of `dtype`, that stands for a missing pixel. JPEGs are decoded at full size then, so
+            that nothing is blended with it.
 
     Returns:
-        A PIL image of mode `L` or `RGB` for uint8 with 1 or 3 channels, else an array (H, W, C) of `dtype`.
+        A PIL image of mode `L` or `RGB` for uint8 with 1 or 3 channels, else an array (H, W, C) of `dtype`. If pixels
+        have the value `nodata`, an array of float32 with NaN in its place, for every `dtype`.
 
     Raises:
         BadImage: if the data can't be used, for any reason.
@@ -66,21 +73,9 @@ def decode_image(
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not supported: use one of {', '.join(DTYPES)}")
     with as_bad_image():
-        if min_pixels is not None and dtype == "uint8" and isinstance(data, bytes) and data.startswith(JPEG_MAGIC):
-            pixels = _decode_fast(data, num_channels, min_pixels)
-            if pixels is not None:
-                return pixels
-        image = _read(data, num_channels)
-        if isinstance(image, Image.Image):
-            if min_pixels is not None:
-                factor = _factor(image.width, image.height, min_pixels)
-                image.draft(None, (image.width // factor, image.height // factor))  # only affects JPEG
-            image = _decoded(image)
-        if isinstance(image, Image.Image):
-            return _from_pil(image, num_channels, dtype)
-        if isinstance(image, Bands):
-            return _from_bands(image, num_channels, dtype)
-        return _converted(to_channels_last(image, num_channels), dtype)
+        if nodata is None:
+            return _decode(data, num_channels, dtype, min_pixels)
+        return _with_missing(_decode(data, num_channels, dtype, None), nodata)
 
 
 def load_image(data: bytes | np.ndarray | BadImage, least: int) -> Image.Image | np.ndarray | Bands:
@@ -118,6 +113,34 @@ def probe_image(data: bytes | np.ndarray | BadImage, num_channels: int | None = 
             return found, "float32"
         deep = image.mode.startswith("I") or deep_reader(image) is not None
         return found, "uint16" if deep else "uint8"
+
+
+def _decode(
+    data: bytes | np.ndarray | BadImage, num_channels: int, dtype: str, min_pixels: int | None
+) -> Image.Image | np.ndarray:
+    if min_pixels is not None and dtype == "uint8" and isinstance(data, bytes) and data.startswith(JPEG_MAGIC):
+        pixels = _decode_fast(data, num_channels, min_pixels)
+        if pixels is not None:
+            return pixels
+    image = _read(data, num_channels)
+    if isinstance(image, Image.Image):
+        if min_pixels is not None:
+            factor = _factor(image.width, image.height, min_pixels)
+            image.draft(None, (image.width // factor, image.height // factor))  # only affects JPEG
+        image = _decoded(image)
+    if isinstance(image, Image.Image):
+        return _from_pil(image, num_channels, dtype)
+    if isinstance(image, Bands):
+        return _from_bands(image, num_channels, dtype)
+    return _converted(to_channels_last(image, num_channels), dtype)
+
+
+def _with_missing(image: Image.Image | np.ndarray, nodata: float) -> Image.Image | np.ndarray:
+    pixels = np.asarray(image)
+    marked = missing_as_nan(pixels, nodata)
+    if marked is pixels:
+        return image
+    return marked if marked.ndim == 3 else marked[:, :, None]
 
 
 def _decoded(image: Image.Image) -> Image.Image | Bands:

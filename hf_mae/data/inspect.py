@@ -59,27 +59,20 @@ class Tally:
 
 
 class BandFigures(ChannelStats):
-    """The figures of each channel that a person looks at.
-
-    Args:
-        num_channels: C.
-        nodata: value that stands for a missing pixel, besides NaN.
-    """
+    """The figures of each channel that a person looks at."""
 
     SAMPLED = 64  # pixels of each image, from which percentiles are computed
 
-    def __init__(self, num_channels: int, nodata: float | None):
+    def __init__(self, num_channels: int):
         super().__init__(num_channels)
-        self.nodata, self.total, self.zeros = nodata, 0, np.zeros(num_channels)
+        self.total, self.zeros = 0, np.zeros(num_channels)
         self.low, self.high = np.full(num_channels, np.inf), np.full(num_channels, -np.inf)
         self._sample: list[np.ndarray] = []
 
     def add_image(self, image: np.ndarray) -> tuple[int, int]:
-        """Add an image, (H, W, C); returns how many of its values are missing, and how many infinite."""
+        """Add an image, (H, W, C); returns how many of its values are missing (NaN), and how many infinite."""
         pixels = image.reshape(-1, len(self.mean)).astype(np.float64)
         infinite = np.isinf(pixels)
-        if self.nodata is not None:
-            pixels[pixels == self.nodata] = np.nan
         missing = int(np.isnan(pixels).sum())
         pixels[infinite] = np.nan
         self.total += len(pixels)
@@ -195,8 +188,8 @@ class _Look:
                 except DataError:  # images differ too much for one kind; the faults say so
                     found, self.dtype = channels, dtype
                 self.num_channels = self.recipe.num_channels or found
-                self.stats = BandFigures(self.num_channels, self.recipe.nodata)
-            pixels = np.asarray(decode_image(row.image, self.num_channels, self.dtype))
+                self.stats = BandFigures(self.num_channels)
+            pixels = np.asarray(decode_image(row.image, self.num_channels, self.dtype, nodata=self.recipe.nodata))
         except BadImage as error:
             self.bad.add(error.reason, row.key)
             if self.bad.counts.total() <= SHOWN_BAD:

@@ -59,26 +59,10 @@ def attach(place: Place, split: str) -> FileLabels | None:
     Raises:
         DataError: if a table can't be read, names none of the images, or doesn't say which columns are labels.
     """
-    names = [name for files in place.splits.values() for name in files]
-    wanted = place.splits[split]
-    if place.labels is not None:
-        path = local_path(place.labels)
-        if not is_remote(path) and not os.path.isfile(path):
-            missing = None if os.path.exists(path) else missing_path(path, TABLES)
-            raise DataError(missing or f"{place.labels} is not a file that can be read; check --labels")
-        table = Table(path)
-        file_column, numbers = _find_images(table, names, place)
-        label_columns, choices = _label_columns(table, file_column, place.label_column)
-        if not label_columns:
-            raise DataError(f"{place.labels} has no single column of labels; {choices}")
-        rows = [(names[number], row) for row, number in enumerate(numbers) if number is not None]
-        found = _Found(table.name, [(table, label_columns, rows)], table.rows - len(rows), "")
-    else:
-        tables = _metadata(place)
-        found = _listed(place, tables, set(names)) if tables else None
-        if found is None:
-            return None
-    return _labels(found, place, split, wanted)
+    if "label tables" not in place.cache:
+        place.cache["label tables"] = _find(place)
+    found = place.cache["label tables"]
+    return None if found is None else _labels(found, place, split, place.splits[split])
 
 
 @dataclass
@@ -89,6 +73,25 @@ class _Found:
     parts: list[tuple[Table, list[str], list[tuple[str, int]]]]  # table, label columns, (image, row)
     missing: int  # rows without an image
     choices: str
+
+
+def _find(place: Place) -> _Found | None:
+    """Read the tables, and match their rows with the images of all splits; None if there is no table for them."""
+    names = [name for files in place.splits.values() for name in files]
+    if place.labels is None:
+        tables = _metadata(place)
+        return _listed(place, tables, set(names)) if tables else None
+    path = local_path(place.labels)
+    if not is_remote(path) and not os.path.isfile(path):
+        missing = None if os.path.exists(path) else missing_path(path, TABLES)
+        raise DataError(missing or f"{place.labels} is not a file that can be read; check --labels")
+    table = Table(path)
+    file_column, numbers = _find_images(table, names, place)
+    label_columns, choices = _label_columns(table, file_column, place.label_column)
+    if not label_columns:
+        raise DataError(f"{place.labels} has no single column of labels; {choices}")
+    rows = [(names[number], row) for row, number in enumerate(numbers) if number is not None]
+    return _Found(table.name, [(table, label_columns, rows)], table.rows - len(rows), "")
 
 
 def _labels(found: _Found, place: Place, split: str, wanted: list[str]) -> FileLabels:

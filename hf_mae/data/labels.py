@@ -8,7 +8,7 @@ number the classes of the two splits that frozen features are evaluated on.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from numbers import Real
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ..errors import DataError, one_line
+from ..files import plain_name
 from ..keys.finetune_keys import Problem
 from .order import Rows
 from .shards import Row, Source
@@ -44,7 +45,7 @@ class Labels:
 
     @cached_property
     def _index(self) -> dict[str, int]:
-        return {nfc(name): i for i, name in enumerate(self.names)}
+        return {class_name(name): i for i, name in enumerate(self.names)}
 
     @cached_property
     def _by_number(self) -> dict[int, int]:
@@ -59,10 +60,10 @@ class Labels:
         """
         value, names = as_class(value), source.label_names
         if names is not None and isinstance(value, int):
-            return nfc(names[value]) if 0 <= value < len(names) else f"{value} (of {len(names)} named classes)"
+            return class_name(names[value]) if 0 <= value < len(names) else f"{value} (of {len(names)} named classes)"
         name = str(value)
         if name not in self._index and isinstance(value, int) and (found := self._by_number.get(value)) is not None:
-            return nfc(self.names[found])
+            return class_name(self.names[found])
         return name
 
     def targets(self, values: Sequence[Any], source: Source) -> torch.Tensor:
@@ -163,7 +164,7 @@ def class_groups(source: Source, problem: Problem) -> np.ndarray:
 def _class_names(values: Sequence[Any], source: Source) -> tuple[str, ...]:
     """The classes of a source by index: those that it names, else those among its labels, numbers first."""
     if source.label_names:
-        return tuple(dict.fromkeys(map(nfc, source.label_names)))
+        return tuple(dict.fromkeys(map(class_name, source.label_names)))
     return tuple(str(value) for value in sorted(set(values), key=lambda value: (isinstance(value, str), value)))
 
 
@@ -187,30 +188,41 @@ def named(label: Any, source: Source) -> Any:
     if isinstance(label, list):
         return [named(part, source) for part in label]
     if names is None or type(label) is not int:
-        return label
-    return names[label] if 0 <= label < len(names) else None
+        return class_name(label) if isinstance(label, str) else label
+    return class_name(names[label]) if 0 <= label < len(names) else None
+
+
+@lru_cache(100_000)
+def class_name(name: str) -> str:
+    """The name of a class as it is compared and written: in one Unicode form, as plain text on one line."""
+    return plain_name(nfc(name))
 
 
 def as_class(label: Any) -> Any:
-    """A label as it is compared: whole numbers of any type are integers, and text has one form."""
+    """A label as it is compared: whole numbers of any type are integers, and texts are names as by `class_name`."""
     if type(label) is int or isinstance(label, bool):
         return label
     if isinstance(label, str):
-        return nfc(label)
+        return class_name(label)
     number: Any = label
     return int(number) if isinstance(label, Real) and number % 1 == 0 else label
 
 
-def _whole(values: Sequence[Any], source: Source, problem: Problem) -> Sequence[Any]:
+def _whole(values: Sequence[Any], source: Source, problem: Problem) -> list[Any]:
     """Check that no label is missing; whole numbers that are classes become integers."""
     single = problem == "single_label_classification"  # for several, an empty text means no class
-    missing = sum(value is None or (single and (value == "" or value != value)) for value in values)
-    if missing:
+
+    def is_missing(value: Any) -> bool:
+        # In a column of named classes, `datasets` marks a missing label with -1; elsewhere -1 may be a class.
+        unnamed = source.label_names is not None and value == -1
+        return value is None or (single and (value == "" or value != value or unnamed))
+
+    if missing := sum(map(is_missing, values)):
         raise DataError(
-            f"{missing} of {len(values)} images of {source.name}, split {source.split}, have no label; "
+            f"{missing} of {len(values)} images of split {source.split} of {source.name} have no label; "
             f"{source.label_remedy}"
         )
-    return [as_class(value) for value in values] if single else values
+    return [as_class(value) for value in values] if single else list(values)
 
 
 def _fits(value: Any, multiple: bool) -> bool:
@@ -225,7 +237,7 @@ def _lists(values: Sequence[Any], known: dict[str, int] | None = None) -> list[A
 
     def split(text: str) -> list[str]:
         parts = [text] if separator is None or text in (known or ()) else text.split(separator)
-        return [nfc(part.strip()) for part in parts if part.strip()]
+        return [class_name(part.strip()) for part in parts if part.strip()]
 
     return [split(value) if isinstance(value, str) else value for value in values]
 
@@ -254,16 +266,11 @@ def check_classes(labels: Sequence[Any], rows: Rows) -> list[Any]:
     Raises:
         DataError: if an image has no label, or a label that can't be a class.
     """
-    missing, source = 0, rows.source
-    for label in labels:
-        # In a column of named classes, `datasets` marks a missing label with -1; elsewhere -1 may be a class.
-        if label is None or label == "" or label != label or (source.label_names is not None and label == -1):
-            missing += 1
-        elif not isinstance(as_class(label), (str, int)):
-            raise DataError(f"label {str(label)[:60]} of {rows.name} is not a class; choose another --label_column")
-    if missing:
-        raise DataError(f"{missing} of {len(labels)} images of {rows.name} have no label; {source.label_remedy}")
-    return [as_class(label) for label in labels]
+    values = _whole(labels, rows.source, "single_label_classification")
+    odd = next((value for value in values if not isinstance(value, (str, int))), None)
+    if odd is not None:
+        raise DataError(f"label {str(odd)[:60]} of {rows.name} is not a class; choose another --label_column")
+    return values
 
 
 @dataclass(frozen=True)

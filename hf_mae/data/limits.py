@@ -19,8 +19,8 @@ class BadImage(ValueError):
 
     Attributes:
         reason: class name of the decoder's exception, or one of our own words: `EmptyFile`, `TooManyPixels`,
-            `TooManyScans`, `TooManyPages`, `WrongChannels`, `WrongDtype`, `NotFinite`, `NeedsImagecodecs`; or, if the
-            source can't give the row's image: `NoBytes`, `RaggedArray`, `CorruptRowGroup`, `TruncatedTar`.
+            `TooManyScans`, `TooManyPages`, `WrongChannels`, `WrongDtype`, `NotFinite`, `NoData`, `NeedsImagecodecs`;
+            or, if the source can't give the image: `NoBytes`, `RaggedArray`, `CorruptRowGroup`, `TruncatedTar`.
     """
 
     def __init__(self, message: str, reason: str = "BadImage"):

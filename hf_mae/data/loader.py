@@ -27,7 +27,7 @@ class Batch:
     """A batch of images, with mask noise and labels.
 
     Args:
-        images: (b, C, H, W) in the source's dtype.
+        images: (b, C, H, W) in the source's dtype, or `ImageSpec.batch_dtype`.
         noise: (b * masks, N) float32 mask noise from U[0, 1), with the masks of one image next to each other.
         keys: (b,) readable places of the samples in the source.
         labels: (b,) as the source stores them; None for an image without a label.
@@ -52,7 +52,7 @@ Sample = tuple[np.ndarray, np.ndarray, Row]  # pixels, mask noise and the row th
 
 def _collate(spec: ImageSpec, samples: list[Sample], positions: dict[int, int], bad: list[BadSample]) -> Batch:
     # Not np.stack, which refuses an empty list: a batch may have no sample.
-    images = np.array([pixels for pixels, _, _ in samples], spec.dtype).reshape(-1, spec.num_channels, *spec.size)
+    images = np.array([pixels for pixels, _, _ in samples], spec.batch_dtype).reshape(-1, spec.num_channels, *spec.size)
     noise = np.array([mask_noise for _, mask_noise, _ in samples], np.float32).reshape(-1, spec.num_patches)
     keys, labels = [row.key for _, _, row in samples], [row.label for _, _, row in samples]
     return Batch(torch.from_numpy(images), torch.from_numpy(noise), keys, labels, positions, bad)

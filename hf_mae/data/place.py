@@ -28,6 +28,7 @@ class Place:
         label_column: name of the label column, if the user gave one.
         metadata: for `imagefolder`: tables of labels, relative to `root`.
         labels: path of a table of labels, if the user gave one.
+        cache: what was found in these files; a copy made by `dataclasses.replace` starts without it.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Place:
     label_column: str | None = None
     metadata: list[str] = field(default_factory=list)
     labels: str | None = None
+    cache: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def remote(self) -> bool:

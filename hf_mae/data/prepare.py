@@ -34,10 +34,10 @@ from ..files import sha256, write_bytes, write_json, write_text, writing
 from ..image_processing_base_mae import resize_bands
 from ..keys.data_keys import PrepareRecipe
 from ..run_folder import RunFolder, write_lines
-from .bands import Bands, bands_last, to_native
+from .bands import Bands, bands_last, missing_as_nan, to_native
 from .decode import load_image
 from .labels import mixed_labels
-from .limits import BadImage, BadSample, as_bad_image
+from .limits import MAX_SIDE, BadImage, BadSample, as_bad_image
 from .loader import check_bad, each_batch, ignore_termination
 from .locate import locate
 from .order import Rows
@@ -62,7 +62,8 @@ def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
     place = locate(recipe)
     splits = [Rows(open_split(place, split)) for split in ([recipe.split] if recipe.split else place.splits)]
     features = _find_features(splits)
-    manifest: dict[str, Any] = {"shortest_edge": recipe.shortest_edge, "quality": recipe.quality, "splits": {}}
+    settings = {key: getattr(recipe, key) for key in ("shortest_edge", "quality", "nodata")}
+    manifest: dict[str, Any] = {**settings, "splits": {}}
     bad: list[dict[str, str]] = []
     parts = [_Shards(rows, features, folder, recipe) for rows in splits]
     with writing(folder, "--output_dir"):
@@ -77,7 +78,7 @@ def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
         bad += [{"split": name, "key": key, "reason": reason} for key, reason in left_out]
     with writing(folder, "--output_dir"):
         write_lines(RunFolder(folder).bad_file, bad)
-        write_text(folder / "README.md", _card(manifest, features))
+        write_text(folder / "README.md", _card(manifest, features, recipe.nodata_flag))
         write_json(folder / "manifest.json", manifest)
     return manifest
 
@@ -125,7 +126,9 @@ def _check_bad(bad: list[BadSample], rows: Rows, recipe: PrepareRecipe) -> None:
 # ------------------------------------------------------------------------------------------ an image
 
 
-def reencode(data: bytes | np.ndarray | BadImage, shortest_edge: int, quality: int) -> bytes:
+def reencode(
+    data: bytes | np.ndarray | BadImage, shortest_edge: int, quality: int, nodata: float | None = None
+) -> bytes:
     """Check that an image can be decoded, and reduce its shorter side to at most `shortest_edge` pixels.
 
     Encoded images that are small enough keep their bytes, and their EXIF orientation with them. Larger ones are turned
@@ -133,9 +136,10 @@ def reencode(data: bytes | np.ndarray | BadImage, shortest_edge: int, quality: i
     grey) become PNG, which loses only resolution, and 16-bit colour becomes TIFF. Other TIFF files and arrays become
     `.npy` files.
 
-    `quality` is that of JPEG. `data` and errors are those of `decode_image`.
+    `quality` is that of JPEG. With `nodata`, pixels of this value aren't blended with others, and nothing becomes JPEG.
+    `data` and errors are those of `decode_image`.
     """
-    image = load_image(data, 2 * shortest_edge)
+    image = load_image(data, 2 * shortest_edge if nodata is None else MAX_SIDE)
     with as_bad_image():
         if isinstance(image, np.ndarray):
             image = _as_picture(_without_one_band_axis(image))
@@ -146,16 +150,19 @@ def reencode(data: bytes | np.ndarray | BadImage, shortest_edge: int, quality: i
             return data if isinstance(data, bytes) else _encoded(pixels, None)
         size = round(height * shortest_edge / short), round(width * shortest_edge / short)
         if isinstance(image, Bands):
-            return _encoded_bands(replace(image, pixels=_resize_array(to_native(image.pixels), size)))
+            return _encoded_bands(replace(image, pixels=_resize_array(to_native(image.pixels), size, nodata)))
         if isinstance(image, Image.Image) and image.mode.startswith(("F", "I")):
             # Mode I: Pillow gives 32 bits for 16-bit files that it has no 16-bit mode for.
             image = np.asarray(image) if image.mode == "F" else np.asarray(image).astype(np.uint16)
         if isinstance(image, np.ndarray):
-            return _encoded(_as_picture(_resize_array(image, size)), None)
+            return _encoded(_as_picture(_resize_array(image, size, nodata)), None)
         plain = image.mode in ("L", "RGB", "CMYK") and not image.has_transparency_data
-        if not plain and image.mode not in ("LA", "RGBA"):
+        kept = plain and (nodata is None or image.mode != "CMYK")  # PNG has no CMYK
+        if not kept and image.mode not in ("LA", "RGBA"):
             # Resizing takes means, which palette indices and single bits can't represent.
             image = image.convert("RGBA" if image.has_transparency_data else "L" if image.mode == "1" else "RGB")
+        if nodata is not None:
+            return _encoded(Image.fromarray(_resize_array(np.asarray(image), size, nodata)), None)
         return _encoded(image.resize((size[1], size[0]), BICUBIC), quality if plain else None)
 
 
@@ -190,13 +197,17 @@ def _encoded_bands(image: Bands) -> bytes:
     return stream.getvalue()
 
 
-def _resize_array(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize an array to (height, width). Keeps its number of axes, and its dtype except float64."""
+def _resize_array(array: np.ndarray, size: tuple[int, int], nodata: float | None) -> np.ndarray:
+    """Resize an array to (height, width). Keeps its number of axes, its dtype except float64, and missing pixels."""
     bands = array if array.ndim == 3 else array[:, :, None]
-    exact = bands.dtype in (np.uint8, np.uint16)
-    resized = resize_bands(bands if exact else bands.astype(np.float32), size, BICUBIC)
-    if not exact and bands.dtype.kind in "iu":
-        resized = resized.round().clip(bands.min(), bands.max()).astype(bands.dtype)
+    bands = missing_as_nan(bands if bands.dtype in (np.uint8, np.uint16) else bands.astype(np.float32), nodata)
+    resized = resize_bands(bands, size, BICUBIC)
+    if nodata is not None:
+        # Where the filter overshoots, other pixels could get this value too.
+        resized = resized.clip(np.nanmin(bands), np.nanmax(bands))
+        resized = np.where(np.isnan(resized), nodata, resized).astype(resized.dtype)
+    if bands.dtype == np.float32 and array.dtype.kind in "iu":
+        resized = resized.round().clip(array.min(), array.max()).astype(array.dtype)
     return resized if array.ndim == 3 else resized[:, :, 0]
 
 
@@ -223,7 +234,7 @@ class _Shards(Dataset):
         count = -(-len(rows) // recipe.rows_per_shard)
         self.names = [f"{rows.source.split}-{number:05d}-of-{count:05d}.parquet" for number in range(count)]
         source = json.dumps(rows.source.fingerprint, sort_keys=True).encode(errors="surrogateescape")
-        settings = {key: getattr(recipe, key) for key in ("shortest_edge", "quality", "rows_per_shard")}
+        settings = {key: getattr(recipe, key) for key in ("shortest_edge", "quality", "rows_per_shard", "nodata")}
         self.settings = {"source": hashlib.sha256(source).hexdigest(), **settings}
 
     def __len__(self) -> int:
@@ -270,7 +281,7 @@ class _Shards(Dataset):
         bad: list[BadSample] = []
         for row in self.rows.read(index):
             try:
-                content = reencode(row.image, self.recipe.shortest_edge, self.recipe.quality)
+                content = reencode(row.image, self.recipe.shortest_edge, self.recipe.quality, self.recipe.nodata)
             except BadImage as error:
                 bad.append((row.key, error.reason))
                 continue
@@ -300,7 +311,7 @@ def _write_all(shards: _Shards, num_workers: int) -> list[dict[str, Any]]:
     return list(tqdm(each_batch(loader), shards.rows.name, total=len(shards), unit="shard", disable=None))
 
 
-def _card(manifest: dict[str, Any], features: Any) -> str:
+def _card(manifest: dict[str, Any], features: Any, nodata_flag: str) -> str:
     """README.md: metadata for `datasets` and the Hub, and a few lines for readers."""
     splits = datasets.SplitDict()
     for name, split in manifest["splits"].items():
@@ -318,7 +329,7 @@ def _card(manifest: dict[str, Any], features: Any) -> str:
     side = manifest["shortest_edge"]
     return (
         f"---\n{data.to_yaml()}\n---\n\n# Images of {side} pixels\n\nRe-encoded by `hf-mae prepare "
-        f"--shortest_edge {side} --quality {manifest['quality']}`: the shorter side is at most "
+        f"--shortest_edge {side} --quality {manifest['quality']}{nodata_flag}`: the shorter side is at most "
         f"{side} pixels; smaller images keep the source's bytes. The licence is the source's.\n\n"
         f"| split | images | shards | left out (can't be decoded) |\n|---|---|---|---|\n{table}\n"
         "`manifest.json` has the rows, bytes and sha256 of each shard; `bad_samples.jsonl` lists the left-out images.\n"

@@ -84,10 +84,12 @@ class ChannelStats:
         return np.where(self.std > 1e-9 * np.abs(self.mean), self.std * factor, 1.0)
 
 
-def channel_stats(rows: Rows, num_channels: int, dtype: str, max_samples: int = 2048) -> dict[str, Any]:
+def channel_stats(
+    rows: Rows, num_channels: int, dtype: str, max_samples: int = 2048, nodata: float | None = None
+) -> dict[str, Any]:
     """Mean and standard deviation of each channel over all pixels of up to `max_samples` images, chosen by `spread`.
 
-    NaN stands for a missing pixel and isn't counted.
+    NaN and `nodata`, a value in the unit of `dtype`, stand for a missing pixel and aren't counted.
 
     Returns:
         `image_mean` and `image_std` (C numbers each, of pixels rescaled by `RESCALE_FACTORS`: for uint8 in [0, 1]),
@@ -100,7 +102,7 @@ def channel_stats(rows: Rows, num_channels: int, dtype: str, max_samples: int = 
     index = spread(rows.index, max_samples, rows.source)
     for row in rows.read(index):
         try:
-            image = np.asarray(decode_image(row.image, num_channels, dtype), dtype=np.float64)
+            image = np.asarray(decode_image(row.image, num_channels, dtype, nodata=nodata), dtype=np.float64)
         except BadImage as error:
             last_error = f"{row.key}: {error}"
             continue

@@ -134,6 +134,7 @@ class ImageSpec:
         eval_resize: pixels of the shorter side, or (height, width), before the evaluation crop.
         resample: the `PIL.Image.Resampling` filter of the evaluation view.
         one_draw: whether a training crop is drawn only once, see `random_resized_crop_box`.
+        nodata: value, in the unit of `dtype`, that stands for a missing pixel besides NaN; None if there is none.
     """
 
     size: tuple[int, int]
@@ -146,13 +147,19 @@ class ImageSpec:
     eval_resize: int | tuple[int, int] = 256
     resample: int = BICUBIC
     one_draw: bool = False
+    nodata: float | None = None
+
+    @property
+    def batch_dtype(self) -> str:
+        """Of the pixels in a batch: `dtype`, or "float32" where some may be NaN because of `nodata`."""
+        return self.dtype if self.nodata is None else "float32"
 
     def decode(self, data: "bytes | np.ndarray | BadImage", for_crops: bool = False) -> Image.Image | np.ndarray:
-        """`decode_image` with these channels and this dtype; `for_crops` lets it reduce JPEGs (see `pixels_needed`)."""
+        """`decode_image` with these settings; `for_crops` lets it reduce JPEGs (see `pixels_needed`)."""
         from .decode import decode_image  # here, because conversion needs the crop rule and no decoder
 
         least = pixels_needed(self.size, self.crop_scale) if for_crops else None
-        return decode_image(data, self.num_channels, self.dtype, least)
+        return decode_image(data, self.num_channels, self.dtype, least, self.nodata)
 
     def evaluation_view(self, image: Image.Image | np.ndarray) -> np.ndarray:
         """The evaluation view (C, H, W) of a decoded image."""
@@ -182,6 +189,7 @@ def evaluation_spec(config: MAEConfig, processor: MAEImageProcessor) -> ImageSpe
         num_patches=config.num_patches,
         eval_resize=size.shortest_edge or (size.height, size.width),
         resample=processor.resample,
+        nodata=processor.nodata,
     )
 
 
@@ -231,7 +239,9 @@ def _resize(
 def make_normalizer(
     processor: MAEImageProcessor, device: torch.device | str = "cpu"
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function from images (..., C, H, W) of its `pixel_dtype`, on a device, to a processor's pixel_values.
+    """A function from images (..., C, H, W), on a device, to a processor's pixel_values.
+
+    Images have its `pixel_dtype`, or are float32 in the same unit.
 
     NaN, a missing pixel, becomes the mean of its channel.
     """

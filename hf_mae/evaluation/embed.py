@@ -18,7 +18,7 @@ from ..data.locate import locate
 from ..data.order import Rows
 from ..data.sources import open_split
 from ..errors import UserError
-from ..files import as_utf8, replaced, writing
+from ..files import replaced, writing
 from ..keys.evaluation_keys import EmbedRecipe
 from .encoder import FrozenEncoder
 from .table import encoded_batches, even_batches, report_bad
@@ -55,9 +55,7 @@ def embed(recipe: EmbedRecipe) -> dict[str, Any]:
         for batch, values in encoded_batches(encoder, batches):
             bad.extend(batch.bad)
             if batch.keys:
-                # Names of files, and of folders that are labels, may hold bytes that are not text.
-                labels = [named(label, source) for label in batch.labels]
-                labels = pa.array([as_utf8(label) if isinstance(label, str) else label for label in labels], kind)
+                labels = pa.array([named(label, source) for label in batch.labels], kind)
                 kind = labels.type
                 yield batch.keys, labels, values.cpu().numpy()
         report_bad(rows, bad, recipe.max_bad_fraction)

@@ -43,6 +43,7 @@ def named_data(recipe: SplitKeys, split: str, evaluated_on: str, learned: bool =
         "dataset": without_secrets(source.dataset),
         "config": source.dataset_config,
         "revision": source.dataset_revision,
+        **({"labels": without_secrets(source.labels)} if source.labels else {}),
         "split": split,
         "evaluated_on": evaluated_on,
         **({"max_samples": recipe.max_samples} if learned else {}),

@@ -83,7 +83,7 @@ def even_batches(
     """
     ranks, device = accelerator.num_processes, accelerator.device
     dataset = EvaluationSet(rows, spec, batch_size, mask_seed, accelerator.process_index, ranks)
-    black = torch.zeros(1, spec.num_channels, *spec.size, dtype=getattr(torch, spec.dtype))
+    black = torch.zeros(1, spec.num_channels, *spec.size, dtype=getattr(torch, spec.batch_dtype))
     blank = Batch(black, torch.zeros(1, spec.num_patches), [], [])
     calls = range(math.ceil(len(rows) / (ranks * batch_size)))
     with closing(each_batch(make_loader(dataset, num_workers))) as batches:

@@ -217,7 +217,7 @@ class _Places:
                 shown[key] = self.show(value)
             elif key == "evaluated_on" and (parts := re.fullmatch(EVALUATED_ON, value)):
                 shown[key] = parts[1] + self.show(parts[2])
-            elif value.startswith(("/", "~", "file://")):
+            elif key == "labels" or value.startswith(("/", "~", "file://")):
                 shown[key] = Path(value).name
         return shown
 

@@ -25,6 +25,7 @@ BOOLEANS: dict[str, bool] = {
 
 PICTURE_FILES = (".png", ".webp", ".jpg", ".jpeg")
 FINITE = sys.float_info.max
+FLOAT32_MAX = 3.4028235e38
 
 # type of a word -> how the help writes it, and what an error says it should be
 KINDS: dict[Any, tuple[str, str]] = {

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UserError, without_secrets
-from . import PICTURE_FILES, Recipe, data_key, evaluation_key, hardware_key, inherit, output_key
+from . import FLOAT32_MAX, PICTURE_FILES, Recipe, data_key, evaluation_key, hardware_key, inherit, output_key
 
 
 @dataclass
@@ -101,7 +101,23 @@ def predictions_key(**changes: Any) -> Any:
 
 
 @dataclass
-class PrepareRecipe(SourceKeys):
+class NodataKeys(Recipe):
+    """Which pixels are missing."""
+
+    nodata: float | None = data_key(None, "pixel value that stands for missing data, besides NaN", "none")
+
+    @property
+    def nodata_flag(self) -> str:
+        """The flag at the end of a command line, with a space before it; empty without a value."""
+        return "" if self.nodata is None else f" --nodata {self.nodata:.9g}"  # a float32 has nine digits at most
+
+    def check(self) -> None:
+        super().check()
+        self.check_range("nodata", low=-FLOAT32_MAX, high=FLOAT32_MAX)
+
+
+@dataclass
+class PrepareRecipe(NodataKeys, SourceKeys):
     """Keys of `hf-mae prepare SRC DST`."""
 
     dataset: str = inherit(SourceKeys, "dataset", positional=True, metavar="SRC")
@@ -114,6 +130,7 @@ class PrepareRecipe(SourceKeys):
     max_bad_fraction: float = data_key(0.01, "fail when a larger fraction of the images can't be decoded")
 
     def check(self) -> None:
+        super().check()
         self.check_range("shortest_edge", low=1, high=65_535)
         self.check_range("quality", low=1, high=95)
         self.check_range("rows_per_shard", low=1, high=10**9)
@@ -122,7 +139,7 @@ class PrepareRecipe(SourceKeys):
 
 
 @dataclass
-class InspectRecipe(SourceKeys):
+class InspectRecipe(NodataKeys, SourceKeys):
     """Keys of `hf-mae inspect DATA`."""
 
     dataset: str = inherit(SourceKeys, "dataset", positional=True, metavar="DATA")
@@ -131,12 +148,12 @@ class InspectRecipe(SourceKeys):
         None, "read at most this many images of each split", "as many as half a minute allows"
     )
     num_channels: int | None = data_key(None, "number of channels to decode each image to", "as in the data")
-    nodata: float | None = data_key(None, "pixel value that stands for missing data, besides NaN", "none")
     output: str | None = output_key(
         None, "file for a contact sheet of each split, .png, .webp or .jpg", "none", metavar="FILE"
     )
     json: bool = output_key(False, "print what was found as JSON instead of a table")
 
     def check(self) -> None:
+        super().check()
         self.check_least(max_samples=1, num_channels=1)
         self.check_ending("output", *PICTURE_FILES)

@@ -21,7 +21,7 @@ from . import (
     optimization_key,
     read_size,
 )
-from .data_keys import SplitKeys
+from .data_keys import NodataKeys, SplitKeys
 from .model_keys import MODEL_KEYS, ModelKeys
 
 T = TypeVar("T")
@@ -169,7 +169,7 @@ class RunRecipe(SplitKeys):
 
 
 @dataclass
-class PretrainRunKeys(RunRecipe):
+class PretrainRunKeys(NodataKeys, RunRecipe):
     """The keys that only pretraining has, except those of the model's configuration."""
 
     model: str | None = model_key(None, "folder or Hub id of a model to start from", "from scratch", metavar="DIR|ID")

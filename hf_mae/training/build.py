@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.utils.hub import cached_file
 
 from .. import __version__
 from ..configuration_mae import SIZES, MAEConfig
@@ -22,6 +23,7 @@ from ..keys.run_keys import PretrainRecipe, RunRecipe
 from ..modeling_mae import MAEForPreTraining
 from ..optim.schedule import stages
 from ..pretrained import loading, model_failure
+from ..run_folder import PROCESSOR_NAME
 from .state import RunState
 
 logger = logging.getLogger(__name__)
@@ -97,6 +99,8 @@ def build_processor(
 ) -> MAEImageProcessor:
     """The model's image processor: sizes, scaling, mean and standard deviation.
 
+    Without `nodata` in the recipe, it has that of the `model` to start from.
+
     Raises:
         CheckpointError: if the checkpoint's processor can't be loaded.
         UserError: if mean or standard deviation don't have one number per channel.
@@ -107,23 +111,33 @@ def build_processor(
         except (OSError, ValueError) as error:
             message = f"the image processor in {stored} can't be loaded; name another checkpoint"
             raise CheckpointError(message) from error
+    nodata = recipe.nodata if recipe.nodata is not None or not recipe.model else stored_nodata(recipe.model)
     mean, std = recipe.image_mean, recipe.image_std
     if mean is None or std is None:
         if data.num_channels == 3 and data.dtype == "uint8":
             mean, std = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
         else:
-            stats = channel_stats(data.rows, data.num_channels, data.dtype)
+            stats = channel_stats(data.rows, data.num_channels, data.dtype, nodata=nodata)
             mean, std = stats["image_mean"], stats["image_std"]
     for name, values in (("image_mean", mean), ("image_std", std)):
         if len(values) != data.num_channels:
             raise UserError(f"{name} has {len(values)} numbers for {data.num_channels} channels; give one per channel")
     return MAEImageProcessor(
         num_channels=data.num_channels,  # pyright: ignore[reportCallIssue] (its own key, unknown to the base class)
+        nodata=nodata,  # pyright: ignore[reportCallIssue]
         **crop_settings(config.image_height_width, recipe.eval_crop_pct),
         image_mean=mean,
         image_std=std,
         **rescale_settings(data.dtype),
     )
+
+
+def stored_nodata(model: str) -> float | None:
+    """The `nodata` of a model's image processor; None if it has none, or no image processor."""
+    with loading(model_failure(model)):
+        if cached_file(model, PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False) is None:
+            return None
+        return MAEImageProcessor.from_pretrained(model).nodata
 
 
 def make_spec(recipe: PretrainRecipe, data: PretrainData, config: MAEConfig, processor: MAEImageProcessor) -> ImageSpec:

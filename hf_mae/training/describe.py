@@ -94,10 +94,11 @@ def announce(
     trained = f", {facts['trained_parameters'] / 1e6:.1f} M trained" if "trained_parameters" in facts else ""
     masks = f", each with {spec.masks} masks" if spec.masks > 1 else ""
     strategy = f"{facts['strategy']}, " if "strategy" in facts else ""
+    nodata = "" if spec.nodata is None else f" (nodata {spec.nodata:g})"
     start = f"continuing from {stored}" if stored else f"from {recipe.model or 'scratch'}"
     print(
         f"{recipe.recipe or recipe.command}: {facts['training_images']:,} images of {without_secrets(recipe.dataset)}, "
-        f"{spec.num_channels} x {height} x {width} {spec.dtype}, {content}, "
+        f"{spec.num_channels} x {height} x {width} {spec.dtype}{nodata}, {content}, "
         f"{facts['parameters'] / 1e6:.1f} M parameters{trained}\n"
         f"{facts['total_steps']:,} steps of {recipe.images_per_step} images{masks} = {facts['processes']} "
         f"{'process' if facts['processes'] == 1 else 'processes'} x {facts['grad_accum_steps']} x "

@@ -181,13 +181,14 @@ def build_rand_augment(recipe: FinetuneRecipe, spec: ImageSpec, processor: MAEIm
     """The recipe's RandAugment, or None.
 
     Raises:
-        UserError: if timm doesn't know the policy, or the images are not 8-bit grey or colour.
+        UserError: if timm doesn't know the policy, or the images are not 8-bit grey or colour, or may miss pixels.
     """
     if recipe.rand_augment == "none":
         return None
-    if spec.dtype != "uint8" or spec.num_channels not in (1, 3):
+    if spec.batch_dtype != "uint8" or spec.num_channels not in (1, 3):
+        kind = spec.dtype if spec.nodata is None else f"{spec.dtype} with missing pixels (nodata {spec.nodata:g})"
         raise UserError(
-            f"rand_augment needs 8-bit grey or colour images, not {spec.num_channels} channels of {spec.dtype}; "
+            f"rand_augment needs 8-bit grey or colour images, not {spec.num_channels} channels of {kind}; "
             "pass --rand_augment none"
         )
     try:

@@ -302,6 +302,15 @@ def test_the_encoder_becomes_transformers_vit_and_comes_back(tmp_path):
     assert same_bits(load_file(tmp_path / "back" / "model.safetensors"), model.mae.state_dict())
 
 
+def test_where_missing_pixels_are_not_known_the_conversion_says_so(tmp_path, capsys):
+    save_ours(tiny(MAEForPreTraining), tmp_path / "ours")
+    MAEImageProcessor.from_pretrained(tmp_path / "ours", nodata=-9999).save_pretrained(tmp_path / "ours")
+    assert convert(tmp_path / "ours", tmp_path / "vit", to="vit") == 0
+    assert "changed  nodata -9999 -> none: vit doesn't handle missing pixels\n" in capsys.readouterr().out
+    assert convert(tmp_path / "ours", tmp_path / "mae", to="mae", image_size=64) == 0
+    assert MAEImageProcessor.from_pretrained(tmp_path / "mae").nodata == -9999
+
+
 def test_a_classifier_on_the_class_token_becomes_transformers_vit_and_comes_back(tmp_path):
     names = {0: "cat", 1: "dog", 2: "eel"}
     model = tiny(MAEForImageClassification, pooling="cls", id2label=names)

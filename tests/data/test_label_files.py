@@ -10,11 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from image_sets import png, upload, write_files, write_parquet
 
+from hf_mae.data import label_files
 from hf_mae.data.builders import from_builder, load_builder
 from hf_mae.data.labels import find_labels, labels_of, named
+from hf_mae.data.locate import locate
 from hf_mae.data.order import Rows
 from hf_mae.data.prepare import prepare
 from hf_mae.data.sources import open_source, open_split, open_splits
+from hf_mae.data.tables import Table
 from hf_mae.errors import DataError
 from hf_mae.keys.data_keys import PrepareRecipe, SplitKeys
 
@@ -367,3 +370,21 @@ def test_prepare_keeps_the_names_of_findings(tmp_path):
     found = find_labels(Rows(source), MULTI)
     assert found.names == ("cyst", "mass", "edema")
     assert found.targets(labels_of(Rows(source)), source).tolist() == [[1, 0, 0], [1, 1, 0]]
+
+
+@pytest.mark.parametrize("table", ["metadata.csv", "list.csv"])
+def test_tables_are_read_once_for_all_splits(tmp_path, monkeypatch, table):
+    names = ("train/a.png", "train/b.png", "test/c.png", "test/d.png")
+    path = folder(tmp_path / "i", *names)
+    (path if table == "metadata.csv" else tmp_path).joinpath(table).write_text(
+        csv_of(dict(zip(names, "xyxx", strict=True)))
+    )
+    read = []
+    monkeypatch.setattr(label_files, "Table", lambda url: read.append(url) or Table(url))
+    place = locate(SplitKeys(dataset=str(path), labels=None if table == "metadata.csv" else str(tmp_path / table)))
+    sources = {split: open_split(place, split) for split in ("train", "test")}
+    assert {split: source.known_labels() for split, source in sources.items()} == {
+        "train": ["x", "y"],
+        "test": ["x", "x"],
+    }
+    assert len(read) == 1

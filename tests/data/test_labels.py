@@ -8,7 +8,7 @@ import torch
 from memory_source import MemorySource, noise_images
 from PIL import Image
 
-from hf_mae.data.labels import Labels, find_labels, labels_of
+from hf_mae.data.labels import Labels, find_labels, labels_of, named
 from hf_mae.data.order import Rows
 from hf_mae.data.sources import open_source
 from hf_mae.errors import DataError
@@ -79,11 +79,21 @@ def test_numbers_of_any_type_match_classes_that_are_called_by_numbers():
 
 
 def test_a_label_beyond_the_named_classes_is_an_error():
+    source = rows([0, 1], ["cat", "dog"]).source
+    with pytest.raises(DataError, match=r"has the label 2 \(of 2 named classes\)"):
+        Labels(SINGLE, ("cat", "dog")).targets([0, 2], source)
     # Test sets of the Hub have -1 where labels are kept secret.
-    data = rows([0, 1], ["cat", "dog"])
-    for label in (-1, 2):
-        with pytest.raises(DataError, match=rf"has the label {label} \(of 2 named classes\)"):
-            Labels(SINGLE, ("cat", "dog")).targets([0, label], data.source)
+    with pytest.raises(DataError, match="1 of 2 images of split train of memory have no label"):
+        Labels(SINGLE, ("cat", "dog")).targets([0, -1], source)
+
+
+def test_names_of_classes_are_plain_text_wherever_labels_come_from():
+    texts, numbers = rows(["a\x1b[0m", "b\n", "a\x1b[0m"]), rows([1, 0], ["a\x1b[0m", "b\n"])
+    for data, first in ((texts, "a\\x1b[0m"), (numbers, "b\\n")):
+        assert find_labels(data, SINGLE).names == ("a\\x1b[0m", "b\\n")
+        assert named(labels_of(data)[0], data.source) == first
+    assert find_labels(texts, SINGLE).targets([1, 0], numbers.source).tolist() == [1, 0]
+    assert find_labels(rows(["a\x07; b", "b"]), MULTI).names == ("a\\x07", "b")
 
 
 # ------------------------------------------------------------------------------------------ several, or numbers
@@ -146,7 +156,7 @@ def test_numbers_are_targets_as_they_are():
 @pytest.mark.parametrize(
     ("labels", "problem", "message"),
     [
-        ([None, None], SINGLE, "2 of 2 images of memory, split train, have no label; sort images into one folder per"),
+        ([None, None], SINGLE, "2 of 2 images of split train of memory have no label; sort images into one folder per"),
         ([0, None, 1], SINGLE, "1 of 3 images .* have no label"),
         ([4, 4], SINGLE, r"memory has only one class \(4\); two or more are needed"),
         ([0.5, 1.5], SINGLE, "memory has the label 0.5, .* pass --problem_type regression"),

@@ -129,6 +129,44 @@ def test_more_bits_and_more_bands_are_kept():
     assert np.array_equal(np.asarray(mask), np.eye(8) * 255)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "bands", "nodata"),
+    [("uint8", 1, 0), ("uint8", 3, 255), ("uint16", 1, 65_535), ("uint8", 13, 0), ("int16", 2, -9999), ("f4", 2, 0)],
+)
+def test_pixels_of_a_value_are_not_blended_with_others(dtype, bands, nodata):
+    image = np.random.default_rng(0).integers(100, 200, (40, 60, bands)).astype(dtype)
+    image[:, :30] = nodata
+    data = encoded(Image.fromarray(image.squeeze())) if bands in (1, 3) else npy(image)
+    read = "float32" if dtype in ("int16", "f4") else dtype
+    found, blended = (np.asarray(decode_image(reencode(data, 20, 90, one), bands, read)) for one in (nodata, None))
+    found, blended = found.reshape(20, 30, bands), blended.reshape(20, 30, bands)
+    assert (found[:, :15] == nodata).all()
+    assert (100 <= found[:, 15:].min()) & (found[:, 15:].max() < 200)
+    assert not (blended[:, 14] == nodata).all()
+
+
+def test_the_value_of_missing_pixels_is_recorded_and_another_refused(tmp_path, capsys):
+    (tmp_path / "i").mkdir()
+    Image.fromarray(np.eye(40, dtype=np.uint8)).save(tmp_path / "i" / "a.png")
+    words = ["prepare", tmp_path / "i", tmp_path / "out", "--shortest_edge", 20, "--num_workers", 0, "--nodata"]
+    assert start(*words, 0) == 0
+    assert f"use it   hf-mae pretrain --dataset {tmp_path / 'out'} --nodata 0\n" in capsys.readouterr().out
+    assert "--quality 90 --nodata 0`" in (tmp_path / "out" / "README.md").read_text()
+    assert start(*words, -9999) == 2
+    assert "was prepared with nodata 0.0, not -9999.0" in capsys.readouterr().err
+
+
+def test_no_pixel_becomes_one_of_the_missing_value_and_an_empty_image_is_bad():
+    edge = np.full((40, 60), 2, np.uint8)
+    edge[:, 25:] = 250
+    assert (np.asarray(opened(reencode(edge, 20, 90))) == 0).any()  # the filter overshoots
+    assert np.asarray(opened(reencode(edge, 20, 90, 0))).min() == 2
+    cmyk = opened(reencode(encoded(photo(60, 40).convert("CMYK"), "JPEG"), 20, 90, 0))
+    assert (cmyk.format, cmyk.mode, cmyk.size) == ("PNG", "RGB", (30, 20))
+    with pytest.raises(BadImage, match="every pixel has the nodata value 0"):
+        reencode(np.zeros((40, 60), np.uint8), 20, 90, 0)
+
+
 @pytest.mark.parametrize("data", [b"", b"no image", encoded(photo(60, 40), "JPEG")[:-200], np.array([["a", "b"]])])
 def test_what_training_would_skip_is_a_bad_image(data):
     with pytest.raises(BadImage):

@@ -22,6 +22,7 @@ from hf_mae.evaluation.encoder import FrozenEncoder
 from hf_mae.evaluation.fast_linear import fast_linear_accuracy
 from hf_mae.evaluation.knn import knn_accuracy
 from hf_mae.evaluation.table import Features
+from hf_mae.hub.card import Card
 from hf_mae.keys.data_keys import SplitKeys
 from hf_mae.run_folder import add_result, read_results
 
@@ -134,6 +135,19 @@ def class_folder(path, classes, count=3):
         for number in range(count):
             Image.fromarray(rng.integers(0, 256, (9, 9), np.uint8)).save(path / name / f"{number}.png")
     return path
+
+
+def test_results_name_the_table_of_labels_and_cards_its_last_name(folder, tmp_path):
+    class_folder(tmp_path / "images", [""], count=9)
+    lines = [f"{number}.png,{'ab'[number % 2]}" for number in range(9)]
+    table = tmp_path / "findings.csv"
+    table.write_text("\n".join(["file,finding", *lines]))
+    data = ["--dataset", tmp_path / "images", "--eval_dataset", tmp_path / "images", "--labels", table]
+    assert start("evaluate", "knn", "--model", folder, *data, "--num_workers", 0) == 0
+    (result,) = read_results(tmp_path / "model" / "results.json")
+    assert result["data"]["labels"] == str(table)
+    assert "labels from findings.csv." in (text := Card(folder).text())
+    assert str(tmp_path) not in text
 
 
 MISTAKES = {

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from runs import arguments, cut_off, load_pretrain_recipe, losses, pictures, run, start, weights_hash
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
+from hf_mae.evaluation.encoder import FrozenEncoder
+from hf_mae.training.build import stored_nodata
 from hf_mae.training.pretrain import PretrainRun
 
 datasets = pytest.importorskip("datasets")
@@ -154,3 +157,44 @@ def test_missing_pixels_are_left_out_and_the_run_trains(tmp_path):
     assert not any("skipped" in line for line in (output_dir / "metrics.jsonl").read_text().splitlines())
     assert AutoImageProcessor.from_pretrained(output_dir).image_mean == pytest.approx([300, 300], abs=5)
     assert not (output_dir / "bad_samples.jsonl").exists()
+
+
+def test_a_value_of_missing_pixels_goes_with_the_model(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for number in range(24):
+        tile = rng.integers(100, 200, (32, 32), dtype=np.uint8)
+        tile[:, :16] = 0
+        path = tmp_path / "tiles" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(tile).save(path)
+    sized = {"image_size": 32, "patch_size": 8, "total_steps": 2, "save_steps": 1}
+    data = {"dataset": tmp_path / "tiles", **sized}
+    output_dir = run(tmp_path / "run", nodata=0, masks_per_image=2, **data)
+    assert "1 x 32 x 32 uint8 (nodata 0), " in capsys.readouterr().out
+    assert all(math.isfinite(loss) for loss in losses(output_dir).values())
+    processor = AutoImageProcessor.from_pretrained(output_dir)
+    assert processor.nodata == 0
+    assert processor.image_mean == pytest.approx([149.5 / 255], abs=0.01)
+    # Resumed with another value, or none.
+    cut = cut_off(output_dir, 1, tmp_path / "cut")
+    for other in (255, None):
+        words = arguments(cut, nodata=other, masks_per_image=2, resume="auto", **data)
+        assert start(*words) == 2
+        assert f"belongs to a run with nodata 0.0, not {other and float(other)}" in capsys.readouterr().err
+    # Continued in another run, fine-tuned and evaluated.
+    assert stored_nodata(run(tmp_path / "more", model=output_dir, **data)) == 0
+    words = ["--model", output_dir, "--dataset", tmp_path / "tiles", "--num_workers", 0]
+    tuned = tmp_path / "tuned"
+    few = ["--total_batch_size", 8, "--total_steps", 1, "--eval_dataset", tmp_path / "tiles", "--output_dir", tuned]
+    assert start("finetune", *words, *few) == 0
+    assert stored_nodata(tuned) == 0
+    assert start("embed", *words, "--output", tmp_path / "features.npy") == 0
+    encoder = FrozenEncoder(str(output_dir), "mean")
+    pixel_values = processor(Image.open(path), return_tensors="pt").pixel_values
+    assert (pixel_values[0, 0, :, :16] == 0).all()
+    expected = encoder.encoder(pixel_values).last_hidden_state[:, 1:].mean(dim=1)
+    found = np.load(tmp_path / "features.npy")
+    assert np.abs(found - expected.detach().numpy()).max(axis=1).min() < 1e-5
+    capsys.readouterr()
+    assert start("finetune", *words, *few[:-2], "--output_dir", tmp_path / "x", "--rand_augment", "rand-m9") == 2
+    assert "not 1 channels of uint8 with missing pixels (nodata 0); pass --rand_augment none" in capsys.readouterr().err
