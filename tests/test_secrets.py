@@ -170,9 +170,11 @@ def test_no_command_stores_or_shows_a_secret_or_a_path_that_was_not_typed(served
     home, hf_home = tmp_path / "HOMECANARY", tmp_path / "HFHOMECANARY"
     said, failed = [], []
 
-    def run(command: str, status: int = 0, **more: str):
-        variables = environment() | {"HOME": str(home), "HF_HOME": str(hf_home), "ACCELERATE_USE_CPU": "true"}
-        variables |= {"HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path), **more}
+    def run(command: str, status: int = 0):
+        own = ("HF_ENDPOINT", "HF_HUB_DISABLE_XET", "NO_PROXY", "no_proxy")
+        variables = environment() | {name: hub.env[name] for name in own}
+        variables |= {"HOME": str(home), "HF_HOME": str(hf_home), "ACCELERATE_USE_CPU": "true"}
+        variables |= {"HF_HUB_OFFLINE": "0", "HF_TOKEN": "TOKENCANARY", "TMPDIR": str(tmp_path)}
         words = [sys.executable, "-m", "hf_mae.cli", *command.split()]
         done = subprocess.run(words, capture_output=True, cwd=work, env=variables, timeout=600)
         said.append((command, done.stdout + done.stderr))
@@ -202,10 +204,8 @@ def test_no_command_stores_or_shows_a_secret_or_a_path_that_was_not_typed(served
     run("convert p converted --to vit_mae")
     run("export p exported --to torch_export")
     run(f"demo --model p --gallery {data} --output_dir space")
-    own = ("HF_ENDPOINT", "HF_HUB_DISABLE_XET", "NO_PROXY", "no_proxy")
-    online = {name: hub.env[name] for name in own} | {"HF_TOKEN": "TOKENCANARY", "HF_HUB_OFFLINE": "0"}
     for model in "pf":
-        run(f"push {model} --repo_id user/{model}", **online)
+        run(f"push {model} --repo_id user/{model}")
     run(f"inspect --dataset {url('absent.tar')}", 2)
     run(f"inspect --dataset {data.replace('PASSWORDCANARY', 'WRONGCANARY')}", 2)
     assert failed == []
