@@ -38,12 +38,14 @@ class FileLabels:
     Attributes:
         values: one label per image, see `Row.label`; None for an image without a row.
         names: class names by index, if labels are indices.
+        origin: the table and its columns of labels; None if it isn't clear which these are.
         remedy: what to do about images without a label.
         digest: changes if a label changes.
     """
 
     values: list[Any]
     names: list[str] | None
+    origin: str | None
     remedy: str
     digest: str
 
@@ -113,8 +115,9 @@ def _labels(found: _Found, place: Place, split: str, wanted: list[str]) -> FileL
         raise DataError(f"{found.name} has several rows with different labels for {shown(image)}; keep one of them")
     values = [_whole(labels.get(name, []), several) for name in wanted]
     remedy = found.choices or f"write them into {found.name}"
-    result = FileLabels(values, class_names, remedy, _digest(values, class_names))
-    _report(found, place, split, wanted, result, list(used))
+    origin = None if found.choices else f"{found.name}, column {', '.join(used)}"
+    result = FileLabels(values, class_names, origin, remedy, _digest(values, class_names))
+    _report(found, place, split, wanted, result)
     return result
 
 
@@ -129,7 +132,8 @@ def _digest(values: list[Any], names: list[str] | None) -> str:
     return hashlib.sha256(json.dumps([values, names], default=str).encode()).hexdigest()
 
 
-def _report(found: _Found, place: Place, split: str, wanted: list[str], result: FileLabels, columns: list[str]) -> None:
+def _report(found: _Found, place: Place, split: str, wanted: list[str], result: FileLabels) -> None:
+    """Warn if it isn't clear which column has the labels, or if images and rows don't match."""
     if found.choices:
         message = "%s: no image has a label, as it isn't clear which column of %s has them: %s"
         logger.warning(message, place.name, found.name, found.choices)
@@ -140,8 +144,8 @@ def _report(found: _Found, place: Place, split: str, wanted: list[str], result: 
         line += f" (the first without one is {shown(without[0])})"
     if found.missing:
         line += f"; {found.missing} {'rows name' if found.missing > 1 else 'row names'} no image"
-    instead = "" if place.labels else ", not from folders"
-    logger.warning("%s: labels are from %s, column %s%s: %s", place.name, found.name, ", ".join(columns), instead, line)
+    if without or found.missing:
+        logger.warning("%s: labels are from %s: %s", place.name, result.origin, line)
 
 
 # ------------------------------------------------------------------------------------------ metadata.csv

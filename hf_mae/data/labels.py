@@ -214,6 +214,20 @@ def _numbers(value: Any, source: Source) -> list[float]:
 # ------------------------------------------------------------------------------------------ frozen features
 
 
+def has_labels(rows: Rows) -> bool:
+    """Whether any of these images may have a label; False only if that is known without reading them."""
+    source = rows.source
+    if source.labels_from is None:
+        return False
+    labels = source.known_labels()
+    return labels is None or not all(_is_missing(labels[i], source) for i in rows.index.tolist())
+
+
+def _is_missing(label: Any, source: Source) -> bool:
+    # In a column of named classes, `datasets` marks a missing label with -1; elsewhere -1 may be a class.
+    return label is None or label == "" or label != label or (source.label_names is not None and label == -1)
+
+
 def check_classes(labels: Sequence[Any], rows: Rows) -> list[Any]:
     """The labels of a split as integers and texts, after a check that each is a class.
 
@@ -222,8 +236,7 @@ def check_classes(labels: Sequence[Any], rows: Rows) -> list[Any]:
     """
     missing, source = 0, rows.source
     for label in labels:
-        # In a column of named classes, `datasets` marks a missing label with -1; elsewhere -1 may be a class.
-        if label is None or label == "" or label != label or (source.label_names is not None and label == -1):
+        if _is_missing(label, source):
             missing += 1
         elif not isinstance(as_class(label), (str, int)):
             raise DataError(f"label {str(label)[:60]} of {rows.name} is not a class; choose another --label_column")

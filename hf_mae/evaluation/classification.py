@@ -9,7 +9,9 @@ from transformers import EvalPrediction
 from ..classifier_mae import MAEForImageClassification
 from ..data.labels import Labels
 from ..data.sources import open_splits
+from ..data.stats import probe_rows
 from ..data.transform import evaluation_spec, make_normalizer
+from ..data.understood import announce_data
 from ..keys.evaluation_keys import ClassificationRecipe
 from ..pretrained import load_with_processor
 from .metrics import make_compute_metrics
@@ -34,10 +36,13 @@ def evaluate_classification(recipe: ClassificationRecipe) -> dict[str, Any] | No
     model.to(device)  # pyright: ignore[reportArgumentType]
     with accelerator.main_process_first():
         _, rows, evaluated_on = open_splits(recipe, streaming=False, labelled=True)
+        probe = probe_rows(rows, config.num_channels)
     problem = config.problem_type or "single_label_classification"
     labels = Labels(problem, tuple(config.id2label[i] for i in range(config.num_labels)))
     spec = evaluation_spec(config, processor)
     normalize = make_normalizer(processor, device)
+    if accelerator.is_main_process:
+        announce_data(probe, spec, None, rows, evaluated_on)
 
     def logits(images: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.mixed_precision == "bf16"):

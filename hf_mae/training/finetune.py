@@ -20,6 +20,7 @@ from ..data.mix import Mixing
 from ..data.order import Rows
 from ..data.sources import open_splits
 from ..data.transform import evaluation_spec
+from ..data.understood import announce_data
 from ..evaluation.metrics import make_compute_metrics
 from ..evaluation.results import make_result, named_data
 from ..keys.finetune_keys import FinetuneRecipe
@@ -27,7 +28,7 @@ from ..optim.groups import layer_decay_groups
 from ..run_folder import WEIGHTS_NAME, RunFolder, add_result, read_results
 from .callbacks import EMACallback, EpochCallback, LogCallback
 from .checkpoint import load_tensors, remove_folder, write_model
-from .describe import RunSetup, announce, derive_facts
+from .describe import RunSetup, announce, derive_facts, warn_if_batch_is_larger
 from .devices import prepare_process, tune_for_device
 from .finetune_setup import (
     build_classifier,
@@ -104,7 +105,7 @@ class FinetuneRun:
         self.processor = build_processor(recipe, self.model.config)
         scale = (recipe.crop_scale[0], recipe.crop_scale[-1])
         self.spec = replace(evaluation_spec(self.model.config, self.processor), crop_scale=scale, flip=recipe.flip)
-        check_images(self.rows, self.spec)
+        self.probe = check_images(self.rows, self.spec)
         self.bad = without_bad(self.eval_rows, self.spec, recipe.num_workers)
         self.train_images = LabelledImages(
             self.rows, self._targets(self.rows), self.spec, self.processor, recipe.seed,
@@ -158,9 +159,11 @@ class FinetuneRun:
         facts = derive_facts(recipe, setup)
         if args.process_index:
             return
-        labels = f"{len(names)} {'numbers per image' if recipe.problem_type == 'regression' else 'classes'}"
-        scored = f"scored on {len(self.eval_images):,} images: {self.evaluated_on}"
-        announce(recipe, facts, self.spec, args.device, labels, scored, self.stored)
+        noun = "numbers per image" if recipe.problem_type == "regression" else "classes"
+        classes = f"{len(names)} {noun}"
+        announce_data(self.probe, self.spec, self.rows, self.eval_rows, self.evaluated_on, classes)
+        announce(recipe, facts, self.model.config.grid_size, args.device, self.stored)
+        warn_if_batch_is_larger(recipe, len(self.rows), "TODO")
         if self.bad:
             print(f"{len(self.bad)} images can't be decoded and are not scored; the first is {self.bad[0][0]}")
 

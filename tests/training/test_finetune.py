@@ -31,7 +31,8 @@ def test_a_run_ends_as_a_model_folder_that_the_pipeline_loads(pretrained, tmp_pa
     assert files == {"config.json", "metrics.jsonl", "model.safetensors", "preprocessor_config.json", "results.json",
                      "run_config.yaml"}  # fmt: skip
     printed = capsys.readouterr().out
-    assert "1,705 images of digits, 1 x 8 x 8 uint8, 10 classes" in printed
+    assert printed.startswith("data     digits (only one split): 1,705 images of split train, evaluated on 92 images: ")
+    assert "; labels: 10 classes from scikit-learn\nimages   1 channel of 8 bits (uint8), 8 x 8 pixels" in printed
     assert "60 steps of 64 images = 1 process x 1 x 64" in printed
     assert f"pipeline('image-classification', '{out}')" in printed
     figures = results(out)["figures"]
