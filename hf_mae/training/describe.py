@@ -108,6 +108,6 @@ def warn_if_batch_is_larger(recipe: PretrainRecipe | FinetuneRecipe, images: int
     """Warn if a step takes more images than there are to train on; `effect` says what happens then."""
     if recipe.images_per_step > images:
         logger.warning(
-            "a step takes %d images, but there are only %d to train on: %s; pass --total_batch_size %d or less",
+            "a step of %d images is larger than the training set of %d: %s; pass --total_batch_size %d or less",
             *(recipe.images_per_step, images, effect, images * recipe.masks_per_image),
         )

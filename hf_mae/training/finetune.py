@@ -114,6 +114,7 @@ class FinetuneRun:
         )  # fmt: skip
         self.eval_images = LabelledImages(self.eval_rows, self._targets(self.eval_rows), self.spec, self.processor)
         self.steps = recipe.steps(len(self.train_images))
+        self.images_per_step = min(recipe.total_batch_size, len(self.train_images))
         self.args.max_steps, self.args.warmup_steps = self.steps
         names = ("eval_steps", "save_steps")
         self.args.eval_steps, self.args.save_steps = (recipe.interval(name, self.steps[0]) for name in names)
@@ -163,7 +164,8 @@ class FinetuneRun:
         classes = f"{len(names)} {noun}"
         announce_data(self.probe, self.spec, self.rows, self.eval_rows, self.evaluated_on, classes)
         announce(recipe, facts, self.model.config.grid_size, args.device, self.stored)
-        warn_if_batch_is_larger(recipe, len(self.rows), "TODO")
+        effect = f"it takes each of them once, and the run passes over them {total_steps} times"
+        warn_if_batch_is_larger(recipe, len(self.rows), effect)
         if self.bad:
             print(f"{len(self.bad)} images can't be decoded and are not scored; the first is {self.bad[0][0]}")
 
@@ -176,7 +178,7 @@ class FinetuneRun:
         trainer = Trainer(**self.trainer_parts())
         for printing in (ProgressCallback, PrinterCallback):
             trainer.pop_callback(printing)
-        log = LogCallback(trainer.accelerator, self.recipe.total_batch_size)
+        log = LogCallback(trainer.accelerator, self.images_per_step)
         trainer.add_callback(log)
         with one_line_errors(), closing(log):
             if not self._restore_trained(trainer):
@@ -226,7 +228,7 @@ class FinetuneRun:
             "image_size": list(self.spec.size),
             "eval_resize": self.spec.eval_resize,
             "trainable_blocks": recipe.trainable_blocks,
-            "epochs": recipe.total_batch_size * self.steps[0] / len(self.rows),
+            "epochs": self.images_per_step * self.steps[0] / len(self.rows),
             "seed": recipe.seed,
         }
         data = {

@@ -1,17 +1,20 @@
 """The two lines that a command prints before it starts to work, and the warnings beside them."""
 
+import io
+
 import numpy as np
 import pytest
 from image_sets import image_table, samples, write_tar
 from memory_source import MemorySource
-from PIL import Image
+from PIL import ExifTags, Image
 from runs import arguments, start
-from tiny import save_model
+from tiny import save_model, tiny_config
 
+from hf_mae import MAEForImageClassification
 from hf_mae.data.order import Rows
 from hf_mae.data.stats import probe_rows
 from hf_mae.data.transform import ImageSpec
-from hf_mae.data.understood import announce_data
+from hf_mae.data.understood import announce_data, describe_images
 
 HELD_OUT = "5% of train, held out by a hash of each row's place"
 PIXELS = "1 channel of 8 bits (uint8), 6 x 9 pixels, used at 8 x 8"
@@ -139,9 +142,63 @@ def test_every_command_on_frozen_features_says_it(here, command, capsys, caplog)
     assert caplog.records == []
 
 
-def test_an_upright_size_is_found_without_decoding():
-    source = MemorySource([[np.zeros((3, 20, 30), np.uint8), np.zeros((20, 30), np.uint8)]])
-    assert probe_rows(Rows(source), 3).sizes.tolist() == [[20, 30], [20, 30]]
+def test_a_fine_tuned_model_names_only_the_images_that_it_is_scored_on(here, capsys):
+    folder = save_model(here / "model")
+    config = tiny_config(image_size=8, patch_size=4, num_channels=1, id2label={i: str(i) for i in range(10)})
+    MAEForImageClassification(config).save_pretrained(folder)
+    assert start("evaluate", "classification", "--model", folder, "--dataset", "digits", "--num_workers", 0) == 0
+    line = f"data     digits (only one split): evaluated on 92 images: {HELD_OUT}; labels: 10 classes from scikit-learn"
+    assert capsys.readouterr().out.splitlines()[0] == line
+
+
+def test_fine_tuning_names_the_classes_that_it_learns(here, capsys):
+    for number in range(8):
+        draw(here / "data" / f"{number}.png", (8, 8))
+    (here / "data" / "metadata.csv").write_text("file_name,a,b\n" + "".join(f"{i}.png,{i / 9},2\n" for i in range(8)))
+    data = ["--dataset", "data", "--eval_dataset", "data", "--label_column", "a,b", "--problem_type", "regression"]
+    words = ["--model", save_model(here / "model"), "--total_batch_size", 8, "--num_workers", 0, "--dry_run"]
+    assert start("finetune", *words, *data) == 0
+    used = "8 images of split train, evaluated on 8 images: split train"
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        f"data     data (only one split): {used}; labels: 2 numbers per image from metadata.csv, column a, b",
+        "images   1 channel of 8 bits (uint8), 8 x 8 pixels, used at 8 x 8",
+    ]
+
+
+def test_splits_that_a_readme_lists(here, said, own_caches):
+    for name, numbers in (("x", range(6)), ("y", range(4))):
+        (here / "data").mkdir(exist_ok=True)
+        image_table(numbers).to_parquet(here / "data" / f"{name}.parquet")
+    files = "- {split: train, path: x.parquet}\n  - {split: test, path: y.parquet}\n"
+    (here / "data" / "README.md").write_text(f"---\nconfigs:\n- config_name: all\n  data_files:\n  {files}---\n")
+    assert said(dataset="data", total_batch_size=6)[0][0].startswith(
+        "data     data (splits from its own description): 6"
+    )
+
+
+def test_prepare_says_it_for_all_splits(here, capsys, own_caches):
+    for name in ("train/cat/1.png", "train/dog/2.png", "val/dog/3.png"):
+        draw(here / "data" / name)
+    assert start("prepare", "data", "out", "--num_workers", 0) == 0
+    used = "2 images of split train, 1 image of split validation"
+    line = f"data     data (splits from folder names): {used}; labels: 2 classes from class folders"
+    assert capsys.readouterr().out.splitlines()[0] == line
+
+
+def test_sizes_are_those_of_upright_images():
+    photo, exif, stream = Image.new("RGB", (40, 30)), Image.Exif(), io.BytesIO()
+    exif[ExifTags.Base.Orientation] = 6
+    photo.save(stream, "JPEG", exif=exif)
+    images = [stream.getvalue(), np.zeros((3, 20, 30), np.uint8), np.zeros((20, 30), np.uint8)]
+    probe = probe_rows(Rows(MemorySource([images])), 3)
+    assert probe.sizes.tolist() == [[40, 30], [20, 30], [20, 30]]
+
+
+def test_channels_are_those_of_the_images_and_those_that_the_model_gets():
+    images = [np.zeros((4, 4, channels), np.uint16) for channels in (1, 3)]
+    probe = probe_rows(Rows(MemorySource([images])), 3)
+    shown = "1 or 3 channels of 16 bits (uint16), 4 x 4 pixels, used at 8 x 9, as 3 channels of 8 bits (uint8)"
+    assert describe_images(probe, ImageSpec((8, 9), 3, "uint8", 4)) == shown
 
 
 # ------------------------------------------------------------------------------------------ warnings
@@ -171,7 +228,7 @@ def test_a_batch_larger_than_the_training_set_is_named(here, said):
     for number in range(8):
         draw(here / "data" / "ab"[number % 2] / f"{number}.png")
     line = (
-        "a step takes {} images, but there are only 7 to train on: it repeats each of them {} times on average; "
+        "a step of {} images is larger than the training set of 7: it repeats each of them {} times on average; "
         "pass --total_batch_size {} or less"
     )
     assert said(dataset="data", total_batch_size=14)[1] == [line.format(14, "2.0", 7)]

@@ -96,7 +96,7 @@ def test_repetitions_give_a_mean_and_a_range(folder, tmp_path):
 
 def test_figures_of_few_images_name_their_number_and_a_k_above_the_bank_is_marked(folder, capsys):
     assert start(*command("knn", folder, "--k", 20, 200, "--results", "none")) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.splitlines()[2:]
     assert re.fullmatch(r"  knn_top1_k20 +\d+\.\d\d % of 40 images", lines[2])
     assert re.fullmatch(
         r"  knn_top1_k200 +\d+\.\d\d % of 40 images \(k is larger than the training set, so all 120 images vote\)",

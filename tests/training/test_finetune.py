@@ -165,6 +165,16 @@ def test_dry_run_writes_nothing(pretrained, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_step_takes_a_smaller_training_set_once(pretrained, tmp_path, caplog):
+    keys = {"max_samples": 20, "total_batch_size": 64, "total_steps": None, "epochs": 10}
+    out = tune(tmp_path / "out", model=pretrained, **keys)
+    effect = "it takes each of them once, and the run passes over them 3 times; pass --total_batch_size 20 or less"
+    assert caplog.messages == [f"a step of 64 images is larger than the training set of 20: {effect}"]
+    assert results(out)["protocol"]["epochs"] == 3
+    steps = [event for event in events(out) if "loss" in event]
+    assert [(event["epoch"], event["images_seen"]) for event in steps] == [(1, 20), (2, 40), (3, 60)]
+
+
 # ------------------------------------------------------------------------------------------ other problems
 
 
