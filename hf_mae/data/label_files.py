@@ -77,7 +77,7 @@ def attach(place: Place, split: str) -> FileLabels | None:
         found = _Found(table.name, [(table, label_columns, rows)], table.rows - len(rows), "")
     else:
         tables = _metadata(place)
-        found = _listed(place, tables, set(names)) if tables else None
+        found = _listed(place, tables, set(names), set(wanted)) if tables else None
         if found is None:
             return None
     return _labels(found, place, split, wanted)
@@ -166,9 +166,9 @@ def _metadata(place: Place) -> dict[str, Table]:
     return tables
 
 
-def _listed(place: Place, tables: dict[str, Table], names: set[str]) -> _Found | None:
+def _listed(place: Place, tables: dict[str, Table], names: set[str], wanted: set[str]) -> _Found | None:
     known = {nfc(name): name for name in names}
-    parts, missing, hints, nearer = [], 0, [], set()
+    parts, missing, hints, nearer, used = [], 0, [], set(), []
     for folder in sorted(tables, key=lambda folder: -folder.count("/") - bool(folder)):  # the nearest table counts
         table = tables[folder]
         columns, hint = _label_columns(table, FILE_NAME, place.label_column, repeated=True)
@@ -180,12 +180,14 @@ def _listed(place: Place, tables: dict[str, Table], names: set[str]) -> _Found |
             if image is not None and image not in nearer:
                 rows.append((image, row))
         nearer |= {image for image, _ in rows}
+        if not wanted.isdisjoint(image for image, _ in rows):
+            used.append(posixpath.join(folder, table.name))
         parts.append((table, columns, rows))
     hint = "" if "" in hints else next((one for one in hints if one != _NOTHING_ELSE), _NOTHING_ELSE)
     if hint == _NOTHING_ELSE:
         return None  # lists of files alone
-    folder, table = next(iter(tables.items()))
-    name = posixpath.join(folder, table.name) + (f" and {len(tables) - 1} more" if len(tables) > 1 else "")
+    used = used or [posixpath.join(folder, table.name) for folder, table in tables.items()]
+    name = used[0] + (f" and {len(used) - 1} more" if len(used) > 1 else "")
     return _Found(name, parts, missing, f"{hint}, or rename it to read class folders" if hint else "")
 
 

@@ -82,8 +82,11 @@ def _describe_labels(source: Source, classes: str | None) -> str:
     if classes is None and source.label_names is not None:
         classes = _counted(len(source.label_names), "class", "es")
     if classes is None and (labels := source.known_labels()) is not None:
-        values = {str(part) for label in labels for part in (label if isinstance(label, list) else [label])}
-        classes = _counted(len(values - {"None"}), "different value")
+        values = [part for label in labels for part in (label if isinstance(label, list) else [label])]
+        values = [value for value in values if value not in (None, "")]
+        # Numbers may be classes, or what a regression predicts.
+        noun = ("class", "es") if all(isinstance(value, str) for value in values) else ("different value",)
+        classes = _counted(len(set(map(str, values))), *noun)
     return f"{classes} from {source.labels_from}" if classes else f"from {source.labels_from}"
 
 

@@ -85,7 +85,7 @@ def test_each_split_folder_may_have_its_own_metadata_file(tmp_path, caplog):
     (path / "test" / "metadata.csv").write_text("file_name,label\na.png,dog\n")
     assert labels(path) == {"train/a.png": "cat", "train/x/b.png": "dog"}
     assert labels(path, split="test") == {"test/a.png": "dog"}
-    assert open_source(str(path)).labels_from == "test/metadata.csv and 1 more, column label"
+    assert open_source(str(path)).labels_from == "train/metadata.csv, column label"
     assert warnings(caplog) == []
 
 

@@ -60,7 +60,7 @@ def test_one_split_with_a_table_of_labels_beside_the_images(here, said):
     rows = "".join(f"{number}.png,{'abc'[number % 3]}\n" for number in range(8))
     (here / "data" / "metadata.csv").write_text(f"file_name,kind\n{rows}")
     line = f"data     data (only one split): 7 images of split train, evaluated on 1 image: {HELD_OUT}; "
-    labels = "labels: 3 different values from metadata.csv, column kind"
+    labels = "labels: 3 classes from metadata.csv, column kind"
     assert said(dataset="data", total_batch_size=4) == ([line + labels, f"images   {PIXELS}"], [])
 
 
@@ -71,6 +71,8 @@ def test_a_table_of_labels_that_lies_elsewhere(here, said):
     lines, warnings = said(dataset="data", labels="list.csv", label_column="a,b", total_batch_size=4)
     assert lines[0].endswith("; labels: 2 classes from list.csv, column a, b")
     assert warnings == []
+    lines, _ = said(dataset="data", labels="list.csv", label_column="b", total_batch_size=4)
+    assert lines[0].endswith("; labels: 2 different values from list.csv, column b")
 
 
 def test_parquet_files_with_named_classes(here, said, own_caches):
