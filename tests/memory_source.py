@@ -22,7 +22,7 @@ class MemorySource(Source):
     def __init__(self, shards: list[Sequence[Any]], block: int | None = None, labels: Sequence[Any] | None = None):
         names = [f"shard{number}" for number in range(len(shards))]
         super().__init__("memory", "train", names, [len(shard) for shard in shards], random_access=block is None)
-        self.shards, self.reads = shards, []
+        self.shards, self.reads, self.labels_from = shards, [], "memory"  # as a stream, which may have labels
         starts = np.cumsum([0, *self.shard_sizes])
         self.labels = [None if labels is None else labels[start:stop] for start, stop in itertools.pairwise(starts)]
         if block:

@@ -177,7 +177,7 @@ def test_a_recipe_of_the_package_can_be_started_on_other_data(tmp_path, recipe, 
     flat = ["--num_hidden_layers", 1, "--decoder_num_hidden_layers", 1]  # makes the huge one quickly
     assert start("pretrain", "--recipe", recipe, "--dataset", "data", "--dry_run", *flat) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith(f"{recipe}: ")
+    assert f"\n{recipe}: " in printed
     assert f"into outputs/{recipe}" in printed
     assert not (tmp_path / "outputs").exists()
 
@@ -188,7 +188,7 @@ def test_the_command_line_beats_a_recipe_file_which_beats_the_defaults(tmp_path,
     assert start(*words) == 0
     printed = capsys.readouterr().out
     assert "12 steps of 64 images" in printed
-    assert "precision no), lr 0.00025;" in printed
+    assert "precision no), lr 0.00025\n" in printed
 
 
 # ------------------------------------------------------------------------------------------ mistakes

@@ -15,6 +15,7 @@ from hf_mae.conversion.processors import evaluation_processor
 from hf_mae.data.labelled import LabelledImages
 from hf_mae.data.loader import EvaluationSet
 from hf_mae.data.order import Rows
+from hf_mae.data.stats import probe_rows
 from hf_mae.data.transform import ImageSpec, evaluation_spec, make_normalizer
 from hf_mae.errors import UserError
 from hf_mae.keys.publishing_keys import ConvertRecipe
@@ -54,7 +55,7 @@ def resize_of(processor: MAEImageProcessor) -> int | tuple[int, int]:
 
 
 def pretraining(config: MAEConfig, crop_pct: float) -> tuple[MAEImageProcessor, ImageSpec]:
-    recipe, data = PretrainRecipe(eval_crop_pct=crop_pct), PretrainData(ROWS, ROWS, 3, "uint8", "")
+    recipe, data = PretrainRecipe(eval_crop_pct=crop_pct), PretrainData(ROWS, ROWS, 3, probe_rows(ROWS), "")
     processor = build_processor(recipe, None, data, config)
     return processor, make_spec(recipe, data, config, processor)
 
@@ -165,7 +166,7 @@ def test_the_resize_is_timms():
 def test_a_stored_processor_keeps_its_sizes(reconstructed):
     # Pretraining rounded to the nearest once: 32 / 0.875 was 37.
     stored = MAEImageProcessor(size={"shortest_edge": 37}, crop_size={"height": 32, "width": 32})
-    config, data = config_of((32, 32)), PretrainData(ROWS, ROWS, 3, "uint8", "")
+    config, data = config_of((32, 32)), PretrainData(ROWS, ROWS, 3, probe_rows(ROWS), "")
     assert evaluation_spec(config, stored).eval_resize == 37
     assert make_spec(PretrainRecipe(eval_crop_pct=0.875), data, config, stored).eval_resize == 37
     assert reconstructed(stored, (32, 32)).spec.eval_resize == 37

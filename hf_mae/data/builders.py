@@ -44,7 +44,10 @@ def from_builder(dataset: str, builder: Any) -> Place:
     data_files = builder.config.data_files or {str(split): [] for split in builder.info.splits or {}}
     splits = {str(split): list(dict.fromkeys(map(str, files))) for split, files in data_files.items()}
     revision = None if builder.repo_id is None else builder.hash
+    # Only a README, or the Hub's description, names configurations.
+    described = builder.DEFAULT_CONFIG_NAME is not None or len(builder.builder_configs) > 1
     place = Place(dataset, builder.name, splits, builder=builder, revision=revision)
+    place.described = "its own description" if described else None
     if builder.name != "imagefolder":
         return split_shards(place)
     place.root = common_folder([file for files in splits.values() for file in files])
@@ -94,7 +97,7 @@ def split_shards(place: Place) -> Place:
         return place
     warn_outside(place.name, splits, sorted(set(by_name).difference(*splits.values())))
     chosen = {split: [by_name[name] for name in names] for split, names in splits.items()}
-    return replace(place, splits=chosen, builder=None)
+    return replace(place, splits=chosen, described=None, builder=None)
 
 
 def warn_outside(dataset: str, splits: Iterable[str], names: list[str]) -> None:

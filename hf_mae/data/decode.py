@@ -13,14 +13,14 @@ Pillow has no mode for.
 
 import io
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from .bands import Bands, bands_last, missing_as_nan, natural_dtype, to_channels_last, to_dtype, to_native
 from .limits import JPEG_MAGIC, BadImage, BadSample, as_bad_image, check_shape, check_size
-from .pictures import deep_reader, open_picture, orientation, picture_gives, upright, with_channels
+from .pictures import deep_reader, open_picture, orientation, picture_gives, upright, upright_size, with_channels
 from .tiff import MAGIC as TIFF_MAGIC
 from .tiff import read_tiff
 
@@ -32,7 +32,16 @@ except ImportError:
 # Shape letters in this file
 #   H, W pixels   C channels
 
-__all__ = ["DTYPES", "BadImage", "BadSample", "as_bad_image", "decode_image", "load_image", "probe_image"]
+__all__ = [
+    "DTYPES",
+    "BadImage",
+    "BadSample",
+    "as_bad_image",
+    "decode_image",
+    "load_image",
+    "probe_image",
+    "probe_sample",
+]
 DTYPES = ("uint8", "uint16", "float32")
 _NPY_MAGIC = b"\x93NUMPY"
 
@@ -93,26 +102,41 @@ def load_image(data: bytes | np.ndarray | BadImage, least: int) -> Image.Image |
         return image
 
 
+class Sample(NamedTuple):
+    """What an image is like: `num_channels` and `dtype` fit it; `channels` it has; `size` is its height and width."""
+
+    num_channels: int
+    dtype: str
+    channels: int
+    size: tuple[int, int]
+
+
 def probe_image(data: bytes | np.ndarray | BadImage, num_channels: int | None = None) -> tuple[int, str]:
-    """The `num_channels` and `dtype` that fit a sample; `data` and errors are those of `decode_image`.
+    """The `num_channels` and `dtype` that fit a sample, see `probe_sample`."""
+    return probe_sample(data, num_channels)[:2]
+
+
+def probe_sample(data: bytes | np.ndarray | BadImage, num_channels: int | None = None) -> Sample:
+    """Look at a sample; for most files, only the header is read. `data` and errors are those of `decode_image`.
 
     Every colour or palette image that Pillow reads has 3 channels, with or without transparency; those of an array are
-    found by `bands_last`. A sample that can be decoded to the given `num_channels` has that number. For most files,
-    only the header is read.
+    found by `bands_last`. The given `num_channels` fits a sample that can be decoded to it.
     """
     with as_bad_image():
         image = _read(data, num_channels)
         if isinstance(image, np.ndarray):
-            return 1 if image.ndim == 2 else bands_last(image).shape[-1], natural_dtype(image)
+            height, width, channels = (image[:, :, None] if image.ndim == 2 else bands_last(image)).shape
+            return Sample(channels, natural_dtype(image), channels, (height, width))
         if isinstance(image, Bands):
+            height, width, _ = image.pixels.shape
             found = num_channels if num_channels and image.gives(num_channels) else image.num_channels
-            return found, natural_dtype(image.pixels)
+            return Sample(found, natural_dtype(image.pixels), image.num_channels, (height, width))
         gray = image.mode in ("1", "L", "F") or image.mode.startswith("I")
-        found = num_channels if num_channels and picture_gives(image, num_channels) else 1 if gray else 3
-        if image.mode == "F":
-            return found, "float32"
+        channels = 1 if gray else 3
+        found = num_channels if num_channels and picture_gives(image, num_channels) else channels
         deep = image.mode.startswith("I") or deep_reader(image) is not None
-        return found, "uint16" if deep else "uint8"
+        dtype = "float32" if image.mode == "F" else "uint16" if deep else "uint8"
+        return Sample(found, dtype, channels, upright_size(image))
 
 
 def _decode(

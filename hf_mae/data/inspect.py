@@ -29,6 +29,7 @@ from .shards import Row
 from .sources import open_split
 from .stats import ChannelStats, probe_rows
 from .transform import RESCALE_FACTORS, size_of
+from .understood import describe_splits
 
 SECONDS = 24.0  # of reading, over all splits; finding the files takes some more
 DECODED = 2048  # images of each split that are measured
@@ -108,12 +109,12 @@ def inspect(recipe: InspectRecipe) -> tuple[dict[str, Any], dict[str, list[Tile]
 
     Returns:
         What was found, in JSON's types, and split -> images for a contact sheet. The former has
-        `dataset` and `kind`;
+        `dataset`, `kind`, and `splits_from`, which tells the splits apart (None for a single one);
         `splits`: for each split `rows`, `read` and `decoded`, the numbers of all its images, of those that were hashed
-        and of those that were measured; `labels`, class -> images; `unlabelled`; `formats`, `sizes`, `depths`,
-        `channels`, value -> measured images; `bad`, reason -> number and first key; `as_used`, the number of channels
-        and dtype that images are decoded to; `bands`, the table of `BandFigures`; `copies`, groups
-        of keys of identical files;
+        and of those that were measured; `labels`, class -> images; `unlabelled`; `labels_from`, as in `Source`;
+        `formats`, `sizes`, `depths`, `channels`, value -> measured images; `bad`, reason -> number and first key;
+        `as_used`, the number of channels and dtype that images are decoded to; `bands`, the table of `BandFigures`;
+        `copies`, groups of keys of identical files;
         `leaks`: split -> key, for each file that is in several splits;
         `faults`: one line for each thing that is wrong.
 
@@ -130,6 +131,7 @@ def inspect(recipe: InspectRecipe) -> tuple[dict[str, Any], dict[str, list[Tile]
     found = {
         "dataset": place.name,
         "kind": place.kind,
+        "splits_from": place.splits_from,
         "splits": {look.name: {**look.found(), "copies": copies[look.name]} for look in looks},
         "leaks": leaks,
     }
@@ -184,7 +186,8 @@ class _Look:
             channels, dtype = probe_image(row.image)
             if self.stats is None:
                 try:
-                    found, self.dtype = probe_rows(self.rows, self.recipe.num_channels)
+                    probe = probe_rows(self.rows, self.recipe.num_channels)
+                    found, self.dtype = probe.num_channels, probe.dtype
                 except DataError:  # images differ too much for one kind; the faults say so
                     found, self.dtype = channels, dtype
                 self.num_channels = self.recipe.num_channels or found
@@ -220,6 +223,7 @@ class _Look:
             "decoded": self.decoded,
             "labels": dict(sorted(self.labels.items())),
             "unlabelled": self.unlabelled,
+            "labels_from": self.rows.source.labels_from,
             "formats": dict(self.formats.counts.most_common()),
             "sizes": {f"{height} x {width}": count for (height, width), count in self.sizes.counts.most_common()},
             "depths": dict(self.depths.counts.most_common()),
@@ -284,7 +288,7 @@ def _faults(found: dict[str, Any], looks: list[_Look]) -> Iterator[str]:
         for what, tally in (("depth", look.depths), ("number of channels", look.channels)):
             if len(tally.counts) > 1:
                 kinds = ", ".join(
-                    f"{count} {kind} (first {tally.first[kind]})" for kind, count in tally.counts.most_common()
+                    f"{kind} in {count:,} (first {tally.first[kind]})" for kind, count in tally.counts.most_common()
                 )
                 yield f"{look.name}: images differ in {what}: {kinds}"
         for number, band in enumerate(split["bands"]):
@@ -336,10 +340,16 @@ def _warnings_into(lines: list[str]) -> Iterator[None]:
 
 def describe_inspection(found: dict[str, Any]) -> str:
     """What was found, as tables for the terminal."""
-    lines = [f"{found['dataset']} ({found['kind']})"]
+    lines = describe_whole(found)
     for name, split in found["splits"].items():
         lines += ["", *describe_split(name, split), *_describe_bands(split["bands"])]
     return "\n".join([*lines, "", *([f"! {fault}" for fault in found["faults"]] or ["nothing wrong was found"])])
+
+
+def describe_whole(found: dict[str, Any]) -> list[str]:
+    """Lines about the data set and its splits."""
+    splits = f"{', '.join(found['splits'])} ({describe_splits(found['splits_from'])})"
+    return [f"{found['dataset']} ({found['kind']})", splits]
 
 
 def describe_split(name: str, split: dict[str, Any]) -> list[str]:
@@ -353,7 +363,8 @@ def describe_split(name: str, split: dict[str, Any]) -> list[str]:
             f"  depth     {_counts(split['depths'])}; channels: {_counts(split['channels'])}",
             f"  sizes     {_counts(split['sizes'])}",
         ]
-    return [*lines, f"  labels    {_counts(split['labels']) if split['labels'] else 'none'}"]
+    origin = f", from {split['labels_from']}" if split["labels_from"] else ""
+    return [*lines, f"  labels    {_counts(split['labels']) if split['labels'] else 'none'}{origin}"]
 
 
 COLUMNS = {"mean": "mean", "std": "std", "min": "min", "p1": "1 %", "p50": "50 %", "p99": "99 %", "max": "max"}
@@ -375,5 +386,5 @@ def _number(value: float | None) -> str:
 
 
 def _counts(counts: dict[str, int], most: int = 6) -> str:
-    shown = ", ".join(f"{name} {count:,}" for name, count in list(counts.items())[:most])
+    shown = ", ".join(f"{name}: {count:,}" for name, count in list(counts.items())[:most])
     return shown + (f", ... ({len(counts)} kinds)" if len(counts) > most else "")

@@ -38,12 +38,14 @@ class FileLabels:
     Attributes:
         values: one label per image, see `Row.label`; None for an image without a row.
         names: class names by index, if labels are indices.
+        origin: the table and its columns of labels; None if it isn't clear which these are.
         remedy: what to do about images without a label.
         digest: changes if a label changes.
     """
 
     values: list[Any]
     names: list[str] | None
+    origin: str | None
     remedy: str
     digest: str
 
@@ -69,10 +71,16 @@ def attach(place: Place, split: str) -> FileLabels | None:
 class _Found:
     """Rows that belong to images; `choices` says what to do if no column is that of the labels."""
 
-    name: str
-    parts: list[tuple[Table, list[str], list[tuple[str, int]]]]  # table, label columns, (image, row)
+    parts: list[tuple[str, Table, list[str], list[tuple[str, int]]]]  # place, table, label columns, (image, row)
     missing: int  # rows without an image
     choices: str
+
+    def name(self, images: list[str]) -> str:
+        """The place of the table that lists any of these images, or of all tables if none does."""
+        wanted = set(images)
+        listing = [place for place, _, _, rows in self.parts if any(image in wanted for image, _ in rows)]
+        first, *more = listing or [place for place, *_ in self.parts]
+        return f"{first} and {len(more)} more" if more else first
 
 
 def _find(place: Place) -> _Found | None:
@@ -91,14 +99,14 @@ def _find(place: Place) -> _Found | None:
     if not label_columns:
         raise DataError(f"{place.labels} has no single column of labels; {choices}")
     rows = [(names[number], row) for row, number in enumerate(numbers) if number is not None]
-    return _Found(table.name, [(table, label_columns, rows)], table.rows - len(rows), "")
+    return _Found([(table.name, table, label_columns, rows)], table.rows - len(rows), "")
 
 
 def _labels(found: _Found, place: Place, split: str, wanted: list[str]) -> FileLabels:
-    labels: dict[str, list[Any]] = {}
+    name, labels = found.name(wanted), dict[str, list[Any]]()
     class_names: list[str] | None = None
     used: dict[str, None] = {}
-    for table, columns, rows in found.parts:
+    for _, table, columns, rows in found.parts:
         if not columns:
             continue
         used |= dict.fromkeys(columns)
@@ -113,11 +121,12 @@ def _labels(found: _Found, place: Place, split: str, wanted: list[str]) -> FileL
     several = any(len(given) > 1 for given in labels.values())  # a row for each finding
     if several and len(used) > 1:
         image = next(image for image, given in labels.items() if len(given) > 1)
-        raise DataError(f"{found.name} has several rows with different labels for {shown(image)}; keep one of them")
-    values = [_whole(labels.get(name, []), several) for name in wanted]
-    remedy = found.choices or f"write them into {found.name}"
-    result = FileLabels(values, class_names, remedy, _digest(values, class_names))
-    _report(found, place, split, wanted, result, list(used))
+        raise DataError(f"{name} has several rows with different labels for {shown(image)}; keep one of them")
+    values = [_whole(labels.get(image, []), several) for image in wanted]
+    remedy = found.choices or f"write them into {name}"
+    origin = None if found.choices else f"{name}, column {', '.join(used)}"
+    result = FileLabels(values, class_names, origin, remedy, _digest(values, class_names))
+    _report(found, place, split, wanted, result)
     return result
 
 
@@ -132,10 +141,11 @@ def _digest(values: list[Any], names: list[str] | None) -> str:
     return hashlib.sha256(json.dumps([values, names], default=str).encode()).hexdigest()
 
 
-def _report(found: _Found, place: Place, split: str, wanted: list[str], result: FileLabels, columns: list[str]) -> None:
+def _report(found: _Found, place: Place, split: str, wanted: list[str], result: FileLabels) -> None:
+    """Warn if it isn't clear which column has the labels, or if images and rows don't match."""
     if found.choices:
         message = "%s: no image has a label, as it isn't clear which column of %s has them: %s"
-        logger.warning(message, place.name, found.name, found.choices)
+        logger.warning(message, place.name, found.name(wanted), found.choices)
         return
     without = [name for name, value in zip(wanted, result.values, strict=True) if value is None]
     line = f"{len(wanted) - len(without)} of {len(wanted)} images of split {split} have a label"
@@ -143,8 +153,8 @@ def _report(found: _Found, place: Place, split: str, wanted: list[str], result: 
         line += f" (the first without one is {shown(without[0])})"
     if found.missing:
         line += f"; {found.missing} {'rows name' if found.missing > 1 else 'row names'} no image"
-    instead = "" if place.labels else ", not from folders"
-    logger.warning("%s: labels are from %s, column %s%s: %s", place.name, found.name, ", ".join(columns), instead, line)
+    if without or found.missing:
+        logger.warning("%s: labels are from %s: %s", place.name, result.origin, line)
 
 
 # ------------------------------------------------------------------------------------------ metadata.csv
@@ -179,13 +189,11 @@ def _listed(place: Place, tables: dict[str, Table], names: set[str]) -> _Found |
             if image is not None and image not in nearer:
                 rows.append((image, row))
         nearer |= {image for image, _ in rows}
-        parts.append((table, columns, rows))
+        parts.append((posixpath.join(folder, table.name), table, columns, rows))
     hint = "" if "" in hints else next((one for one in hints if one != _NOTHING_ELSE), _NOTHING_ELSE)
     if hint == _NOTHING_ELSE:
         return None  # lists of files alone
-    folder, table = next(iter(tables.items()))
-    name = posixpath.join(folder, table.name) + (f" and {len(tables) - 1} more" if len(tables) > 1 else "")
-    return _Found(name, parts, missing, f"{hint}, or rename it to read class folders" if hint else "")
+    return _Found(parts, missing, f"{hint}, or rename it to read class folders" if hint else "")
 
 
 # ------------------------------------------------------------------------------------------ --labels

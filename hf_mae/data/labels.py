@@ -211,13 +211,8 @@ def as_class(label: Any) -> Any:
 def _whole(values: Sequence[Any], source: Source, problem: Problem) -> list[Any]:
     """Check that no label is missing; whole numbers that are classes become integers."""
     single = problem == "single_label_classification"  # for several, an empty text means no class
-
-    def is_missing(value: Any) -> bool:
-        # In a column of named classes, `datasets` marks a missing label with -1; elsewhere -1 may be a class.
-        unnamed = source.label_names is not None and value == -1
-        return value is None or (single and (value == "" or value != value or unnamed))
-
-    if missing := sum(map(is_missing, values)):
+    missing = sum(value is None or (single and _is_missing(value, source)) for value in values)
+    if missing:
         raise DataError(
             f"{missing} of {len(values)} images of split {source.split} of {source.name} have no label; "
             f"{source.label_remedy}"
@@ -258,6 +253,20 @@ def _numbers(value: Any, source: Source) -> list[float]:
 
 
 # ------------------------------------------------------------------------------------------ frozen features
+
+
+def has_labels(rows: Rows) -> bool:
+    """Whether any of these images may have a label; False only if that is known without reading them."""
+    source = rows.source
+    if source.labels_from is None:
+        return False
+    labels = source.known_labels()
+    return labels is None or not all(_is_missing(labels[i], source) for i in rows.index.tolist())
+
+
+def _is_missing(label: Any, source: Source) -> bool:
+    # In a column of named classes, `datasets` marks a missing label with -1; elsewhere -1 may be a class.
+    return label is None or label == "" or label != label or (source.label_names is not None and label == -1)
 
 
 def check_classes(labels: Sequence[Any], rows: Rows) -> list[Any]:

@@ -127,7 +127,7 @@ def _expand_braces(pattern: str) -> list[str]:
 def _locate_folder(dataset: str, path: str, config_name: str | None) -> Place:
     index = Path(path, "dataset_dict.json")
     if index.is_file():
-        return Place(dataset, "disk", {split: [] for split in _saved_splits(index)}, root=path)
+        return Place(dataset, "disk", {split: [] for split in _saved_splits(index)}, path, described=index.name)
     if all(os.path.isfile(os.path.join(path, name)) for name in ("dataset_info.json", "state.json")):
         return Place(dataset, "disk", {"train": []}, root=path)
     listing = list_folder(path)

@@ -144,6 +144,7 @@ class ArrowSource(Source):
     def __init__(self, place: Place, split: str, dataset: Any, follow_paths: bool = False):
         super().__init__(place.name, split, [split], [len(dataset)], random_access=True)
         self._image, self._label, self.label_names = find_columns(dataset.features, place)
+        self.labels_from = self._label and f"column {self._label}"
         columns = [self._image, self._label] if self._label else [self._image]
         self._table, self._follow_paths = dataset.select_columns(columns).with_format("arrow"), follow_paths
         try:
@@ -182,6 +183,7 @@ class ParquetSource(BlockSource):
         declared = place.builder.info.features if place.builder else None
         features = declared or declared_features(schemas[0], self.shard_names[0])
         self._image, self._label, self.label_names = find_columns(features, place)
+        self.labels_from = self._label and f"column {self._label}"
         self._columns = [self._image, self._label] if self._label else [self._image]
         for column in self._columns:
             for schema, shard_name in zip(schemas, self.shard_names, strict=True):

@@ -51,6 +51,12 @@ def orientation(image: Image.Image) -> int:
     return int(found) if found in _UPRIGHT else 1
 
 
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(height, width) of an opened image after `upright`. A PNG's orientation isn't looked for: it decodes the file."""
+    on_its_side = image.format != "PNG" and orientation(image) >= 5
+    return (image.width, image.height) if on_its_side else (image.height, image.width)
+
+
 def upright(image: Image.Image) -> Image.Image:
     """Decode an image and turn it as its orientation says. The result has none, so nothing turns it again."""
     image.load()

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..files import plain_name
 from .remote import is_remote
+from .splits import folder_of
 
 LABEL_NAMES = ("label", "labels", "fine_label", "cls")  # usual names of a column of labels
 
@@ -28,6 +29,7 @@ class Place:
         label_column: name of the label column, if the user gave one.
         metadata: for `imagefolder`: tables of labels, relative to `root`.
         labels: path of a table of labels, if the user gave one.
+        described: what lists the splits, if they aren't found by the names of files or folders.
         cache: what was found in these files; a copy made by `dataclasses.replace` starts without it.
     """
 
@@ -42,6 +44,7 @@ class Place:
     label_column: str | None = None
     metadata: list[str] = field(default_factory=list)
     labels: str | None = None
+    described: str | None = None
     cache: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -49,6 +52,19 @@ class Place:
         """Whether the files are read from URLs."""
         first_files = [files[0] for files in self.splits.values() if files]
         return self.revision is not None or any(is_remote(place) for place in (self.root, *first_files))
+
+    @property
+    def splits_from(self) -> str | None:
+        """What tells the splits apart, such as "folder names"; None if there is only one."""
+        if self.split_level is not None:
+            return "folder names"
+        if len(self.splits) < 2:
+            return None
+        if self.described:
+            return self.described
+        folders = [set(map(folder_of, files)) for files in self.splits.values()]
+        apart = len(set().union(*folders)) == sum(map(len, folders))
+        return "folder names" if apart else "file names"
 
     def urls(self, split: str) -> list[str]:
         """Paths or URLs of a split's files."""

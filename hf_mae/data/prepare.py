@@ -44,6 +44,7 @@ from .order import Rows
 from .remote import reading
 from .sources import open_split
 from .transform import BICUBIC, size_of
+from .understood import count_images, describe_data
 
 ROW_GROUP = 100  # rows; streaming fetches this many at once
 TYPE_ROWS = 100  # rows used to find the type of a label column whose rows have to be read
@@ -61,6 +62,7 @@ def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
     folder = Path(recipe.output_dir)
     place = locate(recipe)
     splits = [Rows(open_split(place, split)) for split in ([recipe.split] if recipe.split else place.splits)]
+    print(describe_data(splits[0].source, list(map(count_images, splits))), flush=True)
     features = _find_features(splits)
     settings = {key: getattr(recipe, key) for key in ("shortest_edge", "quality", "nodata")}
     manifest: dict[str, Any] = {**settings, "splits": {}}

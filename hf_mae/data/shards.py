@@ -61,8 +61,10 @@ class Source:
         random_access: True if any row is cheap to read, as on a local disk; False if blocks should be read in order.
         blocks: (shard, start, stop) in order; together they cover every row once.
         label_names: class names by index; None if they are unknown. A label may be a list of such indices.
+        labels_from: where labels come from, such as "class folders"; None if the source has no labels.
         label_remedy: what a user can do if images have no label.
         unlisted: which rows have no label in a table that has those of others, (n,) bool; None without such a table.
+        splits_from: as `Place.splits_from`.
         read_labels: the labels of all rows, in order, once someone has read them; None before.
         fingerprint: values that can be stored as JSON and differ if the data differs; no absolute paths, no secrets.
     """
@@ -74,8 +76,10 @@ class Source:
         self.shard_names, self.shard_sizes = shard_names, shard_sizes
         self.blocks = [(shard, 0, size) for shard, size in enumerate(shard_sizes) if size]
         self.label_names: list[str] | None = None
+        self.labels_from: str | None = None
         self.label_remedy = LABEL_REMEDY
         self.unlisted: np.ndarray | None = None
+        self.splits_from: str | None = None
         self.read_labels: list[Any] | None = None
         self.fingerprint: dict[str, Any] = {}
 

@@ -108,6 +108,12 @@ def open_split(place: Place, split: str, streaming: bool | None = None) -> Sourc
         SourceUnavailable: if the network failed on every try.
     """
     place, split = _with_split(place, split)
+    source = _open(place, split, streaming)
+    source.splits_from = place.splits_from
+    return source
+
+
+def _open(place: Place, split: str, streaming: bool | None) -> Source:
     if place.labels and (place.kind != "imagefolder" or _must_map(place, split, streaming)):
         message = f"--labels names files of images, but {place.name} is {place.kind} data that is not read file by file"
         raise DataError(f"{message}; give a folder of images")
@@ -169,7 +175,9 @@ def _digits() -> Source:
         raise DataError("the built-in digits need scikit-learn: pip install 'hf-mae[train]'") from error
     digits: Any = load_digits()
     images = np.rint(digits.images * 255 / 16).astype(np.uint8)[:, :, :, None]  # values 0..16
-    return ArraySource("digits", images, digits.target, [str(name) for name in digits.target_names])
+    source = ArraySource("digits", images, digits.target, [str(name) for name in digits.target_names])
+    source.labels_from = "scikit-learn"
+    return source
 
 
 def _open_images(place: Place, split: str) -> Source:
@@ -189,9 +197,10 @@ def _open_images(place: Place, split: str) -> Source:
         files = {"count": len(names), "bytes": sum(size or 0 for size in sizes), "sha256": digest}
     source = FileSource(place, split, names, labels)
     source.label_names = None if class_names is None else list(map(plain_name, class_names))
+    source.labels_from = "class folders" if given is None and labels is not None else None
     source.fingerprint = _fingerprint(place, source, files)
     if given is not None:
-        source.label_remedy = given.remedy
+        source.labels_from, source.label_remedy = given.origin, given.remedy
         if not given.unlisted.all():  # without any label, the first use of labels says what to do
             source.unlisted = given.unlisted
         source.fingerprint["labels"] = given.digest

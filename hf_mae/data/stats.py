@@ -1,20 +1,40 @@
 """What an image processor needs to know about a data set: channels, pixel type, mean and standard deviation."""
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ..errors import DataError
-from .decode import BadImage, decode_image, probe_image
+from .decode import BadImage, Sample, decode_image, probe_sample
 from .order import Rows, spread
 from .transform import RESCALE_FACTORS
 
 logger = logging.getLogger(__name__)
 
 
-def probe_rows(rows: Rows, num_channels: int | None = None, most: int = 16) -> tuple[int, str]:
-    """The `num_channels` and `dtype` of a data set, found from up to `most` of its images.
+@dataclass(frozen=True)
+class Probe:
+    """What a few images of a data set are like.
+
+    Attributes:
+        num_channels: fits all of them.
+        dtype: fits all of them: "uint8", "uint16" or "float32".
+        channels: the numbers of channels that they have, ascending.
+        sizes: (n, 2) height and width in pixels of each image that could be opened.
+        labels: of each image, as the source stores them.
+    """
+
+    num_channels: int
+    dtype: str
+    channels: list[int]
+    sizes: np.ndarray
+    labels: list[Any]
+
+
+def probe_rows(rows: Rows, num_channels: int | None = None, most: int = 16) -> Probe:
+    """Look at up to `most` images of a data set.
 
     Grey images among colour images count as colour, 8-bit images among 16-bit images as 16-bit. The number of channels
     is the given one if any of the images can be decoded to it.
@@ -22,16 +42,18 @@ def probe_rows(rows: Rows, num_channels: int | None = None, most: int = 16) -> t
     Raises:
         DataError: if none can be decoded, or the numbers of channels don't match.
     """
-    kinds: list[tuple[int, str]] = []
+    samples: list[Sample] = []
+    labels: list[Any] = []
     last_error = ""
     for row in rows.read(spread(rows.index, most, rows.source)):
+        labels.append(row.label)
         try:
-            kinds.append(probe_image(row.image, num_channels))
+            samples.append(probe_sample(row.image, num_channels))
         except BadImage as error:
             last_error = f"{row.key}: {error}"
-    if not kinds:
+    if not samples:
         raise DataError(f"none of the first images of {rows.source.name} can be decoded ({last_error}); check the data")
-    channels, dtypes = {c for c, _ in kinds}, {d for _, d in kinds}
+    channels, dtypes = {sample.num_channels for sample in samples}, {sample.dtype for sample in samples}
     if num_channels in channels:
         channels = {num_channels}
     if not all(channels_fit(c, max(channels)) for c in channels):
@@ -39,7 +61,9 @@ def probe_rows(rows: Rows, num_channels: int | None = None, most: int = 16) -> t
             f"images of {rows.source.name} have {' and '.join(map(str, sorted(channels)))} channels; keep only one "
             "kind, or pass --num_channels: images with another number are then skipped as bad"
         )
-    return max(channels), next(d for d in ("float32", "uint16", "uint8") if d in dtypes)
+    dtype = next(d for d in ("float32", "uint16", "uint8") if d in dtypes)
+    stored, sizes = sorted({sample.channels for sample in samples}), np.array([sample.size for sample in samples])
+    return Probe(max(channels), dtype, stored, sizes, labels)
 
 
 def channels_fit(have: int, wanted: int) -> bool:

@@ -78,6 +78,17 @@ class TarSource(BlockSource):
         if place.label_column and first is not None and self.read(first, [0])[0].label is None:
             message = f"the first sample of {place.name} has no member .{place.label_column}"
             raise DataError(f"{message} and no such key in its .json; choose another --label_column")
+        self.labels_from = self._find_labels(place.label_column or "cls")
+
+    def _find_labels(self, member: str) -> str | None:
+        """`Source.labels_from`, by the first sample that may have a label."""
+        for shard, index in enumerate(self._indices):
+            if len(rows := np.flatnonzero(index[:, 2] >= 0)):
+                if not index[rows[0], 4]:
+                    return f".{member} members"
+                label = self.read(shard, [int(rows[0])])[0].label
+                return None if label is None else f"key {self._label_key} of .json members"
+        return None
 
     def read(self, shard: int, rows: Sequence[int]) -> list[Row]:
         with open_bytes(self._urls[shard]) if self.random_access else nullcontext() as file:

@@ -6,6 +6,8 @@ from typing import Any
 from transformers import EvalPrediction
 
 from ..data.sources import open_splits
+from ..data.stats import probe_rows
+from ..data.understood import announce_data
 from ..errors import without_secrets
 from ..keys.evaluation_keys import ClassificationRecipe
 from ..run_folder import RunFolder
@@ -29,6 +31,9 @@ def evaluate_classification(recipe: ClassificationRecipe) -> dict[str, Any] | No
     labels = run.labels
     with run.accelerator.main_process_first():
         _, rows, evaluated_on = open_splits(recipe, streaming=False, labelled=True, problem=labels.problem)
+        probe = probe_rows(rows, run.spec.num_channels)
+    if run.accelerator.is_main_process:
+        announce_data(probe, run.spec, None, rows, evaluated_on)
     table = run.logits(rows)
     if not run.accelerator.is_main_process:
         return None

@@ -8,6 +8,8 @@ from accelerate import Accelerator
 from ..data.labels import check_classes
 from ..data.order import Rows
 from ..data.sources import open_splits
+from ..data.stats import probe_rows
+from ..data.understood import announce_data
 from ..errors import UserError
 from ..keys.evaluation_keys import EvaluateRecipe, Pooling
 from .encoder import FrozenEncoder
@@ -42,9 +44,12 @@ class Evaluation:
         self.encoder.to(self.accelerator.device)
         with self.accelerator.main_process_first():
             self.rows, self.eval_rows, self.evaluated_on = open_splits(recipe, labelled=True)
-        for rows in (self.rows, self.eval_rows):
-            # If all labels are wrong, the first few show it, so check them before spending hours.
-            check_classes([row.label for row in rows.read(rows.index[:16])], rows)
+            probe = probe_rows(self.rows, self.encoder.spec.num_channels)
+        # If all labels are wrong, the first few show it, so check them before spending hours.
+        check_classes(probe.labels, self.rows)
+        check_classes([row.label for row in self.eval_rows.read(self.eval_rows.index[:16])], self.eval_rows)
+        if self.accelerator.is_main_process:
+            announce_data(probe, self.encoder.spec, self.rows, self.eval_rows, self.evaluated_on)
 
     def _table(self, rows: Rows, bar: str) -> Table:
         recipe, encoder = self.recipe, self.encoder

@@ -17,6 +17,8 @@ from ..data.labels import labels_of, mixed_labels, named
 from ..data.locate import locate
 from ..data.order import Rows
 from ..data.sources import open_split
+from ..data.stats import probe_rows
+from ..data.understood import announce_data
 from ..errors import UserError
 from ..files import replaced, writing
 from ..keys.evaluation_keys import EmbedRecipe
@@ -45,6 +47,7 @@ def embed(recipe: EmbedRecipe) -> dict[str, Any]:
     encoder = FrozenEncoder(recipe.model, recipe.pooling, recipe.mixed_precision).to(accelerator.device)
     source = open_split(locate(recipe), recipe.split)
     rows = Rows(source, max_samples=recipe.max_samples)
+    announce_data(probe_rows(rows, encoder.spec.num_channels), encoder.spec, rows)
     origin = {"model": recipe.model, "dataset": source.name, "split": source.split, "pooling": recipe.pooling}
     bad: list[BadSample] = []
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
+from ..data.labels import has_labels
 from ..data.order import Rows, spread
 from ..data.transform import ImageSpec
 from ..errors import DataError
@@ -38,6 +40,11 @@ class OnlineEvaluator:
     def __post_init__(self) -> None:
         self.bank_rows = subset(self.bank_rows, self.samples)
         self.query_rows = subset(self.query_rows, max(1, self.samples // 2))
+
+    @cached_property
+    def unlabelled(self) -> Rows | None:
+        """The bank or the queries, if none of these images has a label; then there is only `rankme`."""
+        return next((rows for rows in (self.bank_rows, self.query_rows) if not has_labels(rows)), None)
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """Measure the encoder. All processes must call this together; every module keeps its mode.
@@ -78,6 +85,8 @@ class OnlineEvaluator:
             self._notify("features are not finite numbers: their quality is not measured")
             return {}
         figures = {"rankme": rankme(bank.values)}
+        if self.unlabelled:
+            return figures
         try:
             train, test = with_class_numbers(bank, self.bank_rows, queries, self.query_rows, all_known=False)
         except DataError as error:

@@ -19,7 +19,9 @@ from ..data.labels import Labels
 from ..data.locate import locate
 from ..data.order import Rows
 from ..data.sources import open_split
+from ..data.stats import probe_rows
 from ..data.transform import evaluation_spec, make_normalizer
+from ..data.understood import announce_data
 from ..errors import UserError
 from ..files import as_utf8, replaced, writing
 from ..keys.evaluation_keys import FeatureRecipe, PredictRecipe
@@ -83,6 +85,9 @@ def predict(recipe: PredictRecipe) -> dict[str, Any] | None:
     run = ClassifierRun(recipe)
     with run.accelerator.main_process_first():
         rows = Rows(open_split(locate(recipe), recipe.split), max_samples=recipe.max_samples)
+        probe = probe_rows(rows, run.spec.num_channels)
+    if run.accelerator.is_main_process:
+        announce_data(probe, run.spec, rows)
     table = run.logits(rows)
     if not run.accelerator.is_main_process:
         return None

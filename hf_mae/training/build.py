@@ -15,7 +15,7 @@ from .. import __version__
 from ..configuration_mae import SIZES, MAEConfig
 from ..data.order import Rows, StreamPlan
 from ..data.sources import open_splits
-from ..data.stats import channel_stats, channels_fit, probe_rows
+from ..data.stats import Probe, channel_stats, channels_fit, probe_rows
 from ..data.transform import ImageSpec, crop_settings, evaluation_spec, rescale_settings
 from ..errors import CheckpointError, DataError, UserError, one_line
 from ..image_processing_mae import MAEImageProcessor
@@ -36,7 +36,7 @@ class PretrainData:
     rows: Rows  # for training
     eval_rows: Rows
     num_channels: int  # C, for all images of a batch
-    dtype: str  # dtype of the pixels: "uint8", "uint16" or "float32"
+    probe: Probe  # what they are like before they are decoded to C channels
     evaluated_on: str  # a description of the evaluation rows
 
 
@@ -47,14 +47,14 @@ def open_data(recipe: PretrainRecipe) -> PretrainData:
         DataError: if the data is missing, or its number of channels differs from `num_channels`.
     """
     rows, eval_rows, evaluated_on = open_splits(recipe, streaming=recipe.streaming)
-    num_channels, dtype = probe_rows(rows, recipe.num_channels)
-    configured = num_channels if recipe.num_channels is None else recipe.num_channels
-    if not channels_fit(num_channels, configured):
+    probe = probe_rows(rows, recipe.num_channels)
+    configured = probe.num_channels if recipe.num_channels is None else recipe.num_channels
+    if not channels_fit(probe.num_channels, configured):
         raise DataError(
-            f"images of {recipe.dataset} have {num_channels} channels, but num_channels is {configured}; pass "
-            f"--num_channels {num_channels}"
+            f"images of {recipe.dataset} have {probe.num_channels} channels, but num_channels is {configured}; pass "
+            f"--num_channels {probe.num_channels}"
         )
-    return PretrainData(rows, eval_rows, configured, dtype, evaluated_on)
+    return PretrainData(rows, eval_rows, configured, probe, evaluated_on)
 
 
 def build_model(recipe: PretrainRecipe, stored: Path | None, num_channels: int) -> MAEForPreTraining:
@@ -114,10 +114,10 @@ def build_processor(
     nodata = recipe.nodata if recipe.nodata is not None or not recipe.model else stored_nodata(recipe.model)
     mean, std = recipe.image_mean, recipe.image_std
     if mean is None or std is None:
-        if data.num_channels == 3 and data.dtype == "uint8":
+        if data.num_channels == 3 and data.probe.dtype == "uint8":
             mean, std = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
         else:
-            stats = channel_stats(data.rows, data.num_channels, data.dtype, nodata=nodata)
+            stats = channel_stats(data.rows, data.num_channels, data.probe.dtype, nodata=nodata)
             mean, std = stats["image_mean"], stats["image_std"]
     for name, values in (("image_mean", mean), ("image_std", std)):
         if len(values) != data.num_channels:
@@ -128,7 +128,7 @@ def build_processor(
         **crop_settings(config.image_height_width, recipe.eval_crop_pct),
         image_mean=mean,
         image_std=std,
-        **rescale_settings(data.dtype),
+        **rescale_settings(data.probe.dtype),
     )
 
 

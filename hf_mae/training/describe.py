@@ -1,5 +1,6 @@
-"""What follows from a recipe on this machine and data: `derived` in run_config.yaml, and the first printed lines."""
+"""What follows from a recipe on this machine and data: `derived` in run_config.yaml, and lines about the run."""
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +10,13 @@ import torch
 from transformers import PreTrainedModel
 
 from .. import __version__
-from ..data.transform import ImageSpec
-from ..errors import without_secrets
 from ..files import local_path
 from ..keys.finetune_keys import FinetuneRecipe
 from ..keys.run_keys import PretrainRecipe
 from ..run_folder import RunFolder
 from .devices import describe_hardware
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -70,42 +71,43 @@ def derive_facts(recipe: PretrainRecipe | FinetuneRecipe, setup: RunSetup) -> di
 def announce(
     recipe: PretrainRecipe | FinetuneRecipe,
     facts: dict[str, Any],
-    spec: ImageSpec,
+    grid_size: tuple[int, int],
     device: torch.device,
-    content: str,
-    scored: str,
     stored: Path | None,
 ) -> None:
-    """Print three lines, and write run_config.yaml unless it is a dry run. Only the main process calls it.
+    """Print two lines about the run, and write run_config.yaml unless it is a dry run. Only the main process calls it.
 
     Args:
         recipe: the run's recipe.
         facts: the result of `derive_facts`.
-        spec: size, channels and dtype of the images.
+        grid_size: (height, width) of the model's images in patches.
         device: device of this process.
-        content: the patches or classes as text, such as "14 x 14 patches".
-        scored: the evaluations as text, such as "evaluation on 64 held-out images".
         stored: the checkpoint that the run continues from, or None.
 
     Raises:
         UserError: if run_config.yaml can't be written.
     """
-    height, width = spec.size
     trained = f", {facts['trained_parameters'] / 1e6:.1f} M trained" if "trained_parameters" in facts else ""
-    masks = f", each with {spec.masks} masks" if spec.masks > 1 else ""
+    masks = f", each with {recipe.masks_per_image} masks" if recipe.masks_per_image > 1 else ""
     strategy = f"{facts['strategy']}, " if "strategy" in facts else ""
-    nodata = "" if spec.nodata is None else f" (nodata {spec.nodata:g})"
     start = f"continuing from {stored}" if stored else f"from {recipe.model or 'scratch'}"
     print(
-        f"{recipe.recipe or recipe.command}: {facts['training_images']:,} images of {without_secrets(recipe.dataset)}, "
-        f"{spec.num_channels} x {height} x {width} {spec.dtype}{nodata}, {content}, "
-        f"{facts['parameters'] / 1e6:.1f} M parameters{trained}\n"
+        f"{recipe.recipe or recipe.command}: {grid_size[0]} x {grid_size[1]} patches, "
+        f"{facts['parameters'] / 1e6:.1f} M parameters{trained}, {start}, into {recipe.output_dir}\n"
         f"{facts['total_steps']:,} steps of {recipe.images_per_step} images{masks} = {facts['processes']} "
         f"{'process' if facts['processes'] == 1 else 'processes'} x {facts['grad_accum_steps']} x "
         f"{facts['per_device_batch_size']} ({strategy}{device}, precision {facts['mixed_precision']}), "
-        f"lr {recipe.lr:.3g}; {scored}\n"
-        f"{start}, into {recipe.output_dir}",
+        f"lr {recipe.lr:.3g}",
         flush=True,
     )
     if not recipe.dry_run:
         RunFolder(str(recipe.output_dir)).write_config(recipe.to_dict(), facts)
+
+
+def warn_if_batch_is_larger(recipe: PretrainRecipe | FinetuneRecipe, images: int, effect: str) -> None:
+    """Warn if a step takes more images than there are to train on; `effect` says what happens then."""
+    if recipe.images_per_step > images:
+        logger.warning(
+            "a step of %d images is larger than the training set of %d: %s; pass --total_batch_size %d or less",
+            *(recipe.images_per_step, images, effect, images * recipe.masks_per_image),
+        )

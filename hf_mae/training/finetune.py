@@ -20,6 +20,7 @@ from ..data.mix import Mixing
 from ..data.order import Rows
 from ..data.sources import open_splits
 from ..data.transform import evaluation_spec
+from ..data.understood import announce_data
 from ..evaluation.metrics import arrays_of, detail, make_compute_metrics
 from ..evaluation.predictions import scores_of, write_predictions
 from ..evaluation.results import make_result, named_data
@@ -29,7 +30,7 @@ from ..run_folder import WEIGHTS_NAME, RunFolder, add_result, read_results
 from .callbacks import EMACallback, EpochCallback, LogCallback
 from .checkpoint import load_tensors, remove_folder, write_model
 from .class_weights import WeightedLoss, balanced_weights
-from .describe import RunSetup, announce, derive_facts
+from .describe import RunSetup, announce, derive_facts, warn_if_batch_is_larger
 from .devices import prepare_process, tune_for_device
 from .finetune_setup import (
     build_classifier,
@@ -108,7 +109,7 @@ class FinetuneRun:
         self.processor = build_processor(recipe, self.model.config)
         scale = (recipe.crop_scale[0], recipe.crop_scale[-1])
         self.spec = replace(evaluation_spec(self.model.config, self.processor), crop_scale=scale, flip=recipe.flip)
-        check_images(self.rows, self.spec)
+        self.probe = check_images(self.rows, self.spec)
         self.bad = without_bad(self.eval_rows, self.spec, recipe.num_workers)
         self.train_images = LabelledImages(
             self.rows, self._targets(self.rows), self.spec, self.processor, recipe.seed,
@@ -117,6 +118,7 @@ class FinetuneRun:
         )  # fmt: skip
         self.eval_images = LabelledImages(self.eval_rows, self._targets(self.eval_rows), self.spec, self.processor)
         self.steps = recipe.steps(len(self.train_images))
+        self.images_per_step = min(recipe.total_batch_size, len(self.train_images))
         self.args.max_steps, self.args.warmup_steps = self.steps
         names = ("eval_steps", "save_steps")
         self.args.eval_steps, self.args.save_steps = (recipe.interval(name, self.steps[0]) for name in names)
@@ -174,9 +176,12 @@ class FinetuneRun:
         facts = derive_facts(recipe, setup)
         if args.process_index:
             return
-        labels = f"{len(names)} {'numbers per image' if recipe.problem_type == 'regression' else 'classes'}"
-        scored = f"scored on {len(self.eval_images):,} images: {self.evaluated_on}"
-        announce(recipe, facts, self.spec, args.device, labels, scored, self.stored)
+        noun = "numbers per image" if recipe.problem_type == "regression" else "classes"
+        classes = f"{len(names)} {noun}"
+        announce_data(self.probe, self.spec, self.rows, self.eval_rows, self.evaluated_on, classes)
+        announce(recipe, facts, self.model.config.grid_size, args.device, self.stored)
+        effect = f"it takes each of them once, and the run passes over them {total_steps} times"
+        warn_if_batch_is_larger(recipe, len(self.rows), effect)
         if self.bad:
             print(f"{len(self.bad)} images can't be decoded and are not scored; the first is {self.bad[0][0]}")
 
@@ -189,7 +194,7 @@ class FinetuneRun:
         trainer = Trainer(**self.trainer_parts())
         for printing in (ProgressCallback, PrinterCallback):
             trainer.pop_callback(printing)
-        log = LogCallback(trainer.accelerator, self.recipe.total_batch_size)
+        log = LogCallback(trainer.accelerator, self.images_per_step)
         trainer.add_callback(log)
         with one_line_errors(), closing(log):
             if not self._restore_trained(trainer):
@@ -240,7 +245,7 @@ class FinetuneRun:
             "eval_resize": self.spec.eval_resize,
             "trainable_blocks": recipe.trainable_blocks,
             "class_weights": recipe.class_weights,
-            "epochs": recipe.total_batch_size * self.steps[0] / len(self.rows),
+            "epochs": self.images_per_step * self.steps[0] / len(self.rows),
             "seed": recipe.seed,
         }
         data = {

@@ -14,7 +14,7 @@ from ..configuration_mae import MAEConfig
 from ..data.labels import Labels
 from ..data.mix import RandAugment
 from ..data.order import Rows
-from ..data.stats import channels_fit, probe_rows
+from ..data.stats import Probe, channels_fit, probe_rows
 from ..data.transform import BICUBIC, ImageSpec, crop_settings, default_crop_pct
 from ..errors import CheckpointError, DataError, UserError, one_line
 from ..image_processing_mae import MAEImageProcessor
@@ -197,11 +197,13 @@ def build_rand_augment(recipe: FinetuneRecipe, spec: ImageSpec, processor: MAEIm
         raise UserError(str(error)) from error
 
 
-def check_images(rows: Rows, spec: ImageSpec) -> None:
-    """Raise a DataError if images and model differ in their number of channels."""
-    num_channels, _ = probe_rows(rows, spec.num_channels)
+def check_images(rows: Rows, spec: ImageSpec) -> Probe:
+    """What the images are like; a DataError if they and the model differ in their number of channels."""
+    probe = probe_rows(rows, spec.num_channels)
+    num_channels = probe.num_channels
     if not channels_fit(num_channels, spec.num_channels):
         raise DataError(
             f"images of {rows.source.name} have {num_channels} channels, but the model has {spec.num_channels}; "
             f"continue its pretraining on such images first: hf-mae pretrain --model ... --num_channels {num_channels}"
         )
+    return probe

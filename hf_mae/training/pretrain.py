@@ -3,6 +3,7 @@
 Run by `hf-mae pretrain`, or under `torchrun` / `accelerate launch` with `-m hf_mae.cli pretrain`.
 """
 
+import logging
 import time
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from ..data.loader import TrainingStream, check_bad
 from ..data.transform import find_no_data, make_normalizer
+from ..data.understood import announce_data
 from ..errors import CheckpointError
 from ..evaluation.online import OnlineEvaluator
 from ..hub.push import BackgroundPush
@@ -26,13 +28,15 @@ from ..run_folder import RunFolder
 from .batches import MicroBatches
 from .build import build_model, build_processor, make_spec, make_training_specs, open_data, start_state
 from .checkpoint import load_optimizer_tensors, load_tensors
-from .describe import RunSetup, announce, derive_facts
+from .describe import RunSetup, announce, derive_facts, warn_if_batch_is_larger
 from .devices import make_accelerator, strategy_name, tune_for_device
 from .guard import StepGuard, StopSignals
 from .held_out import HeldOut
 from .log import RunLog, Stopwatch
 from .resume import check_step, find_stored
 from .saving import OPTIMIZER, Saver
+
+logger = logging.getLogger(__name__)
 
 
 def pretrain(recipe: PretrainRecipe) -> dict[str, Any]:
@@ -158,10 +162,17 @@ class PretrainRun:
         )
         facts = derive_facts(recipe, setup)
         if accelerator.is_main_process:
-            height, width = self.config.grid_size
-            patches, scored = f"{height} x {width} patches", f"evaluation on {data.evaluated_on}"
-            announce(recipe, facts, self.spec, accelerator.device, patches, scored, self.stored)
+            announce_data(data.probe, self.spec, data.rows, data.eval_rows, data.evaluated_on)
+            announce(recipe, facts, self.config.grid_size, accelerator.device, self.stored)
+            repeated = recipe.images_per_step / len(data.rows)
+            warn_if_batch_is_larger(recipe, len(data.rows), f"it repeats each of them {repeated:.1f} times on average")
+            self._warn_without_labels()
         accelerator.wait_for_everyone()
+
+    def _warn_without_labels(self) -> None:
+        if self.recipe.quality_steps != 0 and (rows := self.quality.unlabelled):
+            message = "%s: none of %d images has a label, so knn_top1 and linear_top1 are not measured; %s"
+            logger.warning(message, rows.name, len(rows), rows.source.label_remedy)
 
     # ------------------------------------------------------------------------------------------ the loop
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..data.inspect import Tile, describe_split
+from ..data.inspect import Tile, describe_split, describe_whole
 from .grid import CAPTION, MARGIN, write_picture
 
 ACROSS, SIDE = 12, 96  # images in a row, and the longer side of each in pixels
@@ -19,7 +19,7 @@ RED = "#b00020"
 
 def write_contact_sheet(output: str, found: dict[str, Any], tiles: dict[str, list[Tile]]) -> None:
     """Draw the result of `inspect` into a file; a UserError if it can't be written."""
-    parts = [_text([found["dataset"]], "black")]
+    parts = [_text(describe_whole(found), "black")]
     for name, shown in tiles.items():
         split = found["splits"][name]
         parts += [_text(describe_split(name, split), "black"), _mosaic(shown, split["bands"])]

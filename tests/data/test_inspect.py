@@ -89,6 +89,9 @@ def test_every_planted_fault_is_named_with_its_first_image(planted):
     ):
         assert words in lines
     assert all(fault in describe_inspection(found) for fault in found["faults"])
+    assert describe_inspection(found).startswith(f"{planted} (imagefolder)\ntrain, test (splits from folder names)\n")
+    assert "\n  labels    cat 7, dog 8, from class folders\n" in describe_inspection(found)
+    assert (found["splits_from"], found["splits"]["test"]["labels_from"]) == ("folder names", "class folders")
     assert found["splits"]["train"]["copies"] == [["train/cat/1.png", "train/cat/copy.png"]]
     assert found["leaks"] == [{"train": "train/dog/2.png", "test": "test/dog/leak.png"}]
     json.dumps(found)

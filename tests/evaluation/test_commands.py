@@ -97,7 +97,7 @@ def test_repetitions_give_a_mean_and_a_range(folder, tmp_path):
 
 def test_figures_have_intervals_and_a_k_above_the_bank_is_marked(folder, capsys):
     assert start(*command("knn", folder, "--k", 20, 200, "--results", "none")) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.splitlines()[2:]
     interval = r"\d+\.\d\d % \(95 % interval \d+\.\d\d to \d+\.\d\d\)"
     assert re.fullmatch(rf"  knn_top1_k20 +{interval}", lines[2])
     assert re.fullmatch(

@@ -48,7 +48,7 @@ def test_parquet_holds_the_frozen_encoders_features_with_keys_and_labels(folder,
     origin = json.loads(written.schema.metadata[b"hf_mae"])
     assert origin == {"model": folder, "dataset": "digits", "split": "train", "pooling": pooling}
     shape = " x ".join(map(str, table.values.shape[1:]))
-    assert capsys.readouterr().out == f"50 images, {shape} features each: {output}\n"
+    assert capsys.readouterr().out.splitlines()[2:] == [f"50 images, {shape} features each: {output}"]
     assert [path.name for path in output.parent.iterdir()] == ["features.parquet"]
 
 
@@ -105,8 +105,9 @@ def test_images_without_labels_and_images_that_can_not_be_decoded(folder, tmp_pa
 def test_nothing_is_written_where_too_many_images_are_bad(folder, tmp_path, ending, broken, capfd):
     data = pictures(tmp_path / "data", broken=broken)
     embed(folder, tmp_path / "out" / f"features.{ending}", data=data, code=2)
-    assert f"{len(broken)} of the 6 images" in capfd.readouterr().err
-    assert list((tmp_path / "out").iterdir()) == []
+    said = "1 of the 6 images" if len(broken) == 1 else "none of the first images"
+    assert said in capfd.readouterr().err
+    assert list((tmp_path / "out").glob("*")) == []
 
 
 @pytest.mark.parametrize("ending", [".parquet", ".npy"])

@@ -92,6 +92,15 @@ def test_without_labels_rankme_is_left_and_a_line_says_so(folder):
     assert quality.notice is None  # said once
 
 
+@pytest.mark.parametrize("without", ["bank", "queries"])
+def test_nothing_is_said_of_labels_that_are_known_to_be_missing(folder, without):
+    rows = {"bank": bright_rows(60), "queries": bright_rows(30, 1)}
+    rows[without].source.labels_from = None
+    found, quality, _ = measured(folder, **rows)
+    assert found.keys() == {"rankme"}
+    assert (quality.unlabelled.source, quality.notice) == (rows[without].source, None)
+
+
 def test_one_class_is_not_measured(folder):
     found, quality, _ = measured(folder, bright_rows(60, classes=1), bright_rows(30, 1))
     assert found.keys() == {"rankme"}

@@ -33,7 +33,8 @@ def test_a_run_ends_as_a_model_folder_that_the_pipeline_loads(pretrained, tmp_pa
     assert files == {"config.json", "metrics.jsonl", "model.safetensors", "preprocessor_config.json", "results.json",
                      "run_config.yaml"}  # fmt: skip
     printed = capsys.readouterr().out
-    assert "1,707 images of digits, 1 x 8 x 8 uint8, 10 classes" in printed
+    assert printed.startswith("data     digits (only one split): 1,707 images of split train, evaluated on 90 images: ")
+    assert "; labels: 10 classes from scikit-learn\nimages   1 channel of 8 bits (uint8), 8 x 8 pixels" in printed
     assert "60 steps of 64 images = 1 process x 1 x 64" in printed
     assert f"pipeline('image-classification', '{out}')" in printed
     figures = results(out)["figures"]
@@ -185,6 +186,16 @@ def test_dry_run_writes_nothing(pretrained, tmp_path, capsys):
     assert start("finetune", *arguments(tmp_path / "out", model=pretrained, dry_run=True)) == 0
     assert "8 steps of 32 images" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
+
+
+def test_a_step_takes_a_smaller_training_set_once(pretrained, tmp_path, caplog):
+    keys = {"max_samples": 20, "total_batch_size": 64, "total_steps": None, "epochs": 10}
+    out = tune(tmp_path / "out", model=pretrained, **keys)
+    effect = "it takes each of them once, and the run passes over them 3 times; pass --total_batch_size 20 or less"
+    assert caplog.messages == [f"a step of 64 images is larger than the training set of 20: {effect}"]
+    assert results(out)["protocol"]["epochs"] == 3
+    steps = [event for event in events(out) if "loss" in event]
+    assert [(event["epoch"], event["images_seen"]) for event in steps] == [(1, 20), (2, 40), (3, 60)]
 
 
 # ------------------------------------------------------------------------------------------ other problems

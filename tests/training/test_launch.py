@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from PIL import Image
 from processes import TORCHRUN, derived, ends, fork, free_port, last_step, nothing_left, ranks_of, torchrun
 from runs import (
     REPOSITORY,
@@ -101,9 +102,25 @@ def test_two_processes_take_the_steps_of_one(single, double):
 @pytest.mark.slow
 def test_one_of_two_processes_talks(double):
     output_dir, printed = double
-    assert printed.count("1,705 images of digits") == 1
+    assert printed.count("data     digits") == printed.count("images   1 channel") == 1
     assert printed.count("2 processes x 2 x 8 (DDP, cpu") == 1
     assert printed.count(f"model    {output_dir}") == 1
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_warns(tmp_path):
+    for number in range(8):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        Image.new("L", (3, 3), number).save(tmp_path / "data" / f"{number}.png")
+    words = arguments(
+        tmp_path / "run", dataset=tmp_path / "data", total_batch_size=16, quality_steps=1, total_steps=1, dry_run=True
+    )
+    command = [sys.executable, *TORCHRUN, "-m", "hf_mae.cli", *words]
+    variables = environment(ACCELERATE_USE_CPU="true")
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=180, check=True)
+    assert done.stdout.count("data     ") == done.stdout.count("images   ") == 1
+    for line in ("larger than the training set of 7", "none of 7 images has a label", "images are enlarged 2.7 times"):
+        assert done.stderr.count(line) == 1
 
 
 @pytest.mark.slow

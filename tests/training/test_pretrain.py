@@ -108,8 +108,10 @@ def test_the_end_names_losses_model_and_picture_and_a_line_of_python_that_works(
     assert type(names["model"]) is MAEModel
     weight = load_file(output_dir / "model.safetensors")["mae.norm.weight"]
     assert torch.equal(names["model"].state_dict()["norm.weight"], weight)
-    assert lines[0].startswith("pretrain: 1,705 images of digits, 1 x 8 x 8 uint8, 4 x 4 patches")
-    assert "12 steps of 32 images = 1 process x 1 x 32 (one process, cpu" in lines[1]
+    assert lines[0].startswith("data     digits (only one split): 1,705 images of split train, evaluated on 92 images")
+    assert lines[1] == "images   1 channel of 8 bits (uint8), 8 x 8 pixels, used at 8 x 8"
+    assert lines[2] == f"pretrain: 4 x 4 patches, 0.0 M parameters, from scratch, into {output_dir}"
+    assert lines[3].startswith("12 steps of 32 images = 1 process x 1 x 32 (one process, cpu, precision no), lr ")
 
 
 def test_the_loss_falls_below_that_of_predicting_the_mean(tmp_path):
