@@ -50,6 +50,7 @@ ADDED = {
     "hf-mae evaluate classification": "--num_workers 0",
     "hf-mae evaluate knn --model outputs/quickstart --dataset digits": "--num_workers 0",
     "hf-mae evaluate": "--max_samples 16 --num_workers 0",
+    "hf-mae predict": "--num_workers 0",
     **dict.fromkeys(("hf-mae embed", "hf-mae inspect", "hf-mae reconstruct", "hf-mae report", "hf-mae card"), ""),
 }
 # Launchers of what the line ends with: they are in test_launch.py, here it runs in one process.

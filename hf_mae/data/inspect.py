@@ -126,7 +126,7 @@ def inspect(recipe: InspectRecipe) -> tuple[dict[str, Any], dict[str, list[Tile]
         place = locate(recipe)
         splits = [recipe.split] if recipe.split else list(place.splits)
         sources = [Rows(open_split(place, split), max_samples=recipe.max_samples) for split in splits]
-    looks = [_Look(rows, recipe, SECONDS / len(sources)) for rows in sources]
+        looks = [_Look(rows, recipe, SECONDS / len(sources)) for rows in sources]
     copies, leaks = _find_copies(looks)
     found = {
         "dataset": place.name,

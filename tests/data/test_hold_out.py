@@ -79,7 +79,7 @@ def test_the_groups_of_one_class_an_image_are_the_classes_and_one_class_will_do(
     assert class_groups(source_of([2, 0, 2], names=["x", "y", "z"]), SINGLE).tolist() == [2, 0, 2]
     assert class_groups(source_of(["b", "a", "b"]), SINGLE).tolist() == [1, 0, 1]
     assert class_groups(source_of(["b", "b"]), SINGLE).tolist() == [0, 0]
-    with pytest.raises(DataError, match="1 of 2 images of memory, split train, have no label"):
+    with pytest.raises(DataError, match="1 of 2 images of split train of memory have no label"):
         class_groups(source_of(["b", None]), SINGLE)
 
 

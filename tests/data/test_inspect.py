@@ -79,9 +79,9 @@ def test_every_planted_fault_is_named_with_its_first_image(planted):
     for words in (
         "train: 1 image can't be decoded: ",
         "first train/dog/cut.png",
-        "train: images differ in depth: 13 uint8 (first ",
-        "1 uint16 (first train/dog/deep.png)",
-        "train: images differ in number of channels: 13 3 (first ",
+        "train: images differ in depth: uint8 in 13 (first ",
+        "uint16 in 1 (first train/dog/deep.png)",
+        "train: images differ in number of channels: 3 in 13 (first ",
         "train: 1 image repeated, e.g. train/cat/1.png as train/cat/copy.png",
         "1 image in several splits, e.g. train/dog/2.png and test/dog/leak.png",
         "test: classes that train doesn't have: emu",
@@ -90,7 +90,7 @@ def test_every_planted_fault_is_named_with_its_first_image(planted):
         assert words in lines
     assert all(fault in describe_inspection(found) for fault in found["faults"])
     assert describe_inspection(found).startswith(f"{planted} (imagefolder)\ntrain, test (splits from folder names)\n")
-    assert "\n  labels    cat 7, dog 8, from class folders\n" in describe_inspection(found)
+    assert "\n  labels    cat: 7, dog: 8, from class folders\n" in describe_inspection(found)
     assert (found["splits_from"], found["splits"]["test"]["labels_from"]) == ("folder names", "class folders")
     assert found["splits"]["train"]["copies"] == [["train/cat/1.png", "train/cat/copy.png"]]
     assert found["leaks"] == [{"train": "train/dog/2.png", "test": "test/dog/leak.png"}]

@@ -55,14 +55,15 @@ def test_a_run_ends_as_a_model_folder_that_the_pipeline_loads(pretrained, tmp_pa
     assert set(best) == {"label", "score"}
     assert best["label"] in [str(i) for i in range(10)]
     # Scored anew, from the folder alone.
+    tuned = results(out)
     assert start("evaluate", "classification", "--model", out, "--dataset", "digits", "--num_workers", 0) == 0
     again = json.loads((Path(out) / "results.json").read_text())[-1]
     assert again["protocol"]["name"] == "classification"
     assert again["figures"] == pytest.approx({key: value for key, value in figures.items() if key != "loss"})
     assert again["data"]["eval_images"] == 90
-    assert again["per_class"] == results(out)["per_class"]
+    assert again["per_class"] == tuned["per_class"]
     assert sum(table["support"] for table in again["per_class"].values()) == 90
-    assert again["intervals"] == results(out)["intervals"]
+    assert again["intervals"] == tuned["intervals"]
     low, high = again["intervals"]["top1"]
     assert low < figures["top1"] < high
 

@@ -170,7 +170,7 @@ def test_a_value_of_missing_pixels_goes_with_the_model(tmp_path, capsys):
     sized = {"image_size": 32, "patch_size": 8, "total_steps": 2, "save_steps": 1}
     data = {"dataset": tmp_path / "tiles", **sized}
     output_dir = run(tmp_path / "run", nodata=0, masks_per_image=2, **data)
-    assert "1 x 32 x 32 uint8 (nodata 0), " in capsys.readouterr().out
+    assert "32 x 32 pixels, used at 32 x 32, 0 stands for missing data\n" in capsys.readouterr().out
     assert all(math.isfinite(loss) for loss in losses(output_dir).values())
     processor = AutoImageProcessor.from_pretrained(output_dir)
     assert processor.nodata == 0
