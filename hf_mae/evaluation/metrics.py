@@ -118,7 +118,7 @@ def _single_label(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 def _multi_label(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Scores (n, K) and labels (n, K) of 0 and 1."""
-    ranked = _rank_classes(scores, labels, np.ones((1, len(labels))))
+    ranked = _rank_classes(scores, labels, np.ones((len(labels), 1), np.int32))
     return dict(zip(RANKED, _mean(ranked)[0].tolist(), strict=True))
 
 
@@ -164,7 +164,7 @@ def detail(labels: Labels, scores: np.ndarray, targets: np.ndarray) -> Details:
     """Intervals and figures of each class, from scores (n, K) and the targets that `labels` makes."""
     if labels.problem == "regression":
         errors = _errors(scores, targets).reshape(len(targets), -1).mean(axis=1)
-        limits = bootstrap(lambda counts: counts @ errors / len(errors), len(errors))
+        limits = bootstrap(lambda counts: errors @ counts / len(errors), len(errors))
         return Details({"mae": limits.tolist()})
     if labels.problem == "single_label_classification":
         hits = scores.argmax(axis=1) == targets
@@ -175,7 +175,7 @@ def detail(labels: Labels, scores: np.ndarray, targets: np.ndarray) -> Details:
         ranked = _rank_classes(scores, targets, counts)
         return np.concatenate([ranked, _mean(ranked)[:, None]], axis=1)  # (R, K + 1, 2)
 
-    (figures,), limits = measure(np.ones((1, len(targets)))), np.moveaxis(bootstrap(measure, len(targets)), 0, -1)
+    (figures,), limits = measure(np.ones((len(targets), 1), np.int32)), np.moveaxis(bootstrap(measure, len(targets)), 0, -1)
     support = targets.sum(axis=0).astype(int).tolist()
     per_class = [
         {"support": number, **_defined(("ap", "auroc"), figures[c], limits[c])} for c, number in enumerate(support)

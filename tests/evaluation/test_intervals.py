@@ -14,8 +14,8 @@ def test_ranking_is_scikit_learns_in_every_resample(ties):
     positive = rng.integers(0, 2, 40)
     scores = positive + rng.normal(size=40)
     scores = scores.round() if ties else scores
-    counts = rng.integers(0, 3, (5, 40))
-    for found, weights in zip(ranking(scores, positive, counts), counts, strict=True):
+    counts = rng.integers(0, 3, (40, 5), dtype=np.int32)
+    for found, weights in zip(ranking(scores, positive, counts), counts.T, strict=True):
         expected = [
             measure(positive, scores, sample_weight=weights) for measure in (average_precision_score, roc_auc_score)
         ]
@@ -23,7 +23,7 @@ def test_ranking_is_scikit_learns_in_every_resample(ties):
 
 
 def test_a_class_without_images_has_no_figure_and_one_of_all_images_no_area():
-    scores, counts = np.array([3.0, 2.0, 1.0]), np.ones((1, 3))
+    scores, counts = np.array([3.0, 2.0, 1.0]), np.ones((3, 1), np.int32)
     assert np.isnan(ranking(scores, np.zeros(3), counts)).all()
     precision, area = ranking(scores, np.ones(3), counts)[0]
     assert precision == 1
@@ -31,7 +31,7 @@ def test_a_class_without_images_has_no_figure_and_one_of_all_images_no_area():
 
 
 def test_a_resample_without_the_class_has_no_figure():
-    found = ranking(np.array([2.0, 1.0]), np.array([1, 0]), np.array([[1, 1], [0, 2], [2, 0]]))
+    found = ranking(np.array([2.0, 1.0]), np.array([1, 0]), np.array([[1, 0, 2], [1, 2, 0]], np.int32))
     assert found[:, 0] == pytest.approx([1, np.nan, 1], nan_ok=True)
     assert found[:, 1] == pytest.approx([1, np.nan, np.nan], nan_ok=True)
 
@@ -50,22 +50,22 @@ def test_an_accuracy_of_0_or_100_percent_varies_in_no_resample():
 
 def test_intervals_of_a_mean_are_about_scipys_and_always_the_same():
     values = np.random.default_rng(0).exponential(size=300)
-    found = bootstrap(lambda counts: counts @ values / 300, 300)
+    found = bootstrap(lambda counts: values @ counts / 300, 300)
     expected = scipy_bootstrap((values,), np.mean, n_resamples=5000, method="percentile", random_state=0)
     assert found == pytest.approx(expected.confidence_interval, rel=0.02)
-    assert np.array_equal(found, bootstrap(lambda counts: counts @ values / 300, 300))
+    assert np.array_equal(found, bootstrap(lambda counts: values @ counts / 300, 300))
 
 
 def test_every_resample_draws_as_many_images_and_there_are_a_thousand():
     drawn = []
-    bootstrap(lambda counts: drawn.append(counts) or counts[:, 0], 5000)  # more than one part
+    bootstrap(lambda counts: drawn.append(counts) or counts[0], 5000)  # more than one part
     assert len(drawn) > 1
-    counts = np.concatenate(drawn)
-    assert counts.shape == (RESAMPLES, 5000)
-    assert (counts.sum(axis=1) == 5000).all()
+    counts = np.concatenate(drawn, axis=1)
+    assert counts.shape == (5000, RESAMPLES)
+    assert (counts.sum(axis=0) == 5000).all()
 
 
 def test_a_figure_that_some_resamples_lack_has_an_interval_from_the_others():
-    found = bootstrap(lambda counts: np.where(counts[:, :1] > 0, counts[:, :1], [[np.nan, np.nan]]) / [1, np.nan], 2)
+    found = bootstrap(lambda counts: np.where(counts[:1].T > 0, counts[:1].T, np.nan) / [1, np.nan], 2)
     assert found[:, 0].tolist() == [1, 2]
     assert np.isnan(found[:, 1]).all()
