@@ -299,7 +299,7 @@ def _predict(recipe: PredictRecipe) -> None:
     written = predict(recipe)
     PartialState().destroy_process_group()
     if written:  # only the main process has one
-        classes = ", ".join(f"{name} {count:,}" for name, count in written["classes"].items() if count)
+        classes = ", ".join(f"{name}: {count:,}" for name, count in [*written["classes"].items()][:20])
         print(f"{written['images']:,} images{f' ({classes})' if classes else ''}: {written['path']}")
 
 
@@ -394,7 +394,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate knn": Command("classify by the nearest neighbours among frozen features", KnnRecipe, _knn),
     "evaluate linear-probe": Command("train a linear classifier on frozen features", LinearProbeRecipe, _linear_probe),
     "evaluate classification": Command("score a fine-tuned model", ClassificationRecipe, _classification),
-    "predict": Command("write what a fine-tuned model says of images without labels", PredictRecipe, _predict),
+    "predict": Command("write a fine-tuned model's predictions for images without labels", PredictRecipe, _predict),
     "embed": Command("write frozen features of any data to a parquet or numpy file", EmbedRecipe, _embed),
     "reconstruct": Command(
         "draw original, masked and reconstructed images of a pretrained model", ReconstructRecipe, _reconstruct

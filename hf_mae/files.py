@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -37,6 +38,12 @@ def local_path(name: str) -> str:
     if os.path.lexists(path):
         return path
     return unquote(path) if path != name and os.path.lexists(unquote(path)) else os.path.expanduser(path)
+
+
+def same_place(one: str, other: str) -> bool:
+    """Whether two names are those of the same file or folder on this machine."""
+    paths = local_path(one), local_path(other)
+    return all(map(os.path.exists, paths)) and os.path.samefile(*paths)
 
 
 def is_hub_id(name: str) -> bool:
@@ -74,6 +81,17 @@ def writing(path: str | Path, what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise cannot_write(path, error, what) from error
+
+
+def check_writable(path: str | None, what: str) -> None:
+    """Raise the UserError of `writing` if a file can't be written; call it before hours of work. None passes."""
+    if path is not None:
+        with writing(path, what):
+            if os.path.isdir(path):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=Path(path).parent):
+                pass
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from .errors import DataError
 from .files import as_utf8, write_text, writing
-from .run_folder import RunFolder, curve, is_count
+from .run_folder import RunFolder, curve, is_count, limits_of, show_figure, show_limits
 
 # Key of metrics.jsonl -> title of its curve.
 CURVES = {
@@ -97,6 +97,9 @@ def page(runs: Sequence[Run]) -> str:
     environment.filters |= {"number": _number, "plain": _plain}
     return environment.get_template("report.html").render(
         title=" and ".join(run.name for run in runs),
+        figure=show_figure,
+        limits=show_limits,
+        limits_of=limits_of,
         runs=[(_colour(index), run) for index, run in enumerate(runs)],
         headings=list(dict.fromkeys(heading for run in runs for heading in run.summary)),
         plots=_plots(runs),

@@ -219,18 +219,24 @@ def add_result(path: Path, result: dict[str, Any], key: str = "--results") -> No
             write_json(path, [*others, result])
 
 
+def is_percent(name: str) -> bool:
+    """Whether a figure of a result is an accuracy, in percent."""
+    return "top" in name or name == "accuracy"
+
+
+def limits_of(entry: dict[str, Any], name: str) -> list[float] | None:
+    """The smallest and largest value of a figure over several seeds, or else its interval; None without either."""
+    return (entry.get("ranges") or entry.get("intervals", {})).get(name)
+
+
 def show_figure(name: str, value: float) -> str:
     """A figure of a result as text."""
-    return f"{value:.2f} %" if _is_percent(name) else f"{value:.4g}"
+    return f"{value:.2f} %" if is_percent(name) else f"{value:.4g}"
 
 
 def show_limits(name: str, limits: Sequence[float]) -> str:
     """The lower and upper limit of a figure as text."""
-    return " to ".join(f"{limit:.2f}" if _is_percent(name) else f"{limit:.4g}" for limit in limits)
-
-
-def _is_percent(name: str) -> bool:
-    return "top" in name or name == "accuracy"
+    return " to ".join(f"{limit:.2f}" if is_percent(name) else f"{limit:.4g}" for limit in limits)
 
 
 def _is_whole_result(entry: Any) -> bool:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ..errors import DataError
 from ..keys.data_keys import InspectRecipe
 from .decode import BadImage, decode_image, probe_image
-from .labels import labels_of, named
+from .labels import is_missing, labels_of, named
 from .locate import locate
 from .order import Rows
 from .shards import Row
@@ -174,11 +174,12 @@ class _Look:
                     return
 
     def _count_label(self, label: Any) -> None:
-        self.unlabelled += label is None
+        if is_missing(label, self.rows.source):
+            self.unlabelled += 1
+            return
         label = named(label, self.rows.source)
         for value in label if isinstance(label, list) else [label]:
-            if value is not None:
-                self.labels[str(value)] += 1
+            self.labels[str(value)] += 1
 
     def _measure(self, row: Row) -> None:
         """Decode an image and add its figures."""

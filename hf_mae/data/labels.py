@@ -6,6 +6,7 @@ number the classes of the two splits that frozen features are evaluated on.
 """
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -15,12 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import DataError, one_line
+from ..errors import DataError, one_line, public_logger
 from ..files import plain_name
 from ..keys.finetune_keys import Problem
 from .order import Rows
 from .shards import Row, Source
 from .splits import nfc
+
+logger = public_logger(__name__)
 
 ROWS_AT_ONCE = 256  # their images are in memory at once
 SEPARATORS = (";", "|", ",")  # of class names in one text; the first that occurs in a data set is its separator
@@ -50,7 +53,7 @@ class Labels:
     @cached_property
     def _by_number(self) -> dict[int, int]:
         """What a number means without names: the class that is called so, or the index if no class is a number."""
-        numbers = {int(name): i for i, name in enumerate(self.names) if name.lstrip("-").isdecimal()}
+        numbers = {int(name): i for i, name in enumerate(self.names) if re.fullmatch(r"-?[0-9]+", name)}
         return numbers or {i: i for i in range(len(self.names))}
 
     def name_of(self, value: Any, source: Source) -> str:
@@ -103,13 +106,14 @@ class Labels:
         return self._index[name]
 
 
-def find_labels(rows: Rows, problem: Problem) -> Labels:
-    """Find out which classes (or how many numbers) the labels of a data set have.
+def find_labels(rows: Rows, problem: Problem, held_out: Rows | None = None) -> Labels:
+    """Find out which classes (or how many numbers) the labels of a data set have; also those of a held-out part.
 
     Raises:
         DataError: if there are no labels, only one class, or labels that don't fit the problem.
     """
-    labels = _labels_among(labels_of(rows), rows.source, problem)
+    values = labels_of(rows) + (labels_of(held_out) if held_out else [])
+    labels = _labels_among(values, rows.source, problem)
     if len(labels.names) < (2 if problem == "single_label_classification" else 1):
         found = f"only one class ({labels.names[0]})" if labels.names else "no class"
         raise DataError(f"{rows.source.name} has {found}; two or more are needed: check the labels")
@@ -136,18 +140,34 @@ def _labels_among(values: Sequence[Any], source: Source, problem: Problem) -> La
     return Labels(problem, _class_names([value for row in values for value in row] if multiple else values, source))
 
 
+def leave_out_empty(source: Source, problem: Problem | None) -> None:
+    """Take an empty cell of a table of labels for a missing label, unless an image may have any number of classes."""
+    labels = source.known_labels()
+    if source.unlisted is None or labels is None or problem == "multi_label_classification":
+        return
+    empty = np.array([isinstance(label, str) and not label.strip() for label in labels])
+    if empty.any():
+        message = "%s: %d images of split %s have an empty label in %s, and are left out"
+        logger.warning(message, source.name, int(empty.sum()), source.split, source.labels_from)
+        source.unlisted = source.unlisted | empty
+
+
 def class_groups(source: Source, problem: Problem) -> np.ndarray:
     """The class of each row, so that a part of each class can be held out.
 
     A row with several classes belongs to its rarest one, or the first of these. Rows without any class are a group too.
 
     Returns:
-        (n,) int64 class indices; the number of classes for rows without any; -1 for `unlisted` rows.
+        (n,) int64 class indices, 0 for regression; the number of classes for rows without any; -1 for `unlisted` rows.
 
     Raises:
         DataError: if a label is missing, or doesn't fit the problem.
     """
     rows = Rows(source, labelled=True)
+    groups = np.full(len(source), -1)
+    groups[rows.index] = 0
+    if problem == "regression":
+        return groups
     values = labels_of(rows)
     if source.known_labels() is None:
         source.read_labels = values  # reading them again would read all images again
@@ -156,7 +176,6 @@ def class_groups(source: Source, problem: Problem) -> np.ndarray:
         counts = targets.sum(axis=0)
         rarest = np.where(targets, counts, np.inf).argmin(axis=1)
         targets = np.where(targets.any(axis=1), rarest, len(counts))
-    groups = np.full(len(source), -1)
     groups[rows.index] = targets
     return groups
 
@@ -211,7 +230,7 @@ def as_class(label: Any) -> Any:
 def _whole(values: Sequence[Any], source: Source, problem: Problem) -> list[Any]:
     """Check that no label is missing; whole numbers that are classes become integers."""
     single = problem == "single_label_classification"  # for several, an empty text means no class
-    missing = sum(value is None or (single and _is_missing(value, source)) for value in values)
+    missing = sum(value is None or (single and is_missing(value, source)) for value in values)
     if missing:
         raise DataError(
             f"{missing} of {len(values)} images of split {source.split} of {source.name} have no label; "
@@ -261,10 +280,11 @@ def has_labels(rows: Rows) -> bool:
     if source.labels_from is None:
         return False
     labels = source.known_labels()
-    return labels is None or not all(_is_missing(labels[i], source) for i in rows.index.tolist())
+    return labels is None or not all(is_missing(labels[i], source) for i in rows.index.tolist())
 
 
-def _is_missing(label: Any, source: Source) -> bool:
+def is_missing(label: Any, source: Source) -> bool:
+    """Whether an image has no label, where each has one class."""
     # In a column of named classes, `datasets` marks a missing label with -1; elsewhere -1 may be a class.
     return label is None or label == "" or label != label or (source.label_names is not None and label == -1)
 

@@ -200,16 +200,22 @@ def _encoded_bands(image: Bands) -> bytes:
 
 
 def _resize_array(array: np.ndarray, size: tuple[int, int], nodata: float | None) -> np.ndarray:
-    """Resize an array to (height, width). Keeps its number of axes, its dtype except float64, and missing pixels."""
-    bands = array if array.ndim == 3 else array[:, :, None]
+    """Resize an array to (height, width). Keeps its number of axes, its dtype except float64, and missing pixels.
+
+    With `nodata`, every band stays in its range, and a resized pixel that would get this value gets the next one.
+    """
+    bands, whole = array if array.ndim == 3 else array[:, :, None], array.dtype.kind in "iu"
     bands = missing_as_nan(bands if bands.dtype in (np.uint8, np.uint16) else bands.astype(np.float32), nodata)
     resized = resize_bands(bands, size, BICUBIC)
-    if nodata is not None:
-        # Where the filter overshoots, other pixels could get this value too.
-        resized = resized.clip(np.nanmin(bands), np.nanmax(bands))
-        resized = np.where(np.isnan(resized), nodata, resized).astype(resized.dtype)
-    if bands.dtype == np.float32 and array.dtype.kind in "iu":
-        resized = resized.round().clip(array.min(), array.max()).astype(array.dtype)
+    if nodata is not None or (whole and resized.dtype != array.dtype):
+        low, high = np.nanmin(bands), np.nanmax(bands)
+        resized = resized.clip(low, high)
+        resized = resized.round() if whole else resized
+        if nodata is not None:
+            aside = high if nodata < high else low
+            beside = nodata + np.sign(aside - nodata) if whole else np.nextafter(np.float32(nodata), aside)
+            resized = np.where(np.isnan(resized), nodata, np.where(resized == nodata, beside, resized))
+        resized = resized.astype(array.dtype if whole else np.float32)
     return resized if array.ndim == 3 else resized[:, :, 0]
 
 

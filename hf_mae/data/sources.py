@@ -20,7 +20,7 @@ from ..keys.finetune_keys import Problem
 from .builders import load_builder
 from .kinds import PACKED
 from .label_files import attach
-from .labels import class_groups
+from .labels import class_groups, leave_out_empty
 from .listing import shown
 from .locate import locate
 from .order import HELD_OUT, Rows
@@ -64,19 +64,23 @@ def open_splits(
         labelled: whether to leave out the images that a table of labels doesn't list.
         problem: hold out a part of each class, for labels of this kind. When omitted, a part of all rows, chosen by
             the hash of their place alone: then evaluations of frozen features use rows that pretraining, which knows
-            no labels, held out too. A part of all rows for regression as well.
+            no labels, held out too.
 
     Returns:
         Rows to learn from, rows to evaluate on, and a description of the latter.
     """
     place = locate(keys)
     source = open_split(place, keys.split, streaming)
+    if labelled:
+        leave_out_empty(source, problem)
     if keys.eval_dataset:
         evaluation = open_split(locate(keys.evaluation_source()), keys.eval_split or "train")
     elif name := keys.eval_split or _evaluation_split(place, keys):
         evaluation = open_split(place, name, streaming)
     else:
         return _hold_out(source, keys, labelled, problem)
+    if labelled:
+        leave_out_empty(evaluation, problem)
     rows = Rows(source, max_samples=keys.max_samples, labelled=labelled)
     eval_rows = Rows(evaluation, max_samples=keys.max_eval_samples, labelled=labelled)
     return rows, eval_rows, eval_rows.name
@@ -90,11 +94,11 @@ def _evaluation_split(place: Place, keys: SplitKeys) -> str | None:
 
 
 def _hold_out(source: Source, keys: SplitKeys, labelled: bool, problem: Problem | None) -> tuple[Rows, Rows, str]:
-    groups = None if problem in (None, "regression") else class_groups(source, problem)
+    groups = None if problem is None else class_groups(source, problem)
     share = HELD_OUT if keys.eval_fraction is None else keys.eval_fraction
     rows = Rows(source, "train", share, keys.max_samples, labelled, groups)
     eval_rows = Rows(source, "held_out", share, keys.max_eval_samples, labelled, groups)
-    what = keys.split if groups is None else f"each class of {keys.split}"
+    what = keys.split if problem in (None, "regression") else f"each class of {keys.split}"
     return rows, eval_rows, f"{100 * share:g}% of {what}, held out by a hash of each row's place"
 
 
@@ -197,9 +201,10 @@ def _open_images(place: Place, split: str) -> Source:
         files = {"count": len(names), "bytes": sum(size or 0 for size in sizes), "sha256": digest}
     source = FileSource(place, split, names, labels)
     source.label_names = None if class_names is None else list(map(plain_name, class_names))
-    source.labels_from = "class folders" if given is None and labels is not None else None
     source.fingerprint = _fingerprint(place, source, files)
-    if given is not None:
+    if given is None:
+        source.labels_from = None if labels is None else "class folders"
+    else:
         source.labels_from, source.label_remedy = given.origin, given.remedy
         if not given.unlisted.all():  # without any label, the first use of labels says what to do
             source.unlisted = given.unlisted

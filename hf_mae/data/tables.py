@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 from ..errors import DataError, one_line
+from .place import without_query
 from .remote import open_bytes, reading
 
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
@@ -25,10 +26,10 @@ class Table:
         Raises:
             DataError: if the file can't be read, or isn't a table.
         """
-        self.name = posixpath.basename(url)
+        self.name = posixpath.basename(without_query(url))
         self.columns: dict[str, list[Any]] = {}
         self.class_names: dict[str, list[str]] = {}
-        ending = posixpath.splitext(url)[1].lower()
+        ending = posixpath.splitext(without_query(url))[1].lower()
         if ending not in TABLES:
             raise DataError(f"{url} is not a table that can be read; save it as CSV, or as {', '.join(TABLES[1:])}")
         with open_bytes(url) as file, reading(url):
@@ -72,7 +73,7 @@ class Table:
 
     def _read_lines(self, text: str) -> None:
         self._texts = False
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         if not all(isinstance(row, dict) for row in rows):
             raise DataError(f"{self.name} has a line that is not an object such as {{...}}; check the file")
         names = dict.fromkeys(name for row in rows for name in row)

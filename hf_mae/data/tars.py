@@ -26,6 +26,7 @@ from .shards import BlockSource, Row, in_threads
 logger = public_logger(__name__)
 
 BLOCK_SAMPLES = 256
+JSON_PROBED = 16  # samples whose .json is looked at for a label
 BLOCK_BYTES = 64 * 2**20  # a block of a remote tar is one request, and is kept in memory
 INDEX_CACHE_SECONDS = 1.0  # an index that took longer is cached on disk, because making it reads the whole tar
 
@@ -81,13 +82,13 @@ class TarSource(BlockSource):
         self.labels_from = self._find_labels(place.label_column or "cls")
 
     def _find_labels(self, member: str) -> str | None:
-        """`Source.labels_from`, by the first sample that may have a label."""
+        """`Source.labels_from`, by the first samples that may have a label."""
         for shard, index in enumerate(self._indices):
-            if len(rows := np.flatnonzero(index[:, 2] >= 0)):
-                if not index[rows[0], 4]:
-                    return f".{member} members"
-                label = self.read(shard, [int(rows[0])])[0].label
-                return None if label is None else f"key {self._label_key} of .json members"
+            rows = np.flatnonzero(index[:, 2] >= 0)[:JSON_PROBED]
+            if len(rows) and not index[rows[0], 4]:
+                return f".{member} members"
+            if any(row.label is not None for row in self.read(shard, rows.tolist())):
+                return f"key {self._label_key} of .json members"
         return None
 
     def read(self, shard: int, rows: Sequence[int]) -> list[Row]:

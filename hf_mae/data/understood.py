@@ -53,7 +53,7 @@ def announce_data(
     if resized > MOST_ENLARGED * edge:
         logger.warning(
             "%s: images are enlarged %.1f times, from %g pixels of their shorter side to %d; a model with a smaller "
-            "image_size and patch_size sees as much in them and is faster",
+            "image_size and patch_size loses nothing and is faster",
             *(first.source.name, resized / edge, edge, resized),
         )
 

@@ -1,6 +1,5 @@
 """Scores of a fine-tuned model on a labelled split, with the evaluation crop of its image processor."""
 
-from dataclasses import replace
 from typing import Any
 
 from transformers import EvalPrediction
@@ -8,12 +7,11 @@ from transformers import EvalPrediction
 from ..data.sources import open_splits
 from ..data.stats import probe_rows
 from ..data.understood import announce_data
-from ..errors import without_secrets
+from ..files import check_writable
 from ..keys.evaluation_keys import ClassificationRecipe
-from ..run_folder import RunFolder
 from .metrics import detail, make_compute_metrics
 from .predictions import ClassifierRun, scores_of, write_predictions
-from .results import check_results_file, named_data, record_result
+from .results import check_results_file, named_data, record_result, with_split_of_run
 
 
 def evaluate_classification(recipe: ClassificationRecipe) -> dict[str, Any] | None:
@@ -26,14 +24,16 @@ def evaluate_classification(recipe: ClassificationRecipe) -> dict[str, Any] | No
         UserError: if the model or the data can't be read, or their labels don't match; one line with the remedy.
     """
     check_results_file(recipe)
-    recipe = with_fraction_of_run(recipe)
+    check_writable(recipe.predictions, "--predictions")
+    recipe = with_split_of_run(recipe)
     run = ClassifierRun(recipe)
     labels = run.labels
     with run.accelerator.main_process_first():
         _, rows, evaluated_on = open_splits(recipe, streaming=False, labelled=True, problem=labels.problem)
         probe = probe_rows(rows, run.spec.num_channels)
     if run.accelerator.is_main_process:
-        announce_data(probe, run.spec, None, rows, evaluated_on)
+        classes = None if labels.problem == "regression" else f"{len(labels.names)} classes"
+        announce_data(probe, run.spec, None, rows, evaluated_on, classes)
     table = run.logits(rows)
     if not run.accelerator.is_main_process:
         return None
@@ -55,13 +55,3 @@ def evaluate_classification(recipe: ClassificationRecipe) -> dict[str, Any] | No
     }
     figures = make_compute_metrics(labels.problem)(EvalPrediction(logits, targets))
     return record_result(recipe, protocol, data, [figures], detail(labels, logits, targets))
-
-
-def with_fraction_of_run(recipe: ClassificationRecipe) -> ClassificationRecipe:
-    """Hold out the `eval_fraction` of the run that wrote the model, on that run's data and unless told otherwise."""
-    run, _ = RunFolder(recipe.model).config()
-    fraction, typed = run.get("eval_fraction"), recipe.eval_fraction or recipe.eval_dataset or recipe.eval_split
-    same_data = all(run.get(name) == without_secrets(getattr(recipe, name)) for name in ("dataset", "split"))
-    if typed or not same_data or not isinstance(fraction, float):
-        return recipe
-    return replace(recipe, eval_fraction=fraction)

@@ -10,20 +10,10 @@ from ..data.order import Rows
 from ..data.sources import open_splits
 from ..data.stats import probe_rows
 from ..data.understood import announce_data
-from ..errors import UserError
 from ..keys.evaluation_keys import EvaluateRecipe, Pooling
 from .encoder import FrozenEncoder
-from .results import check_results_file, named_data, record_result
-from .table import (
-    Features,
-    Table,
-    encoded_batches,
-    even_batches,
-    extract_table,
-    report_bad,
-    sample_size,
-    with_class_numbers,
-)
+from .results import check_results_file, named_data, record_result, with_split_of_run
+from .table import Features, Table, run_model, sample_size, with_class_numbers
 
 
 class Evaluation:
@@ -39,7 +29,8 @@ class Evaluation:
 
     def __init__(self, recipe: EvaluateRecipe, pooling: Pooling):
         check_results_file(recipe)
-        self.recipe, self.accelerator = recipe, Accelerator()
+        self.recipe = recipe = with_split_of_run(recipe)
+        self.accelerator = Accelerator()
         self.encoder = FrozenEncoder(recipe.model, recipe.pooling or pooling, recipe.mixed_precision)
         self.encoder.to(self.accelerator.device)
         with self.accelerator.main_process_first():
@@ -52,13 +43,7 @@ class Evaluation:
             announce_data(probe, self.encoder.spec, self.rows, self.eval_rows, self.evaluated_on)
 
     def _table(self, rows: Rows, bar: str) -> Table:
-        recipe, encoder = self.recipe, self.encoder
-        batches = even_batches(rows, encoder.spec, recipe.batch_size, recipe.num_workers, self.accelerator, bar=bar)
-        table = extract_table(rows, encoded_batches(encoder, batches))
-        report_bad(rows, table.bad, recipe.max_bad_fraction)
-        if not table.values.isfinite().all():
-            raise UserError(f"features of --model {recipe.model} are not finite; its training has diverged")
-        return table
+        return run_model(self.encoder, rows, self.encoder.spec, self.recipe, self.accelerator, bar)
 
     def score_tables(
         self, protocol: dict[str, Any], measure: Callable[[Features, Features], dict[str, float]]

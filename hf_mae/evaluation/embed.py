@@ -67,7 +67,7 @@ def embed(recipe: EmbedRecipe) -> dict[str, Any]:
     try:
         with writing(path, "--output"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            FEATURE_WRITERS[path.suffix](path, written(), origin)
+            FEATURE_WRITERS[path.suffix.lower()](path, written(), origin)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise mixed_labels(rows, error) from error
     width = [encoder.spec.num_patches] if recipe.pooling == "patches" else []

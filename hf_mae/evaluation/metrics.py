@@ -175,7 +175,8 @@ def detail(labels: Labels, scores: np.ndarray, targets: np.ndarray) -> Details:
         ranked = _rank_classes(scores, targets, counts)
         return np.concatenate([ranked, _mean(ranked)[:, None]], axis=1)  # (R, K + 1, 2)
 
-    (figures,), limits = measure(np.ones((len(targets), 1), np.int32)), np.moveaxis(bootstrap(measure, len(targets)), 0, -1)
+    (figures,) = measure(np.ones((len(targets), 1), np.int32))
+    limits = np.moveaxis(bootstrap(measure, len(targets)), 0, -1)
     support = targets.sum(axis=0).astype(int).tolist()
     per_class = [
         {"support": number, **_defined(("ap", "auroc"), figures[c], limits[c])} for c, number in enumerate(support)

@@ -1,8 +1,9 @@
-"""What a classifier says of each image: `--predictions FILE`, and `hf-mae predict` for images without labels."""
+"""Predictions for each image: `--predictions FILE`, and `hf-mae predict` for images without labels."""
 
 # Shape letters in this file
 #   n images   K classes
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,10 @@ from ..data.sources import open_split
 from ..data.stats import probe_rows
 from ..data.transform import evaluation_spec, make_normalizer
 from ..data.understood import announce_data
-from ..errors import UserError
-from ..files import as_utf8, replaced, writing
+from ..files import as_utf8, check_writable, replaced, writing
 from ..keys.evaluation_keys import FeatureRecipe, PredictRecipe
 from ..pretrained import load_with_processor
-from .table import Table, encoded_batches, even_batches, extract_table, report_bad
+from .table import Table, run_model
 
 SEPARATOR = "; "  # of several classes in one text
 
@@ -52,50 +52,43 @@ class ClassifierRun:
         self.normalize = make_normalizer(processor, self.accelerator.device)
 
     def logits(self, rows: Rows) -> Table:
-        """The logits of all rows, (n, K), on every process.
-
-        Raises:
-            DataError: if too many images can't be decoded.
-            UserError: if logits are not finite.
-        """
-        recipe, accelerator = self.recipe, self.accelerator
+        """The logits of all rows, (n, K), on every process; errors are those of `run_model`."""
+        device, bf16 = self.accelerator.device.type, self.recipe.mixed_precision == "bf16"
 
         def encode(images: torch.Tensor) -> torch.Tensor:
-            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.mixed_precision == "bf16"):
+            with torch.autocast(device, torch.bfloat16, enabled=bf16):
                 return self.model(self.normalize(images)).logits
 
-        batches = even_batches(rows, self.spec, recipe.batch_size, recipe.num_workers, accelerator, bar="images")
-        table = extract_table(rows, encoded_batches(encode, batches))
-        report_bad(rows, table.bad, recipe.max_bad_fraction)
-        if not table.values.isfinite().all():
-            raise UserError(f"outputs of --model {recipe.model} are not finite; its training has diverged")
-        return table
+        return run_model(encode, rows, self.spec, self.recipe, self.accelerator, "images")
 
 
 def predict(recipe: PredictRecipe) -> dict[str, Any] | None:
-    """Write what a fine-tuned model says of the images of a split, which need no labels.
+    """Write a fine-tuned model's predictions for the images of all splits or of one; they need no labels.
 
     Returns:
-        `path`; `images`, the number written; `classes`, class -> number of images that it was predicted for, empty for
-        regression. None on all but the main process.
+        `path`; `images`, the number written; `classes`, class -> number of images that it was predicted for, largest
+        first, without those of no image. None on all but the main process.
 
     Raises:
         UserError: for anything a user can fix; one line with the remedy.
     """
-    run = ClassifierRun(recipe)
-    with run.accelerator.main_process_first():
-        rows = Rows(open_split(locate(recipe), recipe.split), max_samples=recipe.max_samples)
-        probe = probe_rows(rows, run.spec.num_channels)
-    if run.accelerator.is_main_process:
-        announce_data(probe, run.spec, rows)
-    table = run.logits(rows)
+    check_writable(recipe.output, "--output")
+    run, place = ClassifierRun(recipe), locate(recipe)
+    tables = []
+    for split in [recipe.split] if recipe.split else place.splits:
+        with run.accelerator.main_process_first():
+            rows = Rows(open_split(place, split), max_samples=recipe.max_samples)
+            probe = probe_rows(rows, run.spec.num_channels)
+        if run.accelerator.is_main_process:
+            announce_data(probe, run.spec, rows)
+        tables.append(run.logits(rows))
     if not run.accelerator.is_main_process:
         return None
-    scores = scores_of(run.labels, table.values)
-    write_predictions(recipe.output, "--output", run.labels, table.keys, scores)
-    found = [name for row in predicted(run.labels, scores) for name in row]
-    counts = {name: found.count(name) for name in run.labels.names} if found else {}
-    return {"path": recipe.output, "images": len(table.keys), "classes": counts}
+    scores = scores_of(run.labels, torch.cat([table.values for table in tables]))
+    keys = [key for table in tables for key in table.keys]
+    write_predictions(recipe.output, "--output", run.labels, keys, scores)
+    counts = Counter(name for row in predicted(run.labels, scores) for name in row)
+    return {"path": recipe.output, "images": len(keys), "classes": dict(counts.most_common())}
 
 
 def scores_of(labels: Labels, logits: torch.Tensor) -> np.ndarray:
@@ -106,7 +99,7 @@ def scores_of(labels: Labels, logits: torch.Tensor) -> np.ndarray:
 
 
 def predicted(labels: Labels, scores: np.ndarray) -> list[list[str]]:
-    """The classes that each image is said to have: the likeliest, or all above one half; none for a regression."""
+    """The predicted classes of each image: the likeliest, or all above one half; none for a regression."""
     if labels.problem == "regression":
         return [[] for _ in scores]
     if labels.problem == "single_label_classification":
@@ -143,7 +136,7 @@ def write_predictions(
     with writing(path, flag):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with replaced(Path(path)) as temporary:
-            (pq.write_table if path.endswith(".parquet") else pyarrow.csv.write_csv)(table, temporary)
+            (pq.write_table if path.lower().endswith(".parquet") else pyarrow.csv.write_csv)(table, temporary)
 
 
 def _true_labels(labels: Labels, targets: np.ndarray) -> list[Any]:

@@ -4,22 +4,33 @@ import json
 import re
 import statistics
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers.utils.hub import cached_file
 
 from .. import __version__
 from ..errors import without_secrets
-from ..files import sha256
+from ..files import same_place, sha256
 from ..keys.data_keys import SplitKeys
 from ..keys.evaluation_keys import ScoreRecipe
-from ..run_folder import WEIGHTS_NAME, add_result, read_results, show_figure, show_limits
+from ..run_folder import (
+    WEIGHTS_NAME,
+    RunFolder,
+    add_result,
+    is_percent,
+    limits_of,
+    read_results,
+    show_figure,
+    show_limits,
+)
 from .intervals import accuracy_interval
 from .metrics import Details
 
 MOST_CLASSES = 20  # lines about single classes
+Scored = TypeVar("Scored", bound=ScoreRecipe)
 PACKAGES = ("torch", "transformers", "datasets", "scikit-learn", "numpy", "pillow")
 
 
@@ -27,6 +38,21 @@ def check_results_file(recipe: ScoreRecipe) -> None:
     """Raise a UserError if a result can't be added to the recipe's file; call it before spending hours."""
     if path := recipe.results_file:
         read_results(path)
+
+
+def with_split_of_run(recipe: Scored) -> Scored:
+    """Evaluate on the images that the run which wrote the model was evaluated on, unless the command names others.
+
+    Otherwise a part of the run's data would be held out, which the run may have trained on.
+    """
+    run, _ = RunFolder(recipe.model).config()
+    names = ("eval_dataset", "eval_split", "eval_fraction")
+    typed, same = any(getattr(recipe, name) for name in names), ("dataset_config", "dataset_revision", "split")
+    if typed or any(run.get(name) != getattr(recipe, name) for name in same) or not isinstance(run.get("dataset"), str):
+        return recipe
+    if without_secrets(recipe.dataset) != run["dataset"] and not same_place(recipe.dataset, run["dataset"]):
+        return recipe
+    return replace(recipe, **{name: run[name] for name in names if run.get(name) is not None})
 
 
 def named_data(recipe: SplitKeys, split: str, evaluated_on: str, learned: bool = True) -> dict[str, Any]:
@@ -83,7 +109,7 @@ def make_result(
         values = {key: [run[key] for run in runs] for key in runs[0]}
         result["ranges"] = {key: [min(numbers), max(numbers)] for key, numbers in values.items()}
     else:
-        accuracies = {key: value for key, value in runs[0].items() if "top" in key}
+        accuracies = {key: value for key, value in runs[0].items() if is_percent(key)}
         result["intervals"] = {key: accuracy_interval(value, data["eval_images"]) for key, value in accuracies.items()}
     if details:
         result["intervals"] |= details.intervals
@@ -131,10 +157,8 @@ def describe_figures(result: dict[str, Any]) -> list[str]:
 
 def _describe_figure(key: str, result: dict[str, Any]) -> Iterator[str]:
     yield show_figure(key, result["figures"][key])
-    if "ranges" in result:
-        yield f"({show_limits(key, result['ranges'][key])})"
-    elif limits := result.get("intervals", {}).get(key):
-        yield f"(95 % interval {show_limits(key, limits)})"
+    if limits := limits_of(result, key):
+        yield f"({'' if 'ranges' in result else '95 % interval '}{show_limits(key, limits)})"
     neighbours = re.fullmatch(r"knn_top1_k(\d+)", key)
     if neighbours and int(neighbours[1]) > (bank := result["data"]["train_images"]):
         yield f"(k is larger than the training set, so all {bank} images vote)"

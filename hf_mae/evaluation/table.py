@@ -20,7 +20,8 @@ from ..data.labels import class_numbers, common_classes
 from ..data.loader import Batch, EvaluationSet, check_bad, each_batch, make_loader
 from ..data.order import Rows
 from ..data.transform import ImageSpec
-from ..errors import DataError
+from ..errors import DataError, UserError
+from ..keys.evaluation_keys import FeatureRecipe
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +124,28 @@ def extract_table(rows: Rows, batches: Iterable[tuple[Batch, torch.Tensor]]) -> 
     if not keys:
         raise DataError(f"none of the {len(rows)} images of {rows.name} can be decoded; check the data")
     return Table(torch.cat(values), labels, keys, bad, len(rows))
+
+
+def run_model(
+    encode: Callable[[torch.Tensor], torch.Tensor],
+    rows: Rows,
+    spec: ImageSpec,
+    recipe: FeatureRecipe,
+    accelerator: Accelerator,
+    bar: str,
+) -> Table:
+    """The table of all rows, on every process; the arguments are those of `even_batches` and `encoded_batches`.
+
+    Raises:
+        DataError: if too many images can't be decoded.
+        UserError: if values are not finite.
+    """
+    batches = even_batches(rows, spec, recipe.batch_size, recipe.num_workers, accelerator, bar=bar)
+    table = extract_table(rows, encoded_batches(encode, batches))
+    report_bad(rows, table.bad, recipe.max_bad_fraction)
+    if not table.values.isfinite().all():
+        raise UserError(f"outputs of --model {recipe.model} are not finite; its training has diverged")
+    return table
 
 
 def with_class_numbers(

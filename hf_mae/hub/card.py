@@ -20,7 +20,17 @@ from ..files import as_utf8, is_hub_id, local_path, read_json, sha256
 from ..keys import height_width, names_where
 from ..keys.finetune_keys import FinetuneRecipe
 from ..keys.run_keys import PretrainRecipe
-from ..run_folder import CONFIG_NAME, FEW_IMAGES, RunFolder, curve, run_of, show_figure, show_limits
+from ..run_folder import (
+    CONFIG_NAME,
+    FEW_IMAGES,
+    RunFolder,
+    curve,
+    is_percent,
+    limits_of,
+    run_of,
+    show_figure,
+    show_limits,
+)
 
 LICENCES = {"apache-2.0": "Apache-2.0", "cc-by-nc-4.0": "CC BY-NC 4.0 (not for commercial use)"}
 LOCAL = " (local)"
@@ -118,7 +128,7 @@ class Card:
             for entry in self.results
             for figure, value in entry["figures"].items()
             # The metadata is compared across models.
-            if "top" in figure and entry["data"]["eval_images"] >= FEW_IMAGES
+            if is_percent(figure) and entry["data"]["eval_images"] >= FEW_IMAGES
         ]
         return ModelCardData(
             library_name="transformers",
@@ -148,6 +158,7 @@ class Card:
             count=_count,
             figure=show_figure,
             limits=show_limits,
+            limits_of=limits_of,
             protocol=_protocol,
             settings=_settings,
             sides=lambda size: "{} x {}".format(*height_width(size)),

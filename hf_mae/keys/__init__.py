@@ -129,8 +129,8 @@ class Recipe:
         """Raise a UserError for a file with another ending; None passes."""
         file = getattr(self, name)
         if file is not None and not file.lower().endswith(endings):
-            *others, last = endings
-            raise UserError(f"{name} {file} is not a {', '.join(others)} or {last} file; change its ending")
+            allowed = " or ".join(filter(None, [", ".join(endings[:-1]), endings[-1]]))
+            raise UserError(f"{name} {file} is not a {allowed} file; change its ending")
 
     def check_seed(self) -> None:
         """Raise a UserError for a seed that numpy doesn't take."""

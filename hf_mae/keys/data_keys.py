@@ -95,7 +95,7 @@ PREDICTION_FILES = (".csv", ".parquet")
 
 
 def predictions_key(**changes: Any) -> Any:
-    """A file for what a classifier says of the images that it is evaluated on."""
+    """A file for a classifier's predictions for the images that it is evaluated on."""
     text = "CSV or parquet file for the label, prediction and scores of each evaluation image"
     return output_key(None, text, "none", metavar="FILE", **changes)
 

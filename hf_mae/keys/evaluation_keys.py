@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ..errors import UserError
 from ..optim.schedule import scaled_lr
@@ -72,9 +72,7 @@ class ClassificationRecipe(ScoreRecipe):
 
     model: str = inherit(ModelInput, "model", help_text="folder or Hub id of a fine-tuned model")
     split: str = inherit(DataKeys, "split", "train", "split that the model was fine-tuned on")
-    max_samples: int | None = inherit(
-        DataKeys, "max_samples", None, "maximum number of images that it was fine-tuned on"
-    )
+    max_samples: ClassVar[None] = None  # type: ignore[misc] # pyright: ignore[reportIncompatibleVariableOverride]
     predictions: str | None = predictions_key()
 
     def check(self) -> None:
@@ -87,6 +85,7 @@ class PredictRecipe(FeatureRecipe):
     """Keys of `hf-mae predict`."""
 
     model: str = inherit(ModelInput, "model", help_text="folder or Hub id of a fine-tuned model")
+    split: str | None = inherit(DataKeys, "split", None, "the only split to read", shown="all splits")  # type: ignore
     output: str = output_key(help_text="file to write: .csv or .parquet", metavar="FILE")
 
     def check(self) -> None:

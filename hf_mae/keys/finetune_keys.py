@@ -41,8 +41,8 @@ class FinetuneRecipe(RunRecipe):
     mixup: float = data_key(0.0, "parameter of mixup's Beta distribution; 0 turns it off")
     cutmix: float = data_key(0.0, "parameter of cutmix's Beta distribution; 0 turns it off")
     label_smoothing: float = optimization_key(0.0, "fraction of each label that is spread evenly over all classes")
-    class_weights: Literal["none", "balanced"] = optimization_key(
-        "none", "weight of each class in the training loss; balanced gives rare classes larger ones"
+    class_weights: Literal["balanced"] | None = optimization_key(
+        None, "weights of the classes in the training loss; balanced gives rare classes larger ones", "none"
     )
     model: str = model_key(help_text="folder or Hub id of a pretrained or fine-tuned model", metavar="DIR|ID")
     problem_type: Problem = model_key(
@@ -100,6 +100,6 @@ class FinetuneRecipe(RunRecipe):
             raise UserError(
                 f"{mixed[0]} needs one class per image, but problem_type is {self.problem_type}; pass --{mixed[0]} 0"
             )
-        if self.class_weights != "none" and self.problem_type == "regression":
+        if self.class_weights and self.problem_type == "regression":
             problem = f"class_weights {self.class_weights} needs classes, but problem_type is regression"
             raise UserError(f"{problem}; pass --class_weights none")

@@ -1,10 +1,8 @@
 """The keys of the commands that convert, publish and show models and runs."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from ..errors import UserError
 from . import PICTURE_FILES, ImageSize, Recipe, data_key, key, masking_key, model_key, output_key, positional_key
 from .evaluation_keys import ModelInput
 
@@ -73,8 +71,7 @@ class CardRecipe(ModelInput):
     output: str = positional_key("file NAME.md to write, with its picture NAME.png beside it", metavar="OUT")
 
     def check(self) -> None:
-        if Path(self.output).suffix.lower() != ".md":
-            raise UserError(f"output {self.output} is not a .md file; change its ending")
+        self.check_ending("output", ".md")
 
 
 @dataclass

@@ -112,6 +112,10 @@ def build_processor(
             message = f"the image processor in {stored} can't be loaded; name another checkpoint"
             raise CheckpointError(message) from error
     nodata = recipe.nodata if recipe.nodata is not None or not recipe.model else stored_nodata(recipe.model)
+    most = {"uint8": 255, "uint16": 65_535}.get(data.probe.dtype)
+    if nodata is not None and most and not (0 <= nodata <= most and nodata % 1 == 0):
+        what = f"nodata {nodata:g} can't be a pixel of {data.probe.dtype} images"
+        raise UserError(f"{what}; give a whole number from 0 to {most}, or none")
     mean, std = recipe.image_mean, recipe.image_std
     if mean is None or std is None:
         if data.num_channels == 3 and data.probe.dtype == "uint8":

@@ -5,6 +5,7 @@
 is what `hf-mae finetune` runs, with our log instead of Trainer's, and a model folder at the end.
 """
 
+import logging
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +22,11 @@ from ..data.order import Rows
 from ..data.sources import open_splits
 from ..data.transform import evaluation_spec
 from ..data.understood import announce_data
+from ..errors import UserError
 from ..evaluation.metrics import arrays_of, detail, make_compute_metrics
 from ..evaluation.predictions import scores_of, write_predictions
 from ..evaluation.results import make_result, named_data
+from ..files import check_writable
 from ..keys.finetune_keys import FinetuneRecipe
 from ..optim.groups import layer_decay_groups
 from ..run_folder import WEIGHTS_NAME, RunFolder, add_result, read_results
@@ -42,6 +45,8 @@ from .finetune_setup import (
     training_arguments,
 )
 from .resume import check_folder, check_step
+
+logger = logging.getLogger(__name__)
 
 PROTOCOL = "fine-tuning"
 
@@ -62,9 +67,13 @@ def finetune(recipe: FinetuneRecipe) -> dict[str, Any] | None:
     check_folder(recipe, output_dir)
     folder = RunFolder(output_dir)
     read_results(folder.results_file)  # a broken file fails now, not after hours of training
+    check_writable(recipe.predictions, "--predictions")
     finished = [entry for entry in folder.results() if entry["protocol"]["name"] == PROTOCOL]
     if recipe.resume == "auto" and finished:
         check_run(recipe, output_dir)
+        if recipe.predictions:
+            remedy = f"hf-mae evaluate classification --model {output_dir} --predictions {recipe.predictions} ..."
+            raise UserError(f"the run in {output_dir} is finished, and only a run writes predictions; use {remedy}")
         return finished[0]
     run = FinetuneRun(recipe)
     run.describe()
@@ -102,7 +111,8 @@ class FinetuneRun:
         with self.args.main_process_first(desc="opening the data"):
             splits = open_splits(recipe, streaming=False, labelled=True, problem=recipe.problem_type)
         self.rows, self.eval_rows, self.evaluated_on = splits
-        self.labels = find_labels(self.rows, recipe.problem_type)
+        held_out = self.eval_rows if self.eval_rows.source is self.rows.source else None
+        self.labels = find_labels(self.rows, recipe.problem_type, held_out)
         torch.manual_seed(recipe.seed)  # for a new head
         self.model = build_classifier(recipe, self.labels)
         tune_for_device(self.model, self.args.device, self.precision)
@@ -117,18 +127,29 @@ class FinetuneRun:
             multiple=recipe.total_batch_size,
         )  # fmt: skip
         self.eval_images = LabelledImages(self.eval_rows, self._targets(self.eval_rows), self.spec, self.processor)
+        self._warn_of_untrained_classes()
         self.steps = recipe.steps(len(self.train_images))
         self.images_per_step = min(recipe.total_batch_size, len(self.train_images))
         self.args.max_steps, self.args.warmup_steps = self.steps
         names = ("eval_steps", "save_steps")
         self.args.eval_steps, self.args.save_steps = (recipe.interval(name, self.steps[0]) for name in names)
 
+    def _warn_of_untrained_classes(self) -> None:
+        targets, names = self.train_images.targets, self.labels.names
+        if self.recipe.problem_type == "regression" or self.args.process_index:
+            return
+        counts = torch.bincount(targets, minlength=len(names)) if targets.ndim == 1 else targets.sum(dim=0)
+        if missing := [name for name, count in zip(names, counts.tolist(), strict=True) if not count]:
+            logger.warning(
+                "%d of %d classes have no training images: %s", len(missing), len(names), ", ".join(missing[:5])
+            )
+
     def _targets(self, rows: Rows) -> torch.Tensor:
         return self.labels.targets(labels_of(rows), rows.source)
 
     def _loss(self) -> WeightedLoss | None:
         """The loss with class weights; None for the model's own."""
-        if self.recipe.class_weights == "none":
+        if self.recipe.class_weights is None:
             return None
         weights = balanced_weights(self.train_images.targets, self.model.num_labels)
         return WeightedLoss(weights, several=self.recipe.problem_type == "multi_label_classification")
@@ -154,7 +175,7 @@ class FinetuneRun:
         }
 
     def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        self.prediction = prediction  # that of the last evaluation is looked at in detail
+        self.prediction = prediction  # `detail` needs the last one
         return make_compute_metrics(self.recipe.problem_type)(prediction)
 
     def describe(self) -> None:
@@ -180,7 +201,7 @@ class FinetuneRun:
         classes = f"{len(names)} {noun}"
         announce_data(self.probe, self.spec, self.rows, self.eval_rows, self.evaluated_on, classes)
         announce(recipe, facts, self.model.config.grid_size, args.device, self.stored)
-        effect = f"it takes each of them once, and the run passes over them {total_steps} times"
+        effect = f"a step uses each image once, and the run is {total_steps} epochs"
         warn_if_batch_is_larger(recipe, len(self.rows), effect)
         if self.bad:
             print(f"{len(self.bad)} images can't be decoded and are not scored; the first is {self.bad[0][0]}")

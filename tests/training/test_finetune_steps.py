@@ -215,7 +215,7 @@ def test_soft_labels_of_one_class_are_hard_labels():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("class_weights", ["none", "balanced"])
+@pytest.mark.parametrize("class_weights", [None, "balanced"])
 def test_two_processes_take_the_steps_of_one(class_weights, pretrained, tmp_path):
     keys = {"model": pretrained, "class_weights": class_weights, "max_samples": 250}
     keys |= {"drop_path_rate": 0, "label_smoothing": 0.1, "blr": 0.05}
