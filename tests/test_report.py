@@ -136,7 +136,7 @@ def test_bad_samples_and_results_are_told_and_nothing_of_them_is_taken_for_html(
     assert "<b>19</b>.jpg and 5 more" in found.text
     assert "Truncated 25" in found.text
     assert "Empty 1 x" in found.text
-    assert "knn knn_top1 51.25 (50.5 to 52) 1,705 images, evaluated on 92: split test of </td>" in found.text
+    assert "knn knn_top1 51.25 % (50.50 to 52.00) 1,705 images, evaluated on 92: split test of </td>" in found.text
 
 
 def test_a_run_that_has_only_begun_is_reported_too(tmp_path):

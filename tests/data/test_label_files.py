@@ -388,3 +388,21 @@ def test_tables_are_read_once_for_all_splits(tmp_path, monkeypatch, table):
         "test": ["x", "x"],
     }
     assert len(read) == 1
+
+
+@pytest.mark.parametrize(("problem", "left"), [(SINGLE, 3), (None, 3), (MULTI, 4)])
+def test_an_empty_cell_is_a_missing_label_unless_an_image_may_have_none(tmp_path, problem, left, caplog):
+    sheet = {**dict(list(SHEET.items())[:3]), "001/d.png": ""}
+    write_metadata(folder(tmp_path / "i"), "csv", sheet)
+    keys = SplitKeys(dataset=str(tmp_path / "i"), eval_dataset=str(tmp_path / "i"))
+    rows, eval_rows, _ = open_splits(keys, labelled=True, problem=problem)
+    assert len(rows) == len(eval_rows) == left
+    message = "1 images of split train have an empty label in metadata.csv, column label, and are left out"
+    assert any(message in line for line in caplog.messages) == (left == 3)
+
+
+def test_a_line_of_a_jsonl_table_ends_at_its_line_end_alone(tmp_path):
+    rows = [{"file_name": name, "label": f"a\u2028{name[0]}"} for name in IMAGES]
+    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    source = open_source(str(folder(tmp_path / "i", metadata_jsonl=text)))
+    assert [row.label for row in source.read(0, [0, 1, 2, 3])] == [row["label"] for row in rows]

@@ -1,5 +1,6 @@
 import json
 import tarfile
+from copy import copy
 from io import BytesIO
 
 import numpy as np
@@ -241,3 +242,15 @@ def test_class_folders_whose_names_differ_only_in_their_unicode_form_are_one_cla
         "cafe\u0301/2.png": 0,
         "the/3.png": 1,
     }
+
+
+def test_a_class_with_dashes_before_a_number_is_a_name():
+    assert Labels(SINGLE, ("--5", "-5")).targets(["--5", -5], rows([0, 1]).source).tolist() == [0, 1]
+
+
+def test_a_class_that_only_the_held_out_part_has_is_one_of_the_classes():
+    train = rows([["a"], ["b"], ["a", "c"]])
+    held_out = copy(train)
+    train.index, held_out.index = np.array([0, 1]), np.array([2])
+    assert find_labels(train, MULTI).names == ("a", "b")
+    assert find_labels(train, MULTI, held_out).names == ("a", "b", "c")

@@ -365,3 +365,14 @@ def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_bytes(tmp_path):
         assert not (out / "manifest.json").exists()
     assert kills >= 3
     assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("dtype", "nodata"), [("uint8", 150), ("int16", 150), ("f4", 150.0)])
+def test_a_value_within_the_range_of_the_data_is_kept_for_missing_pixels(dtype, nodata):
+    image = np.tile(np.repeat([100, 200], 8), (40, 4))[:, :, None].astype(dtype)  # between the two lies 150
+    read = "uint8" if dtype == "uint8" else "float32"
+    small, plain = (
+        np.asarray(decode_image(reencode(npy(image), 20, 90, one), 1, read)).reshape(20, 32) for one in (nodata, None)
+    )
+    assert not (small == nodata).any()
+    assert np.abs(small.astype(float) - plain.astype(float)).max() <= 16  # but for the overshoot at the steps

@@ -113,6 +113,20 @@ def test_evaluating_writes_the_predictions_that_its_figures_are_made_of(tmp_path
     assert entry["per_class"]["class 0"] == {"support": 0, "figures": {}, "intervals": {}}
 
 
+def test_images_of_all_splits_are_labelled_unless_one_is_named(tmp_path):
+    model = make_model(tmp_path / "model", SINGLE, 7)
+    for split in ("training", "testing"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        make_images(tmp_path / "data" / split, 2)
+    words = ("predict", "--model", model, "--dataset", tmp_path / "data", "--num_workers", 0, "--output")
+    for more, keys in (
+        ([], ["training/0.png", "training/1.png", "testing/0.png", "testing/1.png"]),
+        (["--split", "test"], ["testing/0.png", "testing/1.png"]),
+    ):
+        assert start(*words, tmp_path / "said.PARQUET", *more) == 0
+        assert pq.read_table(tmp_path / "said.PARQUET").to_pydict()["key"] == keys
+
+
 def test_a_file_of_another_kind_and_one_that_cannot_be_written_are_one_line(tmp_path, capsys):
     images, model = make_images(tmp_path / "images", 2), make_model(tmp_path / "model", SINGLE, 7)
     words = ("predict", "--model", model, "--dataset", images, "--num_workers", 0, "--output")

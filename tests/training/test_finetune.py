@@ -93,6 +93,29 @@ def test_a_finished_run_says_so_again_and_is_not_run_again(pretrained, tmp_path,
     assert (out / "model.safetensors").stat().st_mtime_ns == before
     assert start("finetune", *arguments(out, model=pretrained)) == 2
     assert "holds another run; continue it with --resume auto" in capsys.readouterr().err
+    late = arguments(out, model=pretrained, resume="auto", predictions=tmp_path / "said.csv")
+    assert f"is finished, and only a run writes predictions; use hf-mae evaluate classification --model {out} --pr" in (
+        mistake(capsys, "finetune", *late)
+    )
+
+
+def test_predictions_that_cannot_be_written_are_an_error_before_the_first_step(pretrained, tmp_path, capsys):
+    (tmp_path / "folder.csv").mkdir()
+    words = arguments(tmp_path / "out", model=pretrained, predictions=tmp_path / "folder.csv")
+    error = mistake(capsys, "finetune", *words)
+    assert error.startswith(f"{tmp_path / 'folder.csv'} can't be written")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_is_scored_on_the_images_that_its_run_was_scored_on(pretrained, tmp_path, capsys):
+    colours = [(40, 40, 40), (200, 200, 200)] * 6
+    first, other = (folder_of_images(tmp_path / name, [0, 1] * 6, colours) for name in ("first", "other"))
+    out = tune(tmp_path / "out", model=pretrained, dataset=first, eval_dataset=other, max_samples=None)
+    for name in (first, f"{first}/"):
+        assert start("evaluate", "classification", "--model", out, "--dataset", name, "--num_workers", 0) == 0
+        entry = json.loads((Path(out) / "results.json").read_text())[-1]
+        assert entry["data"]["evaluated_on"] == f"split train of {other}"
+        assert entry["data"]["eval_images"] == 12
 
 
 def test_a_finished_run_says_so_without_a_count_of_bad_samples(pretrained, tmp_path, capsys):
@@ -192,8 +215,11 @@ def test_dry_run_writes_nothing(pretrained, tmp_path, capsys):
 def test_a_step_takes_a_smaller_training_set_once(pretrained, tmp_path, caplog):
     keys = {"max_samples": 20, "total_batch_size": 64, "total_steps": None, "epochs": 10}
     out = tune(tmp_path / "out", model=pretrained, **keys)
-    effect = "it takes each of them once, and the run passes over them 3 times; pass --total_batch_size 20 or less"
-    assert caplog.messages == [f"a step of 64 images is larger than the training set of 20: {effect}"]
+    effect = "a step uses each image once, and the run is 3 epochs; pass --total_batch_size 20 or less"
+    assert caplog.messages == [
+        "1 of 10 classes have no training images: 4",
+        f"a step of 64 images is larger than the training set of 20: {effect}",
+    ]
     assert results(out)["protocol"]["epochs"] == 3
     steps = [event for event in events(out) if "loss" in event]
     assert [(event["epoch"], event["images_seen"]) for event in steps] == [(1, 20), (2, 40), (3, 60)]
