@@ -225,8 +225,14 @@ def is_percent(name: str) -> bool:
 
 
 def limits_of(entry: dict[str, Any], name: str) -> list[float] | None:
-    """The smallest and largest value of a figure over several seeds, or else its interval; None without either."""
-    return (entry.get("ranges") or entry.get("intervals", {})).get(name)
+    """The smallest and largest value of a figure over several seeds, or else its interval; None without either.
+
+    An interval without width (all images are right, or all wrong) isn't shown: it would look like certainty.
+    """
+    if entry.get("ranges"):
+        return entry["ranges"].get(name)
+    low, high = entry.get("intervals", {}).get(name, (0, 0))
+    return None if low == high else [low, high]
 
 
 def show_figure(name: str, value: float) -> str:

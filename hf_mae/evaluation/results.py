@@ -174,7 +174,8 @@ def _describe_classes(per_class: dict[str, Any]) -> Iterator[str]:
     width = max(map(len, scored), default=0)
     for name, entry in scored.items():
         figures = ", ".join(
-            f"{key} {show_figure(key, value)} ({show_limits(key, entry['intervals'][key])})"
+            f"{key} {show_figure(key, value)}" + (f" ({show_limits(key, limits)})" if limits else "")
             for key, value in entry["figures"].items()
+            for limits in [limits_of(entry, key)]
         )
         yield f"  {name:{width}}  {entry['support']:,} images, {figures}"

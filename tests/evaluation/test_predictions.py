@@ -109,7 +109,7 @@ def test_evaluating_writes_the_predictions_that_its_figures_are_made_of(tmp_path
         table = entry["per_class"][name]
         assert table["support"] == 9
         assert table["figures"] == {"accuracy": pytest.approx(100 * np.mean(part))}
-        assert f"  {name}  9 images, accuracy {100 * np.mean(part):.2f} % (" in printed
+        assert f"  {name}  9 images, accuracy {100 * np.mean(part):.2f} %" in printed
     assert entry["per_class"]["class 0"] == {"support": 0, "figures": {}, "intervals": {}}
 
 
