@@ -155,6 +155,16 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
         return _pair(self.patch_size)
 
     @property
+    def encoder_stride(self) -> int | list[int] | tuple[int, ...]:
+        """Pixels per token and side, as transformers' masked-image scripts ask for them: the patch size."""
+        return self.patch_size
+
+    @encoder_stride.setter
+    def encoder_stride(self, value: int | list[int] | tuple[int, ...]) -> None:
+        if value != self.patch_size:
+            raise ValueError(f"encoder_stride {value} differs from patch_size {self.patch_size}; leave it out")
+
+    @property
     def grid_size(self) -> tuple[int, int]:
         """(h, w) patches from top to bottom and from left to right."""
         (H, W), (P, Q) = self.image_height_width, self.patch_height_width
@@ -223,19 +233,18 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
                 "removed patches are predicted; use e.g. 0.25"
             )
 
-    def patch_grid(self, shape: Sequence[int], any_size: bool) -> tuple[int, int]:
+    def patch_grid(self, shape: Sequence[int]) -> tuple[int, int]:
         """The patch grid (h, w) of a batch of images.
 
         Args:
-            shape: (B, C, H, W) of the images.
-            any_size: accept every multiple of the patch size; otherwise only `image_size`.
+            shape: (B, C, H, W) of the images; H and W are multiples of the patch.
 
         Raises:
             ValueError: if the dimensions, the channels or the size don't fit the model.
         """
         if len(shape) != 4:
             raise ValueError(f"pixel_values have shape {tuple(shape)}; pass (batch, channels, height, width)")
-        (_, C, H, W), (height, width), (P, Q) = shape, self.image_height_width, self.patch_height_width
+        (_, C, H, W), (P, Q) = shape, self.patch_height_width
         if self.num_channels != C:
             raise ValueError(
                 f"pixel_values have {C} channels, the model {self.num_channels}; convert the images, or load the model "
@@ -243,11 +252,6 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
             )
         if H % P or W % Q:
             raise ValueError(f"an image of {H}x{W} is not a multiple of the patch {P}x{Q}; resize or crop it")
-        if not any_size and (H, W) != (height, width):
-            raise ValueError(
-                f"an image of {H}x{W} doesn't fit a model for {height}x{width}; resize it, pass "
-                f"interpolate_pos_encoding=True, or load the model with image_size=({H}, {W})"
-            )
         return H // P, W // Q
 
     def num_kept_patches(self, mask_ratio: float, grid_size: tuple[int, int] | None = None) -> int:
