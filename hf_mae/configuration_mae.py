@@ -24,6 +24,14 @@ SIZES: dict[str, dict[str, int]] = {
     },
 }  # fmt: skip
 
+# Far above every real model's. A config from elsewhere must not fill the memory before anyone sees what is wrong.
+MOST = {
+    "hidden_size": 2**15, "num_hidden_layers": 1024, "num_attention_heads": 2**15, "intermediate_size": 2**17,
+    "image_size": 2**16, "patch_size": 2**16, "num_channels": 2**14, "num_labels": 2**20, "mask_cell": 2**16,
+}  # fmt: skip
+MOST |= {f"decoder_{key}": MOST[key] for key in [*MOST][:4]}
+MOST_PATCHES, MOST_SCALE = 2**22, 64
+
 
 @strict
 class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
@@ -114,6 +122,7 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any):
         out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
+        _check_most("num_labels", kwargs.get("num_labels"))  # transformers makes a name for each
         super().__post_init__(**kwargs)
         # JSON turns tuples into lists, and a config must be equal to itself after saving and loading.
         for key in ("image_size", "patch_size", "pyramid_scales"):
@@ -181,6 +190,8 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
         Raises:
             ValueError: if a value is out of range or contradicts another; the message names the values and the remedy.
         """
+        for key in MOST:
+            _check_most(key, getattr(self, key, None))
         sizes = [f"{part}{name}" for part in ("", "decoder_") for name in ("hidden_size", "num_hidden_layers")]
         for key in (*sizes, "intermediate_size", "decoder_intermediate_size", "num_channels"):
             if getattr(self, key) < 1:
@@ -189,8 +200,13 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
             if not 0 <= (value := getattr(self, key)) < 2**32:
                 raise ValueError(f"{key} {value} lies outside [0, 2**32); give e.g. {getattr(MAEConfig, key)}")
         scales = self.pyramid_scales or []
-        if not all(scale > 0 and math.log2(scale).is_integer() for scale in scales):
-            raise ValueError(f"pyramid_scales {scales} are not all powers of two; give e.g. [4, 2, 1, 0.5]")
+        if not all(
+            0 < scale <= MOST_SCALE <= MOST_SCALE**2 * scale and math.log2(scale).is_integer() for scale in scales
+        ):
+            raise ValueError(
+                f"pyramid_scales {scales} are not all powers of two from 1/{MOST_SCALE} to {MOST_SCALE}; give e.g. "
+                "[4, 2, 1, 0.5]"
+            )
         self._check_sizes()
         self._check_widths()
         self.num_kept_patches(self.mask_ratio)
@@ -210,6 +226,11 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
             h, w = max(1, round(H / P)), max(1, round(W / Q))
             raise ValueError(
                 f"image_size {H}x{W} is not a multiple of patch_size {P}x{Q}; the nearest that fits is {h * P}x{w * Q}"
+            )
+        if self.num_patches > MOST_PATCHES:
+            raise ValueError(
+                f"image_size {H}x{W} has {self.num_patches:,} patches of {P}x{Q}, more than {MOST_PATCHES:,}; give a "
+                "smaller image_size or larger patches"
             )
 
     def _check_widths(self) -> None:
@@ -281,6 +302,12 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
                 f"of a {rows}x{columns} grid; use {largest} or less, or smaller patches"
             )
         return kept * self.mask_cell**2
+
+
+def _check_most(key: str, value: Any) -> None:
+    largest = max(value, default=0) if isinstance(value, (list, tuple)) else value or 0
+    if largest > MOST[key]:
+        raise ValueError(f"{key} {str(value)[:40]} is more than {MOST[key]:,}; no model has that many, so check it")
 
 
 def _pair(size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:

@@ -716,7 +716,9 @@ def test_the_first_labels_decide_the_problem_as_in_transformers(num_labels, labe
     assert torch.equal(told(pixels(), labels=labels).loss, loss)
     if labels.dtype != torch.bool:
         peer = Dinov2ForImageClassification(
-            Dinov2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=32, num_labels=num_labels)
+            Dinov2Config(
+                hidden_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=32, num_labels=num_labels
+            )
         )
         peer(pixels(), labels=labels.flatten().long() if "single" in problem else labels.float())
         assert peer.config.problem_type == problem
