@@ -200,9 +200,7 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
             if not 0 <= (value := getattr(self, key)) < 2**32:
                 raise ValueError(f"{key} {value} lies outside [0, 2**32); give e.g. {getattr(MAEConfig, key)}")
         scales = self.pyramid_scales or []
-        if not all(
-            0 < scale <= MOST_SCALE <= MOST_SCALE**2 * scale and math.log2(scale).is_integer() for scale in scales
-        ):
+        if not all(1 / MOST_SCALE <= scale <= MOST_SCALE and math.log2(scale).is_integer() for scale in scales):
             raise ValueError(
                 f"pyramid_scales {scales} are not all powers of two from 1/{MOST_SCALE} to {MOST_SCALE}; give e.g. "
                 "[4, 2, 1, 0.5]"
