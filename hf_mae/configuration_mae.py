@@ -153,6 +153,16 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
             )
         return cls.from_dict(settings)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The settings for the JSON file."""
+        settings = super().to_dict()
+        # What follows from num_hidden_layers is made again at loading: a script may have changed it since, and
+        # transformers would refuse a file whose names of stages are those of another depth.
+        stages = settings.pop("stage_names", [])
+        if settings["out_features"] == stages[-1:]:
+            del settings["out_features"], settings["out_indices"]
+        return settings
+
     @property
     def image_height_width(self) -> tuple[int, int]:
         """(H, W) in pixels."""

@@ -25,7 +25,7 @@ def lora(model, task, **settings):
 
 
 def ia3(model, task):
-    mlp = [name for name in targets(model, "mlp") if name.endswith(("fc2", "output.dense"))]
+    mlp = [name for name in targets(model, "mlp") if name.endswith("fc2")]
     return peft.IA3Config(target_modules=[*targets(model, "attention"), *mlp], feedforward_modules=mlp, task_type=task)
 
 
@@ -46,7 +46,7 @@ def outcome(model, task) -> torch.Tensor:
 
 
 def train(model, task, steps: int = 2) -> list[float]:
-    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
+    optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=1e-3)
     losses = []
     for _ in range(steps):
         loss = outcome(model, task)
