@@ -8,7 +8,7 @@
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,9 @@ from transformers.processing_utils import ImagesKwargs
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .hub_code_mae import NamesCode
+
+# Far above every real processor's.
+MOST_CHANNELS, MOST_FACTOR = 2**14, 1e6
 
 
 def resize_bands(
@@ -272,6 +275,39 @@ def per_channel(name: str, value: float | tuple[float, ...], num_channels: int) 
     return values if len(values) == num_channels else values * num_channels
 
 
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Check a processor's numbers, so that absurd ones fill no memory and make no infinite pixels.
+
+    Args:
+        settings: all settings of a processor, by name.
+
+    Raises:
+        ValueError: if a size, a factor or a number of channels is out of range; the message names it and the remedy.
+    """
+    most = Image.MAX_IMAGE_PIXELS or math.inf
+    for use, name in (("do_resize", "size"), ("do_center_crop", "crop_size")):
+        sides = dict(settings[name]) if settings[use] and settings[name] is not None else {}
+        numbers = [number for number in sides.values() if number is not None]
+        if numbers and not (min(numbers) >= 1 and max(numbers) * numbers[-1] <= most):
+            raise ValueError(
+                f"{name} {sides} is not between 1 pixel and PIL.Image.MAX_IMAGE_PIXELS, {most:,}; give e.g. 224"
+            )
+    if not 1 <= (channels := settings["num_channels"]) <= MOST_CHANNELS:
+        raise ValueError(
+            f"num_channels {channels} lies outside 1..{MOST_CHANNELS:,}; give the number of the images' bands"
+        )
+    factor = settings["rescale_factor"]
+    if settings["do_rescale"] and factor is not None and not 0 < factor <= MOST_FACTOR:
+        raise ValueError(f"rescale_factor {factor} lies outside (0, {MOST_FACTOR:g}]; give e.g. {1 / 255:.8f}, or 1")
+    for name, least in (("image_mean", -math.inf), ("image_std", 0)) if settings["do_normalize"] else ():
+        value = settings[name]
+        values = value if isinstance(value, (tuple, list)) else [value]
+        wrong = [number for number in values if isinstance(number, (int, float)) and not least < number < math.inf]
+        if wrong:
+            kind = "finite" if name == "image_mean" else "positive and finite"
+            raise ValueError(f"{name} has the entry {wrong[0]}, which is not {kind}; give e.g. 0.5 for each channel")
+
+
 class MAEImageProcessorKwargs(ImagesKwargs, total=False):
     """A processor's settings, which a call may override: transformers' keys and `num_channels`."""
 
@@ -324,7 +360,8 @@ class MAEImageProcessorBase(NamesCode, BaseImageProcessor):
         return to_bands(image, kwargs["num_channels"], rescale_factor, layout, to_rgb)
 
     def _preprocess_image_like_inputs(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
-        if kwargs["do_normalize"]:  # checked before any image is decoded
+        check_settings(kwargs)  # before any image is decoded
+        if kwargs["do_normalize"]:
             for name in ("image_mean", "image_std"):
                 kwargs[name] = per_channel(name, kwargs[name], kwargs["num_channels"])
         return super()._preprocess_image_like_inputs(images, *args, **kwargs)

@@ -106,6 +106,10 @@ def write_timm(model: Any, processor: MAEImageProcessor, folder: Path) -> Run:
             "classifier": "head",
         },
     }
+    names = [str(config.id2label[i]) for i in range(num_classes)]
+    # Leave out transformers' placeholders: timm and its wrapper know the names of ImageNet's classes themselves.
+    if names != [f"LABEL_{i}" for i in range(num_classes)]:
+        settings["label_names"] = names
     write_json(folder / CONFIG_NAME, settings)
     _save(model, folder, {})
     return partial(run_timm, timm.create_model(f"local-dir:{folder}", pretrained=True).eval())

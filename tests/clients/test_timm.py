@@ -1,11 +1,12 @@
 """timm: its optimizers and moving averages on our models, and our folders in transformers' wrapper of timm."""
 
-import copy
 import json
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from peers import CLASSIFIERS, NAMES, batch_of, classifier, encoder, labelled_rows
 from tiny import pixels
 from timm.models import load_checkpoint
@@ -112,9 +113,6 @@ def test_transformers_wrapper_encodes_a_converted_folder(tmp_path):
 
 
 def test_the_pipeline_names_the_classes_of_a_converted_folder(tmp_path):
-    import numpy as np
-    from PIL import Image
-
     folder = converted(classifier("ours"), tmp_path)
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
     answers = pipeline("image-classification", model=str(folder), device="cpu")(photo)
@@ -133,4 +131,10 @@ def test_timm_itself_makes_a_converted_folder_and_reads_its_names(tmp_path):
     assert made.pretrained_cfg["label_names"] == list(NAMES.values())
     settings = json.loads((folder / "config.json").read_text())
     assert settings["label_names"] == list(NAMES.values())
-    assert copy.deepcopy(made).num_classes == 3
+    assert main(["convert", str(folder), str(tmp_path / "back")]) == 0
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "back").config.id2label == NAMES
+
+
+def test_placeholders_are_not_written_as_names(tmp_path):
+    folder = converted(classifier("ours", id2label={i: f"LABEL_{i}" for i in range(3)}, label2id=None), tmp_path)
+    assert "label_names" not in json.loads((folder / "config.json").read_text())
