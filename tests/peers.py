@@ -36,10 +36,7 @@ SHAPE = {
 }
 NAMES = {0: "cat", 1: "dog", 2: "owl"}
 IDS = {name: number for number, name in NAMES.items()}
-CLASSIFIERS = {
-    "ours": (MAEForImageClassification, MAEConfig),
-    "dinov2": (Dinov2ForImageClassification, Dinov2Config),
-}
+CLASSIFIERS = {"ours": (MAEForImageClassification, MAEConfig), "dinov2": (Dinov2ForImageClassification, Dinov2Config)}
 PRETRAINERS = {"ours": (MAEForPreTraining, MAEConfig), "vit_mae": (ViTMAEForPreTraining, ViTMAEConfig)}
 ENCODERS = {"ours": (MAEModel, MAEConfig), "vit": (ViTModel, ViTConfig)}
 

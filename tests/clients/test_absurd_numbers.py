@@ -1,4 +1,4 @@
-"""Configs and processors from elsewhere with numbers that no model has: one line of explanation, and no memory filled."""
+"""Configs and processors from elsewhere with numbers that no model has: one line says so, and no memory is filled."""
 
 import json
 import resource
@@ -98,8 +98,9 @@ def test_commands_refuse_a_model_with_an_absurd_processor(settings, tmp_path, ca
     stored = processor.to_dict() | settings
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(stored))
     Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(tmp_path / "photo.png")
-    command = ["reconstruct", str(tmp_path / "photo.png"), "--model", str(tmp_path), "--output", str(tmp_path / "out.png")]
-    assert main(command) == 2
+    capsys.readouterr()
+    photo, output = str(tmp_path / "photo.png"), str(tmp_path / "out.png")
+    assert main(["reconstruct", photo, "--model", str(tmp_path), "--output", output]) == 2
     error = capsys.readouterr().err
     assert next(iter(settings)) in error
     assert len(error.strip().splitlines()) == 1

@@ -30,7 +30,7 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("make_model", "name", "batch"),
     [
@@ -75,7 +75,7 @@ def test_a_traced_model_gives_the_same_logits_after_saving(name):
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("name", ENCODERS)
 def test_torchscript_without_a_wrapper_returns_tuples(name):
-    model = encoder(name, **({"return_dict": False}))
+    model = encoder(name, return_dict=False)
     traced = torch.jit.trace(model, pixels(2))
     with torch.no_grad():
         torch.testing.assert_close(traced(pixels(2, seed=3))[0], model(pixels(2, seed=3))[0])
@@ -128,3 +128,26 @@ def test_a_compiled_forward_pass_follows_new_noise(name):
             output = compiled(pixels(2), noise=noise)
             assert torch.equal(output.mask, expected.mask)
             torch.testing.assert_close(output.logits, expected.logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", PRETRAINERS)
+def test_a_pickled_model_is_the_same_model(name):
+    model, buffer = pretrainer(name), io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    with torch.no_grad():
+        noise = draw_noise()
+        assert torch.equal(loaded(pixels(), noise=noise).logits, model(pixels(), noise=noise).logits)
+
+
+@pytest.mark.slow
+@BY_NAME
+def test_flex_attention_gives_the_logits_of_sdpa_and_no_gradients_on_a_cpu(name):
+    model = classifier(name)
+    with torch.no_grad():
+        expected = model(pixels(2)).logits
+        model.set_attn_implementation("flex_attention")
+        torch.testing.assert_close(model(pixels(2)).logits, expected, atol=1e-5, rtol=1e-4)
+    with pytest.raises(NotImplementedError, match="backward"):
+        model(pixels(2)).logits.sum().backward()

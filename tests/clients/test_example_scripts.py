@@ -6,11 +6,20 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator
 from peers import NAMES, SHAPE, arguments
 from PIL import Image
 from torch.utils.data import DataLoader
-from torchvision.transforms import CenterCrop, Compose, Normalize, RandomHorizontalFlip, RandomResizedCrop, Resize, ToTensor
+from torchvision.transforms import (
+    CenterCrop,
+    Compose,
+    Normalize,
+    RandomHorizontalFlip,
+    RandomResizedCrop,
+    Resize,
+    ToTensor,
+)
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -44,7 +53,12 @@ def overrides(config):
     return ",".join(f"{key}={value}" for key, value in SHAPE.items() if hasattr(config, key))
 
 
-PROCESSORS = {"mae": MAEImageProcessor, "vit": ViTImageProcessor, "vit_mae": ViTImageProcessor, "dinov2": BitImageProcessor}
+PROCESSORS = {
+    "mae": MAEImageProcessor,
+    "vit": ViTImageProcessor,
+    "vit_mae": ViTImageProcessor,
+    "dinov2": BitImageProcessor,
+}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +76,7 @@ def crop_size(processor):
     return size["shortest_edge"] if "shortest_edge" in size else (size["height"], size["width"])
 
 
-def with_transform(rows, *transforms, column="label"):
+def with_transform(rows, *transforms):
     transform = Compose(transforms)
 
     def apply(batch):
@@ -112,7 +126,12 @@ def test_run_mae(kind, rows, tmp_path):
     # The script keeps all columns: its transform reads the image.
     options = arguments(tmp_path, remove_unused_columns=False, label_names=["pixel_values"])
     trainer = Trainer(
-        model=model, args=options, train_dataset=rows, eval_dataset=rows, processing_class=processor, data_collator=stack
+        model=model,
+        args=options,
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=processor,
+        data_collator=stack,
     )
     assert_trains(trainer, tmp_path)
     assert np.isfinite(trainer.evaluate()["eval_loss"])
@@ -158,7 +177,9 @@ def test_run_mim(kind, from_scratch, rows, tmp_path):
         else AutoModelForMaskedImageModeling.from_pretrained(tmp_path / "start", config=config, cache_dir=None)
     )
     masks = SimMIMMasks(options["image_size"], 16, options["patch_size"], 0.6)
-    transform = Compose([RandomResizedCrop(32, scale=(0.67, 1.0)), ToTensor(), Normalize(processor.image_mean, processor.image_std)])
+    transform = Compose(
+        [RandomResizedCrop(32, scale=(0.67, 1.0)), ToTensor(), Normalize(processor.image_mean, processor.image_std)]
+    )
 
     def apply(batch):
         batch["pixel_values"] = [transform(image.convert("RGB")) for image in batch["image"]]
@@ -170,8 +191,8 @@ def test_run_mim(kind, from_scratch, rows, tmp_path):
         return {"pixel_values": batch["pixel_values"], "bool_masked_pos": batch["mask"]}
 
     trainer = Trainer(
-        model=model, args=arguments(tmp_path / "run", remove_unused_columns=False), train_dataset=rows.with_transform(apply),
-        processing_class=processor, data_collator=collate,
+        model=model, args=arguments(tmp_path / "run", remove_unused_columns=False), data_collator=collate,
+        train_dataset=rows.with_transform(apply), processing_class=processor,
     )  # fmt: skip
     assert_trains(trainer, tmp_path / "run")
 
@@ -223,9 +244,9 @@ def test_run_image_classification_also_at_the_processors_256_pixels(pretrained, 
         return {"accuracy": float((np.argmax(prediction.predictions, axis=1) == prediction.label_ids).mean())}
 
     trainer = Trainer(
-        model=model, args=arguments(tmp_path, remove_unused_columns=False), train_dataset=training_rows(processor, rows),
-        eval_dataset=evaluation_rows(processor, rows), compute_metrics=accuracy, processing_class=processor,
-        data_collator=partial(stack, labels="label"),
+        model=model, args=arguments(tmp_path, remove_unused_columns=False), compute_metrics=accuracy,
+        train_dataset=training_rows(processor, rows), eval_dataset=evaluation_rows(processor, rows),
+        processing_class=processor, data_collator=partial(stack, labels="label"),
     )  # fmt: skip
     assert_trains(trainer, tmp_path)
     assert {"eval_loss", "eval_accuracy"} <= trainer.evaluate().keys()
@@ -320,7 +341,8 @@ def test_run_semantic_segmentation_with_upernet_on_the_backbone(kind, tmp_path):
 
     trainer = Trainer(
         model=model, args=arguments(tmp_path, remove_unused_columns=False), train_dataset=rows, eval_dataset=rows,
-        compute_metrics=mean_accuracy, processing_class=PROCESSORS[backbone.model_type](), data_collator=default_data_collator,
+        compute_metrics=mean_accuracy, processing_class=PROCESSORS[backbone.model_type](),
+        data_collator=default_data_collator,
     )  # fmt: skip
     assert_trains(trainer, tmp_path)
     assert trainer.evaluate()["eval_accuracy"] == scores[-1]
@@ -329,8 +351,6 @@ def test_run_semantic_segmentation_with_upernet_on_the_backbone(kind, tmp_path):
 @pytest.mark.parametrize("auto", ["SemanticSegmentation", "ObjectDetection"])
 @pytest.mark.parametrize("kind", ["mae", "dinov2"])
 def test_a_task_without_a_head_is_refused_in_transformers_words(kind, auto, tmp_path):
-    import transformers
-
     CONFIG_MAPPING[kind](**SHAPE).save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path, label2id={"a": 0}, id2label={0: "a"})
     with pytest.raises(ValueError, match="Unrecognized configuration class"):

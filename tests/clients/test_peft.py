@@ -9,7 +9,11 @@ from tiny import pixels
 
 peft = need("peft")
 
-TASKS = {None: (PRETRAINERS, masked_rows), "FEATURE_EXTRACTION": (ENCODERS, None), "SEQ_CLS": (CLASSIFIERS, labelled_rows)}
+TASKS = {
+    None: (PRETRAINERS, masked_rows),
+    "FEATURE_EXTRACTION": (ENCODERS, None),
+    "SEQ_CLS": (CLASSIFIERS, labelled_rows),
+}
 PAIRS = [(task, name) for task, (kinds, _) in TASKS.items() for name in kinds]
 
 
@@ -113,7 +117,7 @@ def test_dropout_and_rank_stabilisation_work_with_gradient_checkpointing(name):
 def test_peft_refuses_our_patch_embedding_by_its_name():
     # Not an nn.Conv2d, unlike the peer's: it takes patches.
     base = make(CLASSIFIERS, "ours")
-    with pytest.raises(ValueError, match="Target module MAEPatchEmbed.* is not supported"):
+    with pytest.raises(ValueError, match=r"Target module MAEPatchEmbed.* is not supported"):
         peft.get_peft_model(base, lora(base, None, target_modules=["patch_embed"]))
 
 
@@ -126,3 +130,20 @@ def test_the_patch_embedding_may_be_trained_whole_beside_an_adapter(tmp_path):
     merged = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).merge_and_unload().eval()
     assert not torch.equal(merged.mae.embeddings.patch_embed.weight, base.mae.embeddings.patch_embed.weight)
     assert outcome(merged, "SEQ_CLS").item() == pytest.approx(outcome(model, "SEQ_CLS").item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_transformers_own_methods_add_save_load_and_switch_adapters(name, tmp_path):
+    base = make(CLASSIFIERS, name)
+    before = outcome(base, "SEQ_CLS").item()
+    model = copy.deepcopy(base)
+    model.add_adapter(lora(base, None, init_lora_weights=False), adapter_name="mine")
+    after = outcome(model.eval(), "SEQ_CLS").item()
+    assert after != before
+    model.disable_adapters()
+    assert outcome(model, "SEQ_CLS").item() == pytest.approx(before, rel=1e-6)
+    model.enable_adapters()
+    model.save_pretrained(tmp_path)
+    other = copy.deepcopy(base)
+    other.load_adapter(str(tmp_path))
+    assert outcome(other.eval(), "SEQ_CLS").item() == pytest.approx(after, rel=1e-5)

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 from peers import CLASSIFIERS, NAMES, batch_of, classifier, encoder, labelled_rows
-from tiny import pixels
+from PIL import Image
 from timm.models import load_checkpoint
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3, get_state_dict
+from tiny import pixels
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
 
 from hf_mae import MAEImageProcessor
@@ -119,7 +119,12 @@ def test_the_pipeline_names_the_classes_of_a_converted_folder(tmp_path):
     ours = pipeline("image-classification", model=str(tmp_path / "ours"), device="cpu")(photo)
     assert {answer["label"] for answer in answers} == set(NAMES.values())
     assert answers[0]["label"] == ours[0]["label"]
-    assert AutoImageProcessor.from_pretrained(folder)(photo, return_tensors="pt")["pixel_values"].shape == (1, 3, 32, 32)
+    assert AutoImageProcessor.from_pretrained(folder)(photo, return_tensors="pt")["pixel_values"].shape == (
+        1,
+        3,
+        32,
+        32,
+    )
 
 
 @torch.no_grad()

@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from peers import CLASSIFIERS, NAMES, PRETRAINERS, arguments, batch_of, classifier, labelled_rows, masked_rows, pretrainer
+from peers import (
+    CLASSIFIERS,
+    NAMES,
+    PRETRAINERS,
+    arguments,
+    batch_of,
+    classifier,
+    labelled_rows,
+    masked_rows,
+    pretrainer,
+)
 from safetensors.torch import load_file
 from transformers import Trainer
 
@@ -94,7 +104,9 @@ def test_optimizers_and_schedules_train_every_weight(make_model, make_rows, opti
     model, losses = trained(start, make_rows(), tmp_path, **options)
     assert np.isfinite(losses).all()
     before = dict(start.named_parameters())
-    unmoved = [key for key, value in model.named_parameters() if value.requires_grad and torch.equal(value, before[key])]
+    unmoved = [
+        key for key, value in model.named_parameters() if value.requires_grad and torch.equal(value, before[key])
+    ]
     # Dinov2 keeps a mask token that classification doesn't use.
     assert [key for key in unmoved if "mask_token" not in key] == []
 
