@@ -130,20 +130,3 @@ def test_the_patch_embedding_may_be_trained_whole_beside_an_adapter(tmp_path):
     merged = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).merge_and_unload().eval()
     assert not torch.equal(merged.mae.embeddings.patch_embed.weight, base.mae.embeddings.patch_embed.weight)
     assert outcome(merged, "SEQ_CLS").item() == pytest.approx(outcome(model, "SEQ_CLS").item(), rel=1e-4)
-
-
-@pytest.mark.parametrize("name", CLASSIFIERS)
-def test_transformers_own_methods_add_save_load_and_switch_adapters(name, tmp_path):
-    base = make(CLASSIFIERS, name)
-    before = outcome(base, "SEQ_CLS").item()
-    model = copy.deepcopy(base)
-    model.add_adapter(lora(base, None, init_lora_weights=False), adapter_name="mine")
-    after = outcome(model.eval(), "SEQ_CLS").item()
-    assert after != before
-    model.disable_adapters()
-    assert outcome(model, "SEQ_CLS").item() == pytest.approx(before, rel=1e-6)
-    model.enable_adapters()
-    model.save_pretrained(tmp_path)
-    other = copy.deepcopy(base)
-    other.load_adapter(str(tmp_path))
-    assert outcome(other.eval(), "SEQ_CLS").item() == pytest.approx(after, rel=1e-5)
