@@ -3,7 +3,7 @@
 # Shape letters in this file
 #   B images   C channels   H, W pixels
 
-from typing import Unpack
+from typing import Literal, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,8 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_mae import MAEConfig
 from .modeling_mae import MAEKwargs, MAEModel, MAEPreTrainedModel
+
+ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
 
 
 class MAEForImageClassification(MAEPreTrainedModel):
@@ -74,7 +76,7 @@ class MAEForImageClassification(MAEPreTrainedModel):
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
-    def problem_of(self, labels: torch.Tensor) -> str:
+    def problem_of(self, labels: torch.Tensor) -> ProblemType:
         """The problem type that labels mean, as in transformers.
 
         One label is a regression, integers are classes, floats are several labels. Soft labels (mixup) need the

@@ -221,3 +221,32 @@ def test_model_init_makes_the_model(name, tmp_path):
     trainer = Trainer(args=options, model_init=lambda: classifier(name), train_dataset=labelled_rows())
     assert trainer.train().global_step == 1
     assert trainer.model.config.id2label == NAMES
+
+
+@pytest.mark.parametrize(
+    ("labels", "num_labels", "problem"),
+    [
+        ([0, 2, 1, 0], 3, "single_label_classification"),
+        ([[1.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 1.0, 1.0]], 3, "multi_label_classification"),
+        ([0.5, -1.0, 2.0, 0.0], 1, "regression"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@BY_NAME
+def test_the_first_labels_decide_the_problem_and_it_is_saved(name, labels, num_labels, problem, tmp_path):
+    names = {"id2label": {i: str(i) for i in range(num_labels)}, "label2id": None}
+    model = classifier(name, **names)
+    rows = [row | {"labels": label} for row, label in zip(labelled_rows(4), labels, strict=True)]
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=rows, eval_dataset=rows)
+    batch = {"pixel_values": torch.stack([row["pixel_values"] for row in rows]), "labels": torch.tensor(labels)}
+    with torch.no_grad():
+        found = model(batch["pixel_values"]).logits
+    expected = {
+        "single_label_classification": lambda: F.cross_entropy(found, batch["labels"]),
+        "multi_label_classification": lambda: F.binary_cross_entropy_with_logits(found, batch["labels"]),
+        "regression": lambda: F.mse_loss(found.squeeze(), batch["labels"]),
+    }[problem]()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    trainer.train()
+    trainer.save_model()
+    assert type(model).from_pretrained(tmp_path).config.problem_type == problem
