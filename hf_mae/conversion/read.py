@@ -277,6 +277,7 @@ def _read_timm(folder: Path, config: dict[str, Any]) -> Source:
         settings["pooling"] = "cls" if peer.global_pool == "token" else "mean"
     names = config.get("label_names")
     if isinstance(names, list) and len(names) == settings.get("num_labels"):
+        names = [str(name) for name in names]
         settings |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     model = make_model(model_class, settings | {"image_size": image_size}, weights, "original")
     processor = read_timm_processor(pretrained, model.config)

@@ -26,9 +26,12 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     AutoModelForMaskedImageModeling,
+    AutoModelForObjectDetection,
     AutoModelForPreTraining,
     AutoModelForSemanticSegmentation,
     BitImageProcessor,
+    DetrConfig,
+    DetrImageProcessor,
     Dinov2Config,
     Dinov2Model,
     Trainer,
@@ -260,7 +263,7 @@ def test_fixed_batches_at_256_pixels_are_learnt_by_heart(pretrained, rows, tmp_p
     batch = next(iter(DataLoader(evaluation_rows(processor, rows), 8, collate_fn=partial(stack, labels="label"))))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
-    for _ in range(20):
+    for _ in range(30):
         loss = model(**batch).loss
         loss.backward()
         optimizer.step()
@@ -346,6 +349,58 @@ def test_run_semantic_segmentation_with_upernet_on_the_backbone(kind, tmp_path):
     )  # fmt: skip
     assert_trains(trainer, tmp_path)
     assert trainer.evaluate()["eval_accuracy"] == scores[-1]
+
+
+def detection_batch(photos, processor):
+    """Photos and boxes through the detector's own processor, as the script's transform and collator do it."""
+    boxes = [[5.0, 6.0, 20.0, 12.0], [10.0, 2.0, 8.0, 30.0]]
+    annotations = [
+        {
+            "image_id": number,
+            "annotations": [
+                {"image_id": number, "category_id": i, "iscrowd": 0, "area": box[2] * box[3], "bbox": box}
+                for i, box in enumerate(boxes)
+            ],
+        }
+        for number in range(len(photos))
+    ]
+    encoded = processor(images=photos, annotations=annotations, return_tensors="pt")
+    return {key: encoded[key] for key in ("pixel_values", "pixel_mask", "labels")}
+
+
+@pytest.mark.parametrize("kind", [MAEConfig, Dinov2Config], ids=["mae", "dinov2"])
+def test_run_object_detection_with_detr_on_the_backbone(kind, rows, tmp_path):
+    sizes = {
+        "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "num_queries": 5,
+        "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16,
+    }  # fmt: skip
+    DetrConfig(backbone_config=kind(**SHAPE, out_indices=[2]), use_timm_backbone=False, **sizes).save_pretrained(
+        tmp_path
+    )
+    DetrImageProcessor().save_pretrained(tmp_path)
+    label2id = {name: number for number, name in NAMES.items()}
+    config = AutoConfig.from_pretrained(tmp_path, label2id=label2id, id2label=NAMES)
+    model = AutoModelForObjectDetection.from_config(config)
+    square = {"height": 64, "width": 64}
+    processor = AutoImageProcessor.from_pretrained(
+        tmp_path, do_resize=True, size={"max_height": 64, "max_width": 64}, do_pad=True, pad_size=square
+    )
+    options = arguments(tmp_path, remove_unused_columns=False, eval_do_concat_batches=False)
+    trainer = Trainer(
+        model=model, args=options, train_dataset=rows, eval_dataset=rows, processing_class=processor,
+        data_collator=lambda examples: detection_batch([example["image"] for example in examples], processor),
+    )  # fmt: skip
+    assert_trains(trainer, tmp_path)
+    assert np.isfinite(trainer.evaluate(metric_key_prefix="test")["test_loss"])
+    with torch.no_grad():
+        outputs = model(**detection_batch(rows[:2]["image"], processor))
+    found = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=[(40, 50)] * 2)
+    assert [len(one["boxes"]) for one in found] == [5, 5]
+
+
+def test_our_processor_refuses_the_sizes_of_detection_with_the_remedy(rows):
+    with pytest.raises(ValueError, match="size is {'max_height': 64, 'max_width': 64}; pass {'shortest_edge': N}"):
+        MAEImageProcessor(size={"max_height": 64, "max_width": 64})(rows[0]["image"])
 
 
 @pytest.mark.parametrize("auto", ["SemanticSegmentation", "ObjectDetection"])
