@@ -276,26 +276,22 @@ def per_channel(name: str, value: float | tuple[float, ...], num_channels: int) 
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
-    """Check a processor's numbers, so that absurd ones fill no memory and make no infinite pixels.
-
-    Args:
-        settings: all settings of a processor, by name.
+    """Check a processor's numbers by name, so that absurd ones don't fill the memory or make infinite pixels.
 
     Raises:
-        ValueError: if a size, a factor or a number of channels is out of range; the message names it and the remedy.
+        ValueError: if a number is out of range; the message names it and the remedy.
     """
     most = Image.MAX_IMAGE_PIXELS or math.inf
     for use, name in (("do_resize", "size"), ("do_center_crop", "crop_size")):
         sides = dict(settings[name]) if settings[use] and settings[name] is not None else {}
         numbers = [number for number in sides.values() if number is not None]
-        if numbers and not (min(numbers) >= 1 and max(numbers) * numbers[-1] <= most):
+        # One number is the side of a square, at least.
+        if numbers and not (min(numbers) >= 1 and numbers[0] * numbers[-1] <= most):
             raise ValueError(
                 f"{name} {sides} is not between 1 pixel and PIL.Image.MAX_IMAGE_PIXELS, {most:,}; give e.g. 224"
             )
     if not 1 <= (channels := settings["num_channels"]) <= MOST_CHANNELS:
-        raise ValueError(
-            f"num_channels {channels} lies outside 1..{MOST_CHANNELS:,}; give the number of the images' bands"
-        )
+        raise ValueError(f"num_channels {channels} lies outside 1..{MOST_CHANNELS:,}; give the images' number of bands")
     factor = settings["rescale_factor"]
     if settings["do_rescale"] and factor is not None and not 0 < factor <= MOST_FACTOR:
         raise ValueError(f"rescale_factor {factor} lies outside (0, {MOST_FACTOR:g}]; give e.g. {1 / 255:.8f}, or 1")

@@ -81,6 +81,15 @@ def test_absurd_settings_of_a_processor_are_refused_in_one_line(backend, setting
         assert_one_line(caught.value)
 
 
+@pytest.mark.parametrize("backend", PROCESSORS)
+@pytest.mark.parametrize("size", [(1, 20000), (20000, 1)])
+def test_a_long_narrow_size_is_not_absurd(backend, size):
+    sides = dict(zip(("height", "width"), size, strict=True))
+    processor = PROCESSORS[backend](size=sides, crop_size=sides)
+    photo = Image.fromarray(np.zeros((40, 50, 3), np.uint8))
+    assert processor(photo, return_tensors="pt")["pixel_values"].shape == (1, 3, *size)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
