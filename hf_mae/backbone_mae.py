@@ -104,8 +104,8 @@ class MAEBackbone(BackboneMixin, MAEPreTrainedModel):
             ValueError: if channels or sizes don't fit; the message names both values and the remedy.
             TypeError: for an unknown argument.
         """
-        self._refuse_unknown(kwargs)
-        grid_size = self.config.patch_grid(pixel_values.shape, any_size=True)
+        self._known(kwargs)
+        grid_size = self.config.patch_grid(pixel_values.shape)
         hidden_states = self.embeddings(pixel_values, grid_size)
         stages = [hidden_states]
         for layer in self.layers:

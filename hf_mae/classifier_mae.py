@@ -3,7 +3,7 @@
 # Shape letters in this file
 #   B images   C channels   H, W pixels
 
-from typing import Unpack
+from typing import Literal, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,8 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_mae import MAEConfig
 from .modeling_mae import MAEKwargs, MAEModel, MAEPreTrainedModel
+
+ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
 
 
 class MAEForImageClassification(MAEPreTrainedModel):
@@ -55,26 +57,40 @@ class MAEForImageClassification(MAEPreTrainedModel):
 
         Args:
             pixel_values: (B, C, H, W) normalised pixels.
-            labels: (B,) class indices, or (B, num_labels) float rows that sum to 1 (mixup, cutmix). With
-                `config.problem_type` "multi_label_classification": (B, num_labels) of 0 and 1. With "regression":
-                (B, num_labels) numbers, or (B,) if `num_labels` is 1.
-            interpolate_pos_encoding: accept images whose size differs from `config.image_size`.
+            labels: with `config.problem_type` "single_label_classification": (B,) or (B, 1) class indices, or (B,
+                num_labels) floats, the probabilities of the classes (mixup, cutmix). With
+                "multi_label_classification": (B, num_labels) of 0 and 1. With "regression": (B, num_labels) numbers, or
+                (B,) if `num_labels` is 1. Without `config.problem_type`, the first labels decide: see `problem_of`.
+            interpolate_pos_encoding: don't warn about images whose size differs from `config.image_size`.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Raises:
             ValueError: if the labels have none of these forms, or channels or sizes don't fit.
             TypeError: for an unknown argument, `mask_ratio` among them.
         """
-        self._refuse_unknown(kwargs)
-        outputs = self.mae(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs)
+        known = self._known(kwargs, "num_items_in_batch") | {"return_dict": True}
+        outputs = self.mae(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **known)
         logits = self.classifier(self.fc_norm(outputs.pooler_output))
         loss = None if labels is None else self.classification_loss(logits, labels)
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
+    def problem_of(self, labels: torch.Tensor) -> ProblemType:
+        """The problem type that labels mean, as in transformers.
+
+        One label is a regression, integers are classes, floats are several labels. Soft labels (mixup) need the
+        `problem_type` "single_label_classification": their rows can't be told from several labels.
+        """
+        if self.num_labels == 1:
+            return "regression"
+        several = labels.is_floating_point() or labels.dtype == torch.bool
+        return "multi_label_classification" if several else "single_label_classification"
+
     def classification_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """() float32 mean loss: cross-entropy, binary cross-entropy or squared error, by `config.problem_type`.
+
+        Without one, `problem_of` the first labels is stored in the config, so that no later batch changes the loss.
 
         Args:
             logits: (B, num_labels) outputs of the classifier.
@@ -84,19 +100,21 @@ class MAEForImageClassification(MAEPreTrainedModel):
             ValueError: if the labels have none of these forms.
         """
         logits = logits.float()
+        if self.config.problem_type is None:
+            self.config.problem_type = self.problem_of(labels)
         if self.config.problem_type == "regression":
             rows = labels.unsqueeze(1) if labels.ndim == 1 and logits.shape[1] == 1 else labels
             return F.mse_loss(logits, self._one_value_per_logit(rows, logits))
         if self.config.problem_type == "multi_label_classification":
             return F.binary_cross_entropy_with_logits(logits, self._one_value_per_logit(labels, logits))
-        are_classes = labels.ndim == 1 and not labels.is_floating_point()
-        if are_classes or _are_probabilities(labels, logits):
-            return F.cross_entropy(logits, labels)
-        raise ValueError(
-            f"labels of shape {tuple(labels.shape)} and type {labels.dtype} are neither class indices (B,) nor rows of "
-            f"{logits.shape[1]} that sum to 1; for several labels or numbers set config.problem_type to "
-            '"multi_label_classification" or "regression"'
-        )
+        if labels.is_floating_point():
+            return F.cross_entropy(logits, self._one_value_per_logit(labels, logits))
+        if labels.shape not in ((len(logits),), (len(logits), 1)):
+            raise ValueError(
+                f"labels of shape {tuple(labels.shape)} are not the class indices of {len(logits)} images; for several "
+                'labels of an image give floats, and set config.problem_type to "multi_label_classification"'
+            )
+        return F.cross_entropy(logits, labels.flatten().long())
 
     def _one_value_per_logit(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Labels as float (B, num_labels); the losses would broadcast another shape instead of failing."""
@@ -107,10 +125,3 @@ class MAEForImageClassification(MAEPreTrainedModel):
                 "num_labels"
             )
         return labels.float()
-
-
-def _are_probabilities(labels: torch.Tensor, logits: torch.Tensor) -> bool:
-    """Whether labels are float rows that sum to 1."""
-    if labels.shape != logits.shape or not labels.is_floating_point():
-        return False
-    return torch.allclose(labels.sum(dim=1), labels.new_ones(len(labels)), atol=1e-2)

@@ -24,6 +24,14 @@ SIZES: dict[str, dict[str, int]] = {
     },
 }  # fmt: skip
 
+# Far above every real model's. A config from elsewhere must not fill the memory before anyone sees what is wrong.
+MOST = {
+    "hidden_size": 2**15, "num_hidden_layers": 1024, "num_attention_heads": 2**15, "intermediate_size": 2**17,
+    "image_size": 2**16, "patch_size": 2**16, "num_channels": 2**14, "num_labels": 2**20, "mask_cell": 2**16,
+}  # fmt: skip
+MOST |= {f"decoder_{key}": MOST[key] for key in [*MOST][:4]}
+MOST_PATCHES, MOST_SCALE = 2**22, 64
+
 
 @strict
 class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
@@ -114,6 +122,7 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any):
         out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
+        _check_most("num_labels", kwargs.get("num_labels"))  # transformers makes a name for each
         super().__post_init__(**kwargs)
         # JSON turns tuples into lists, and a config must be equal to itself after saving and loading.
         for key in ("image_size", "patch_size", "pyramid_scales"):
@@ -144,6 +153,16 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
             )
         return cls.from_dict(settings)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The settings for the JSON file."""
+        settings = super().to_dict()
+        # What follows from num_hidden_layers is made again at loading: a script may have changed it since, and
+        # transformers would refuse a file whose names of stages are those of another depth.
+        stages = settings.pop("stage_names", [])
+        if settings["out_features"] == stages[-1:]:
+            del settings["out_features"], settings["out_indices"]
+        return settings
+
     @property
     def image_height_width(self) -> tuple[int, int]:
         """(H, W) in pixels."""
@@ -153,6 +172,16 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
     def patch_height_width(self) -> tuple[int, int]:
         """(height, width) of a patch in pixels."""
         return _pair(self.patch_size)
+
+    @property
+    def encoder_stride(self) -> int | list[int] | tuple[int, ...]:
+        """Pixels per token and side, as transformers' masked-image scripts ask for them: the patch size."""
+        return self.patch_size
+
+    @encoder_stride.setter
+    def encoder_stride(self, value: int | list[int] | tuple[int, ...]) -> None:
+        if value != self.patch_size:
+            raise ValueError(f"encoder_stride {value} differs from patch_size {self.patch_size}; leave it out")
 
     @property
     def grid_size(self) -> tuple[int, int]:
@@ -171,6 +200,8 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
         Raises:
             ValueError: if a value is out of range or contradicts another; the message names the values and the remedy.
         """
+        for key in MOST:
+            _check_most(key, getattr(self, key, None))
         sizes = [f"{part}{name}" for part in ("", "decoder_") for name in ("hidden_size", "num_hidden_layers")]
         for key in (*sizes, "intermediate_size", "decoder_intermediate_size", "num_channels"):
             if getattr(self, key) < 1:
@@ -179,8 +210,11 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
             if not 0 <= (value := getattr(self, key)) < 2**32:
                 raise ValueError(f"{key} {value} lies outside [0, 2**32); give e.g. {getattr(MAEConfig, key)}")
         scales = self.pyramid_scales or []
-        if not all(scale > 0 and math.log2(scale).is_integer() for scale in scales):
-            raise ValueError(f"pyramid_scales {scales} are not all powers of two; give e.g. [4, 2, 1, 0.5]")
+        if not all(1 / MOST_SCALE <= scale <= MOST_SCALE and math.log2(scale).is_integer() for scale in scales):
+            raise ValueError(
+                f"pyramid_scales {scales} are not all powers of two from 1/{MOST_SCALE} to {MOST_SCALE}; give e.g. "
+                "[4, 2, 1, 0.5]"
+            )
         self._check_sizes()
         self._check_widths()
         self.num_kept_patches(self.mask_ratio)
@@ -200,6 +234,11 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
             h, w = max(1, round(H / P)), max(1, round(W / Q))
             raise ValueError(
                 f"image_size {H}x{W} is not a multiple of patch_size {P}x{Q}; the nearest that fits is {h * P}x{w * Q}"
+            )
+        if self.num_patches > MOST_PATCHES:
+            raise ValueError(
+                f"image_size {H}x{W} has {self.num_patches:,} patches of {P}x{Q}, more than {MOST_PATCHES:,}; give a "
+                "smaller image_size or larger patches"
             )
 
     def _check_widths(self) -> None:
@@ -223,19 +262,18 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
                 "removed patches are predicted; use e.g. 0.25"
             )
 
-    def patch_grid(self, shape: Sequence[int], any_size: bool) -> tuple[int, int]:
+    def patch_grid(self, shape: Sequence[int]) -> tuple[int, int]:
         """The patch grid (h, w) of a batch of images.
 
         Args:
-            shape: (B, C, H, W) of the images.
-            any_size: accept every multiple of the patch size; otherwise only `image_size`.
+            shape: (B, C, H, W) of the images; H and W are multiples of the patch.
 
         Raises:
             ValueError: if the dimensions, the channels or the size don't fit the model.
         """
         if len(shape) != 4:
             raise ValueError(f"pixel_values have shape {tuple(shape)}; pass (batch, channels, height, width)")
-        (_, C, H, W), (height, width), (P, Q) = shape, self.image_height_width, self.patch_height_width
+        (_, C, H, W), (P, Q) = shape, self.patch_height_width
         if self.num_channels != C:
             raise ValueError(
                 f"pixel_values have {C} channels, the model {self.num_channels}; convert the images, or load the model "
@@ -243,11 +281,6 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
             )
         if H % P or W % Q:
             raise ValueError(f"an image of {H}x{W} is not a multiple of the patch {P}x{Q}; resize or crop it")
-        if not any_size and (H, W) != (height, width):
-            raise ValueError(
-                f"an image of {H}x{W} doesn't fit a model for {height}x{width}; resize it, pass "
-                f"interpolate_pos_encoding=True, or load the model with image_size=({H}, {W})"
-            )
         return H // P, W // Q
 
     def num_kept_patches(self, mask_ratio: float, grid_size: tuple[int, int] | None = None) -> int:
@@ -277,6 +310,12 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
                 f"of a {rows}x{columns} grid; use {largest} or less, or smaller patches"
             )
         return kept * self.mask_cell**2
+
+
+def _check_most(key: str, value: Any) -> None:
+    largest = max(value, default=0) if isinstance(value, (list, tuple)) else value or 0
+    if largest > MOST[key]:
+        raise ValueError(f"{key} {str(value)[:40]} is more than {MOST[key]:,}; no model has that many, so check it")
 
 
 def _pair(size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:

@@ -8,7 +8,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ from .hub_code_mae import NamesCode
 
 # A little less, because half of the weight is common at the edge of missing pixels, and filters round differently.
 HALF = 0.499
+# Far above every real processor's.
+MOST_CHANNELS, MOST_FACTOR = 2**14, 1e6
 
 
 def resize_bands(
@@ -318,6 +320,35 @@ def per_channel(name: str, value: float | tuple[float, ...], num_channels: int) 
     return values if len(values) == num_channels else values * num_channels
 
 
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Check a processor's numbers by name, so that absurd ones don't fill the memory or make infinite pixels.
+
+    Raises:
+        ValueError: if a number is out of range; the message names it and the remedy.
+    """
+    most = Image.MAX_IMAGE_PIXELS or math.inf
+    for use, name in (("do_resize", "size"), ("do_center_crop", "crop_size")):
+        sides = dict(settings[name]) if settings[use] and settings[name] is not None else {}
+        numbers = [number for number in sides.values() if number is not None]
+        # One number is the side of a square, at least.
+        if numbers and not (min(numbers) >= 1 and numbers[0] * numbers[-1] <= most):
+            raise ValueError(
+                f"{name} {sides} is not between 1 pixel and PIL.Image.MAX_IMAGE_PIXELS, {most:,}; give e.g. 224"
+            )
+    if not 1 <= (channels := settings["num_channels"]) <= MOST_CHANNELS:
+        raise ValueError(f"num_channels {channels} lies outside 1..{MOST_CHANNELS:,}; give the images' number of bands")
+    factor = settings["rescale_factor"]
+    if settings["do_rescale"] and factor is not None and not 0 < factor <= MOST_FACTOR:
+        raise ValueError(f"rescale_factor {factor} lies outside (0, {MOST_FACTOR:g}]; give e.g. {1 / 255:.8f}, or 1")
+    for name, least in (("image_mean", -math.inf), ("image_std", 0)) if settings["do_normalize"] else ():
+        value = settings[name]
+        values = value if isinstance(value, (tuple, list)) else [value]
+        wrong = [number for number in values if isinstance(number, (int, float)) and not least < number < math.inf]
+        if wrong:
+            kind = "finite" if name == "image_mean" else "positive and finite"
+            raise ValueError(f"{name} has the entry {wrong[0]}, which is not {kind}; give e.g. 0.5 for each channel")
+
+
 class MAEImageProcessorKwargs(ImagesKwargs, total=False):
     """A processor's settings, which a call may override: transformers' keys and ours.
 
@@ -378,7 +409,8 @@ class MAEImageProcessorBase(NamesCode, BaseImageProcessor):
         return mark_missing(bands, kwargs["nodata"])
 
     def _preprocess_image_like_inputs(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
-        if kwargs["do_normalize"]:  # checked before any image is decoded
+        check_settings(kwargs)  # before any image is decoded
+        if kwargs["do_normalize"]:
             for name in ("image_mean", "image_std"):
                 kwargs[name] = per_channel(name, kwargs[name], kwargs["num_channels"])
         return super()._preprocess_image_like_inputs(images, *args, **kwargs)

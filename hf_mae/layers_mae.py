@@ -48,12 +48,15 @@ class MAEPositions(nn.Module):
 
     A persistent float32 buffer: a checkpoint holds it, no optimizer changes it, and a model loaded in bfloat16 keeps
     it exact. With `trainable` it is a parameter with the same name.
+
+    The tables of other patch grids are made once and kept, as long as this one stays the same.
     """
 
     def __init__(self, config: MAEConfig, width: int, trainable: bool = False):
         super().__init__()
         self.config = config
         self.grid_size = config.grid_size
+        self.others: dict[tuple[int, int], torch.Tensor] = {}  # patch grid -> table
         self.table: torch.Tensor
         table = sincos_table(self.grid_size, width)
         if trainable:
@@ -63,23 +66,39 @@ class MAEPositions(nn.Module):
 
     def forward(self, grid_size: tuple[int, int]) -> torch.Tensor:
         """(1 + h*w, width) table for a patch grid (h, w); for a grid not its own, by `config.position_resize`."""
-        return self.table if grid_size == self.grid_size else self._resized(grid_size)
+        if grid_size == self.grid_size:
+            return self.table
+        if self.table.requires_grad:
+            return self._interpolated(grid_size)  # part of the graph, so that the table is trained
+        if grid_size not in self.others:
+            self.others[grid_size] = self._resized(grid_size)
+        return self.others[grid_size]
 
     def follow(self, config: MAEConfig) -> None:
         """Change permanently to the patch grid of `config`."""
         if config.grid_size != self.grid_size:
             self.table.data = self._resized(config.grid_size).detach()
             self.grid_size = config.grid_size
+            self.others.clear()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "MAEPositions":
+        self.others.clear()  # another device or dtype
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.others.clear()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _resized(self, grid_size: tuple[int, int]) -> torch.Tensor:
-        (h, w), width = self.grid_size, self.table.shape[1]
-        how = self.config.position_resize
+        how, width = self.config.position_resize, self.table.shape[1]
         if how == "auto":
             # The tolerance accepts a table that was once rounded to bfloat16.
             exact = sincos_table(self.grid_size, width, self.table.device)
             how = "sincos" if torch.allclose(self.table.float(), exact, rtol=0, atol=5e-3) else "interpolate"
-        if how == "sincos":
-            return sincos_table(grid_size, width, self.table.device)
+        return sincos_table(grid_size, width, self.table.device) if how == "sincos" else self._interpolated(grid_size)
+
+    def _interpolated(self, grid_size: tuple[int, int]) -> torch.Tensor:
+        (h, w), width = self.grid_size, self.table.shape[1]
         patches = self.table[1:].float().T.reshape(1, width, h, w)
         patches = F.interpolate(patches, size=grid_size, mode="bicubic", align_corners=False)
         return torch.cat([self.table[:1].float(), patches.reshape(width, -1).T])

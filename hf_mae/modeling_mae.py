@@ -9,6 +9,7 @@ classifier_mae.py and backbone_mae.py.
 #   h, w patch grid   N = h*w patches per image   K kept patches   M predicted patches   D encoder width
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
 from transformers.utils.generic import ModelOutput, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -34,6 +36,8 @@ from .layers_mae import (
     initialize,
 )
 from .masking_mae import ChosenPatches, choose_patches, eval_noise, gather_tokens, normalize_patches, one_mask, patchify
+
+logger = logging.get_logger(__name__)
 
 
 class MAEKwargs(TypedDict, total=False):
@@ -177,11 +181,27 @@ class MAEPreTrainedModel(SavedWithCode, PreTrainedModel):  # pyright: ignore[rep
             if isinstance(module, MAEPositions | MAEPatchEmbed | MAEDecoder):
                 module.follow(new)
 
-    def _refuse_unknown(self, kwargs: MAEKwargs) -> None:
-        """Raise a TypeError for a misspelt argument, which would vanish among transformers' keyword arguments."""
-        known = {*MAEKwargs.__annotations__, "return_dict", "use_cache"}
-        if unknown := sorted(set(kwargs) - known):
+    def _known(self, kwargs: Mapping[str, Any], *ignored: str) -> dict[str, Any]:
+        """The keyword arguments that the encoder knows.
+
+        Those that are None or `ignored` are left out: peft passes all arguments of a language model. A misspelt one is
+        a TypeError.
+        """
+        given = {name: value for name, value in kwargs.items() if value is not None and name not in ignored}
+        if unknown := sorted(given.keys() - {*MAEKwargs.__annotations__, "return_dict", "use_cache"}):
             raise TypeError(f"{type(self).__name__}.forward() got an unexpected keyword argument '{unknown[0]}'")
+        return given
+
+    def _patch_grid(self, pixel_values: torch.Tensor, other_size: bool = False) -> tuple[int, int]:
+        """The patch grid (h, w) of a batch; a warning, once, if it isn't the model's and that is not expected."""
+        grid_size = self.config.patch_grid(pixel_values.shape)
+        if not other_size and grid_size != self.config.grid_size and not torch.compiler.is_compiling():
+            (H, W), size = pixel_values.shape[-2:], "{}x{}".format(*self.config.image_height_width)
+            logger.warning_once(
+                f"images of {H}x{W} in a model for {size}: its positions are resized in each forward pass. Load the "
+                f"model with image_size=({H}, {W}) to resize them once, or pass interpolate_pos_encoding=True"
+            )
+        return grid_size
 
 
 class MAEModel(MAEPreTrainedModel):
@@ -218,7 +238,7 @@ class MAEModel(MAEPreTrainedModel):
             mask: (B, N) the caller's own choice, 1 = removed, 0 = kept; all rows keep the same number.
             generator: random generator that draws the noise.
             bool_masked_pos: another name for `mask`, used by transformers' masked-image scripts.
-            interpolate_pos_encoding: accept images whose size differs from `config.image_size`.
+            interpolate_pos_encoding: don't warn about images whose size differs from `config.image_size`.
             chosen: the patches to encode, as `choose_patches` returns them, instead of the masking arguments.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
@@ -226,9 +246,9 @@ class MAEModel(MAEPreTrainedModel):
             ValueError: if channels, sizes or masks don't fit; the message names both values and the remedy.
             TypeError: for an unknown argument.
         """
-        self._refuse_unknown(kwargs)
+        self._known(kwargs, "num_items_in_batch")
         if chosen is None:
-            grid_size = self.config.patch_grid(pixel_values.shape, interpolate_pos_encoding)
+            grid_size = self._patch_grid(pixel_values, interpolate_pos_encoding)
             mask = one_mask(mask, bool_masked_pos)
             chosen = choose_patches(self.config, pixel_values, grid_size, mask_ratio, noise, mask, generator)
         elif any(given is not None for given in (mask_ratio, noise, mask, bool_masked_pos, generator)):
@@ -287,16 +307,18 @@ class MAEForPreTraining(MAEPreTrainedModel):
             mask: (B, N) 1 = removed, 0 = kept; all removed patches are predicted, ignoring `config.prediction_ratio`.
             generator: random generator that draws the noise.
             bool_masked_pos: another name for `mask`.
-            interpolate_pos_encoding: accept images whose size differs from `config.image_size`.
+            interpolate_pos_encoding: don't warn about images whose size differs from `config.image_size`.
             return_loss: compute the loss. A stock Trainer evaluates without labels only if `forward` has this argument.
             no_data: (B, N) True = a patch without data, which is left out of the loss.
-            **kwargs: as for `MAEModel`; hidden states and attentions are the encoder's.
+            **kwargs: as for `MAEModel`; hidden states and attentions are the encoder's. `labels` are ignored.
 
         Raises:
             ValueError: as for `MAEModel`, and if no patch is removed.
             TypeError: as for `MAEModel`.
         """
-        grid_size = self.config.patch_grid(pixel_values.shape, interpolate_pos_encoding)
+        # Trainer and peft pass labels if the data has some. A parameter would tell Trainer to look for them.
+        known = self._known(kwargs, "labels", "num_items_in_batch")
+        grid_size = self._patch_grid(pixel_values, interpolate_pos_encoding)
         mask = one_mask(mask, bool_masked_pos)
         if mask is None:
             mask_ratio = self.config.mask_ratio if mask_ratio is None else mask_ratio
@@ -304,7 +326,7 @@ class MAEForPreTraining(MAEPreTrainedModel):
                 noise = eval_noise(self.config, pixel_values, grid_size)
         chosen = choose_patches(self.config, pixel_values, grid_size, mask_ratio, noise, mask, generator)
         # return_dict=True also overrides a False in the config.
-        encoded = self.mae(pixel_values, chosen=chosen, return_dict=True, **kwargs)
+        encoded = self.mae(pixel_values, chosen=chosen, **known | {"return_dict": True})
         ids = self.predicted_patches(chosen, partly=self.training and mask is None)
         logits = self.decode(encoded, chosen, ids)
         loss = self.reconstruction_loss(pixel_values, logits, ids, no_data) if return_loss else None

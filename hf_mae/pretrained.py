@@ -9,6 +9,7 @@ import torch
 
 from .errors import UserError, one_line
 from .files import WEIGHT_ENDINGS, missing_path
+from .image_processing_base_mae import check_settings
 from .image_processing_mae import MAEImageProcessor
 from .modeling_mae import MAEPreTrainedModel
 
@@ -58,6 +59,7 @@ def load_with_processor(kind: type[Model], path: str, **overrides: Any) -> tuple
             path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **overrides
         )
         processor = MAEImageProcessor.from_pretrained(path)
+        check_settings(vars(processor))
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         if missing[0].startswith("classifier."):

@@ -163,3 +163,12 @@ def test_the_ratio_that_an_error_proposes_is_accepted():
             config.num_kept_patches(0.9999)
         proposed = float(str(error.value).split("use ")[1].split(" or less")[0])
         assert config.num_kept_patches(proposed) >= 1, patches
+
+
+def test_a_config_whose_depth_a_script_changed_is_saved_and_loaded(tmp_path):
+    config = MAEConfig()
+    config.update({"num_hidden_layers": 2})
+    config.save_pretrained(tmp_path)
+    assert MAEConfig.from_pretrained(tmp_path).out_features == ["stage2"]
+    MAEConfig(out_indices=[3, 7]).save_pretrained(tmp_path)
+    assert MAEConfig.from_pretrained(tmp_path).out_features == ["stage3", "stage7"]

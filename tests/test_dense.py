@@ -79,7 +79,7 @@ def test_the_levels_are_what_figure_2_of_vitdet_says(out_indices):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"pyramid_scales": [4, 3]}, r"pyramid_scales \[4, 3\] are not all powers of two; give e.g."),
+        ({"pyramid_scales": [4, 3]}, r"pyramid_scales \[4, 3\] are not all powers of two from 1/64 to 64; give e.g."),
         ({"pyramid_scales": [0, 1]}, r"pyramid_scales \[0, 1\] are not all powers of two"),
         (
             {"pyramid_scales": SCALES, "out_indices": [2, 4]},

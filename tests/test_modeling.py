@@ -1,5 +1,7 @@
 """The model in the order of the data: patches, masks, positions, encoder, decoder, loss; then what users do with it."""
 
+import inspect
+import logging
 import math
 from itertools import pairwise
 
@@ -9,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tiny import draw_noise, pixels, tiny, tiny_config
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoModel, Dinov2Config, Dinov2ForImageClassification
 from transformers.modeling_utils import AttentionInterface
 
 from hf_mae import MAEBackbone, MAEConfig, MAEForImageClassification, MAEForPreTraining, MAEModel, patchify, unpatchify
@@ -536,10 +538,6 @@ REFUSALS = {
         (MAEModel, {}, {"pixel_values": torch.zeros(2, 3, 30, 32), "interpolate_pos_encoding": True}),
         r"30x32 is not a multiple of the patch 8x8; resize or crop it",
     ),
-    "another size": (
-        (PRE, {}, {"pixel_values": torch.zeros(2, 3, 48, 32)}),
-        r"48x32 doesn't fit a model for 32x32; .*interpolate_pos_encoding=True, .*image_size=\(48, 32\)",
-    ),
     "noise of another shape": (
         (PRE, {}, {"noise": torch.zeros(2, 15)}),
         r"noise has shape \(2, 15\), but must be \(2, 16\) .*pass one number per patch",
@@ -608,6 +606,72 @@ def test_a_misspelt_argument_is_an_error(model_class):
         tiny(model_class)(pixels(), mask_ration=0.5)
 
 
+@every_class
+def test_arguments_of_other_models_pass_if_they_are_none(model_class):
+    model = tiny(model_class)
+    nothing = dict.fromkeys(("input_ids", "attention_mask", "inputs_embeds", "position_ids", "output_attentions"))
+    expected, found = model(pixels(), return_dict=True), model(pixels(), return_dict=True, **nothing)
+    assert expected.keys() == found.keys()
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'attention_mask'"):
+        model(pixels(), attention_mask=torch.ones(2, 16))
+
+
+def test_pretraining_ignores_labels_and_what_a_trainer_counts():
+    model = tiny(MAEForPreTraining).eval()
+    expected = model(pixels()).loss
+    assert torch.equal(model(pixels(), labels=torch.tensor([0, 1])).loss, expected)
+    assert torch.equal(model(pixels(), num_items_in_batch=torch.tensor(2)).loss, expected)
+    assert "labels" not in inspect.signature(MAEForPreTraining.forward).parameters  # Trainer would ask for them
+
+
+@pytest.mark.parametrize("model_class", [MAEModel, MAEForPreTraining, MAEForImageClassification])
+def test_any_size_that_the_patch_divides_runs_with_one_warning(model_class, caplog):
+    logging.getLogger("hf_mae.modeling_mae").warning_once.cache_clear()
+    model, bigger = tiny(model_class).eval(), pixels(2, 3, 64)
+    expected = model(bigger, interpolate_pos_encoding=True)
+    assert caplog.messages == []
+    for _ in range(2):
+        found = model(bigger)
+    assert len(caplog.messages) == 1
+    assert "images of 64x64 in a model for 32x32" in caplog.messages[0]
+    assert "image_size=(64, 64)" in caplog.messages[0]
+    first = next(iter(expected))
+    assert torch.equal(found[first], expected[first])
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_positions_of_another_size_are_made_once_and_anew_after_a_change(trained, monkeypatch):
+    positions = MAEPositions(tiny_config(), 48)
+    if trained:
+        positions.table.add_(torch.randn(17, 48))
+    calls, real = [], MAEPositions._resized
+    monkeypatch.setattr(MAEPositions, "_resized", lambda self, grid: calls.append(grid) or real(self, grid))
+    table = positions((6, 5))
+    assert positions((6, 5)) is table
+    assert calls == [(6, 5)]
+    state = {"table": torch.randn(17, 48)}
+    positions.load_state_dict(state)
+    assert not torch.equal(positions((6, 5)), table)
+    assert torch.equal(positions((6, 5)), positions._interpolated((6, 5)))
+    positions.to(torch.float64)
+    assert positions((6, 5)).dtype == positions._interpolated((6, 5)).dtype
+
+
+def test_a_trained_table_gets_its_gradient_at_any_size():
+    positions = MAEPositions(tiny_config(), 48, trainable=True)
+    for _ in range(2):
+        positions((6, 5)).sum().backward()
+    assert (positions.table.grad != 0).all()
+
+
+def test_a_size_seen_first_without_gradients_can_be_trained_on():
+    model = tiny(MAEForPreTraining)
+    with torch.inference_mode():
+        model(pixels(2, 3, 64), interpolate_pos_encoding=True)
+    model.train()(pixels(2, 3, 64), interpolate_pos_encoding=True).loss.backward()
+    assert model.mae.embeddings.patch_embed.weight.grad is not None
+
+
 def test_the_classifier_and_the_backbone_take_no_mask():
     for model_class in (MAEForImageClassification, MAEBackbone):
         with pytest.raises(TypeError, match=f"{model_class.__name__}.* 'mask_ratio'"):
@@ -618,17 +682,56 @@ def test_the_classifier_and_the_backbone_take_no_mask():
 
 
 def test_integer_labels_get_cross_entropy_and_soft_labels_agree_on_one_hot_rows():
-    model = tiny(MAEForImageClassification, num_labels=5)
+    model = tiny(MAEForImageClassification, num_labels=5, problem_type="single_label_classification")
     labels = torch.tensor([3, 0])
     hard = model(pixels(), labels=labels)
     by_hand = -hard.logits.log_softmax(dim=1)[torch.arange(2), labels].mean()
     torch.testing.assert_close(hard.loss, by_hand)
+    torch.testing.assert_close(model(pixels(), labels=labels.unsqueeze(1)).loss, by_hand)
     soft = model(pixels(), labels=F.one_hot(labels, 5).float())
     torch.testing.assert_close(soft.loss, hard.loss)
     mixed = torch.tensor([[0.3, 0, 0, 0.7, 0], [0.5, 0.5, 0, 0, 0]])
     expected = -(mixed * hard.logits.log_softmax(dim=1)).sum(dim=1).mean()
     torch.testing.assert_close(model(pixels(), labels=mixed).loss, expected)
-    assert model.config.problem_type is None, "the labels of one batch must not change the config"
+
+
+@pytest.mark.parametrize(
+    ("num_labels", "labels", "problem"),
+    [
+        (1, torch.tensor([0.5, 2.0]), "regression"),
+        (1, torch.tensor([[1], [2]]), "regression"),
+        (3, torch.tensor([2, 0]), "single_label_classification"),
+        (3, torch.tensor([[2], [0]], dtype=torch.int32), "single_label_classification"),
+        (3, torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]), "multi_label_classification"),
+        (3, torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]), "multi_label_classification"),  # though rows sum to 1
+        (3, torch.tensor([[True, True, False], [False, False, True]]), "multi_label_classification"),
+    ],
+)
+def test_the_first_labels_decide_the_problem_as_in_transformers(num_labels, labels, problem):
+    model = tiny(MAEForImageClassification, num_labels=num_labels)
+    loss = model(pixels(), labels=labels).loss
+    assert model.config.problem_type == problem
+    told = tiny(MAEForImageClassification, num_labels=num_labels, problem_type=problem)
+    told.load_state_dict(model.state_dict())
+    assert torch.equal(told(pixels(), labels=labels).loss, loss)
+    if labels.dtype != torch.bool:
+        peer = Dinov2ForImageClassification(
+            Dinov2Config(
+                hidden_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=32, num_labels=num_labels
+            )
+        )
+        peer(pixels(), labels=labels.flatten().long() if "single" in problem else labels.float())
+        assert peer.config.problem_type == problem
+
+
+def test_the_loss_stays_the_one_of_the_first_batch():
+    model = tiny(MAEForImageClassification, num_labels=3)
+    model(pixels(), labels=torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]))
+    one_each = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    output = model(pixels(), labels=one_each)
+    torch.testing.assert_close(output.loss, F.binary_cross_entropy_with_logits(output.logits, one_each))
+    with pytest.raises(ValueError, match=r"shape \(2,\) don't fit \(2, 3\)"):
+        model(pixels(), labels=torch.tensor([0, 1]))
 
 
 def test_multi_label_and_regression_have_their_losses():
@@ -652,10 +755,10 @@ def test_multi_label_and_regression_have_their_losses():
 @pytest.mark.parametrize(
     ("problem", "labels", "message"),
     [
-        (None, torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]), r"\(2, 3\) and type torch.float32 are neither .*rows"),
-        (None, torch.tensor([[1, 0, 0], [0, 0, 1]]), r"type torch.int64 are neither class indices"),
-        (None, torch.tensor([0.0, 2.0]), r'shape \(2,\) and type torch.float32 .*"regression"'),
-        (None, torch.full((2, 2), 0.5), r"shape \(2, 2\) .* rows of 3 that sum to 1; .*problem_type"),
+        (None, torch.tensor([[1, 0, 0], [0, 0, 1]]), r"are not the class indices of 2 images; .*give floats"),
+        (None, torch.tensor([0.0, 2.0]), r"shape \(2,\) don't fit \(2, 3\)"),
+        ("single_label_classification", torch.full((2, 2), 0.5), r"shape \(2, 2\) don't fit \(2, 3\)"),
+        ("single_label_classification", torch.tensor([0, 1, 2]), r"shape \(3,\) are not the class indices of 2 images"),
         (
             "multi_label_classification",
             torch.tensor([0, 1]),

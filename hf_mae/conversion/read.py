@@ -275,6 +275,10 @@ def _read_timm(folder: Path, config: dict[str, Any]) -> Source:
         raise UserError(f"{folder} is not a ViT with a class token in timm's layout: {one_line(error)}") from error
     if "head.weight" not in weights:
         settings["pooling"] = "cls" if peer.global_pool == "token" else "mean"
+    names = config.get("label_names")
+    if isinstance(names, list) and len(names) == settings.get("num_labels"):
+        names = [str(name) for name in names]
+        settings |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     model = make_model(model_class, settings | {"image_size": image_size}, weights, "original")
     processor = read_timm_processor(pretrained, model.config)
     return Source("timm", model, processor, partial(run_timm, peer), pretrained.get("license"))

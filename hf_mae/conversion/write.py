@@ -76,11 +76,10 @@ def write_timm(model: Any, processor: MAEImageProcessor, folder: Path) -> Run:
     config = model.config
     _refuse_other_activations(model, "timm's ViT")
     classifier = isinstance(model, MAEForImageClassification)
-    head = {
-        "num_classes": model.num_labels if classifier else 0,
-        "global_pool": "avg" if classifier and config.pooling == "mean" else "token",
-    }
+    num_classes = model.num_labels if classifier else 0
+    global_pool = "avg" if classifier and config.pooling == "mean" else "token"
     arguments = {
+        "global_pool": global_pool,
         "img_size": list(config.image_height_width),
         "patch_size": list(config.patch_height_width),
         "in_chans": config.num_channels,
@@ -94,19 +93,23 @@ def write_timm(model: Any, processor: MAEImageProcessor, folder: Path) -> Run:
     names = {1024: "vit_large_patch16_224", 1280: "vit_huge_patch14_224"}
     settings = {
         "architecture": names.get(config.hidden_size, "vit_base_patch16_224"),
-        "num_classes": head["num_classes"],
+        "num_classes": num_classes,
         "num_features": config.hidden_size,
-        "global_pool": head["global_pool"],
-        "model_args": arguments | head,
+        "global_pool": global_pool,
+        "model_args": arguments,  # without num_classes, which transformers' TimmWrapper passes too
         "pretrained_cfg": {
             **timm_settings(processor, config),
-            "num_classes": head["num_classes"],
+            "num_classes": num_classes,
             "fixed_input_size": True,
             # Before 1.0.31, timm takes the filters of any `first_conv` for those of 3 channels, and replaces others.
             "first_conv": "patch_embed.proj" if config.num_channels == 3 else None,
             "classifier": "head",
         },
     }
+    names = [str(name) for name in config.id2label.values()][:num_classes]
+    # Leave out transformers' placeholders: timm and its wrapper know the names of ImageNet's classes themselves.
+    if names != [f"LABEL_{i}" for i in range(num_classes)]:
+        settings["label_names"] = names
     write_json(folder / CONFIG_NAME, settings)
     _save(model, folder, {})
     return partial(run_timm, timm.create_model(f"local-dir:{folder}", pretrained=True).eval())
