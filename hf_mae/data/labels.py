@@ -41,10 +41,13 @@ class Labels:
     Args:
         problem: one class per image, any number of classes, or numbers.
         names: class names, by index; for regression, one name for each number.
+        multi_hot: whether lists of 0 and 1 say which classes an image has, or are numbers of classes; None if that is
+            to be told from the labels.
     """
 
     problem: Problem
     names: tuple[str, ...]
+    multi_hot: bool | None = None
 
     @cached_property
     def _index(self) -> dict[str, int]:
@@ -87,7 +90,9 @@ class Labels:
             return torch.tensor(numbers, dtype=torch.float32)
         if self.problem == "single_label_classification":
             return torch.tensor([self._find(value, source) for value in values], dtype=torch.int64)
-        if _is_multi_hot(values, source) and len(values[0]) == len(self.names):
+        multi_hot = _is_multi_hot(values, source) and len(values[0]) == len(self.names)
+        # With two classes, [0, 1] may also be the numbers of both.
+        if multi_hot and (self.multi_hot is not False or len(self.names) > 2):
             return torch.tensor(values, dtype=torch.float32)
         targets = torch.zeros(len(values), len(self.names))
         for row, classes in enumerate(_lists(values, self._index)):
@@ -136,8 +141,9 @@ def _labels_among(values: Sequence[Any], source: Source, problem: Problem) -> La
         remedy = "choose another --label_column" if fitting == problem else f"pass --problem_type {fitting}"
         raise DataError(f"{source.name} has the label {str(other)[:50]}, which doesn't fit {problem}; {remedy}")
     if multi_hot:
-        return Labels(problem, tuple(str(i) for i in range(len(values[0]))))
-    return Labels(problem, _class_names([value for row in values for value in row] if multiple else values, source))
+        return Labels(problem, tuple(str(i) for i in range(len(values[0]))), multi_hot=True)
+    names = _class_names([value for row in values for value in row] if multiple else values, source)
+    return Labels(problem, names, multi_hot=False)
 
 
 def leave_out_empty(source: Source, problem: Problem | None) -> None:
@@ -266,6 +272,8 @@ def _is_multi_hot(values: Sequence[Any], source: Source) -> bool:
 
 def _numbers(value: Any, source: Source) -> list[float]:
     row = value if isinstance(value, list) else [value]
+    if isinstance(value, list) and source.label_names:  # columns of 0 and 1 were taken for classes
+        row = [float(number in value) for number in range(len(source.label_names))]
     if not row or not all(isinstance(number, (int, float)) and math.isfinite(number) for number in row):
         raise DataError(f"{source.name} has the label {str(value)[:50]}, not a finite number; check the labels")
     return [float(number) for number in row]

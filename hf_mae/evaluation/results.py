@@ -1,6 +1,7 @@
 """results.json: figures, with their protocol, data and weights; model cards read it."""
 
 import json
+import logging
 import re
 import statistics
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ from ..run_folder import (
 from .intervals import accuracy_interval
 from .metrics import Details
 
+logger = logging.getLogger(__name__)
+
 MOST_CLASSES = 20  # lines about single classes
 Scored = TypeVar("Scored", bound=ScoreRecipe)
 PACKAGES = ("torch", "transformers", "datasets", "scikit-learn", "numpy", "pillow")
@@ -52,6 +55,11 @@ def with_split_of_run(recipe: Scored) -> Scored:
         return recipe
     if without_secrets(recipe.dataset) != run["dataset"] and not same_place(recipe.dataset, run["dataset"]):
         return recipe
+    held_out = run.get("eval_dataset") is None and run.get("eval_split") is None
+    if held_out and any(run.get(name) != without_secrets(getattr(recipe, name)) for name in ("labels", "label_column")):
+        logger.warning(
+            "the run of %s had other labels, so it may have been trained on images that are held out now", recipe.model
+        )
     return replace(recipe, **{name: run[name] for name in names if run.get(name) is not None})
 
 

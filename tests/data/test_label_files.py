@@ -406,3 +406,12 @@ def test_a_line_of_a_jsonl_table_ends_at_its_line_end_alone(tmp_path):
     text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     source = open_source(str(folder(tmp_path / "i", metadata_jsonl=text)))
     assert [row.label for row in source.read(0, [0, 1, 2, 3])] == [row["label"] for row in rows]
+
+
+def test_columns_of_0_and_1_are_the_numbers_of_a_regression_too(tmp_path):
+    folder(tmp_path / "i", "a.png", "b.png", "c.png")
+    (tmp_path / "list.csv").write_text("file,x,y\na.png,1,0\nb.png,1,1\nc.png,0,0\n")
+    source = open_source(str(tmp_path / "i"), labels=str(tmp_path / "list.csv"), label_column="x,y")
+    labels = find_labels(Rows(source), "regression")
+    assert len(labels.names) == 2
+    assert labels.targets(labels_of(Rows(source)), source).tolist() == [[1, 0], [1, 1], [0, 0]]

@@ -254,3 +254,14 @@ def test_a_class_that_only_the_held_out_part_has_is_one_of_the_classes():
     train.index, held_out.index = np.array([0, 1]), np.array([2])
     assert find_labels(train, MULTI).names == ("a", "b")
     assert find_labels(train, MULTI, held_out).names == ("a", "b", "c")
+
+
+def test_lists_of_two_classes_mean_in_evaluation_what_they_mean_in_training():
+    numbers = find_labels(rows([[0], [1], [0, 1], []]), MULTI)
+    every_image_has_both = rows([[0, 1], [1, 0]])
+    assert numbers.targets(labels_of(every_image_has_both), every_image_has_both.source).tolist() == [[1, 1], [1, 1]]
+    multi_hot = find_labels(every_image_has_both, MULTI)
+    assert multi_hot.targets(labels_of(every_image_has_both), every_image_has_both.source).tolist() == [[0, 1], [1, 0]]
+    three = rows([[0, 1, 1], [1, 0, 0]])
+    names = Labels(MULTI, ("0", "1", "2"), multi_hot=False)
+    assert names.targets(labels_of(three), three.source).tolist() == [[0, 1, 1], [1, 0, 0]]
