@@ -1,11 +1,13 @@
 """What transformers' example scripts do with a config, a processor and a model, in the order in which they do it."""
 
+import copy
 from functools import partial
 
 import datasets
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from peers import NAMES, SHAPE, arguments
@@ -265,6 +267,35 @@ def test_fixed_batches_at_256_pixels_are_learnt_by_heart(pretrained, rows, tmp_p
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_loss_at_224_pixels_is_that_of_a_loop_by_hand(pretrained, rows, tmp_path):
+    model, processor = make_classifier(pretrained, rows)
+    by_hand = copy.deepcopy(model).train()
+    normalize = Normalize(mean=processor.image_mean, std=processor.image_std)
+    fixed = with_transform(rows, Resize(224), CenterCrop(224), ToTensor(), normalize)
+    steps, lr = 8, 1e-3
+    trainer = Trainer(
+        model=model, train_dataset=fixed, processing_class=processor, data_collator=partial(stack, labels="label"),
+        args=arguments(
+            tmp_path, max_steps=steps, per_device_train_batch_size=len(rows), learning_rate=lr, logging_steps=1,
+            lr_scheduler_type="linear", remove_unused_columns=False,
+        ),
+    )  # fmt: skip
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    batch = stack(list(fixed), labels="label")
+    optimizer, expected = torch.optim.AdamW(by_hand.parameters(), lr=lr, weight_decay=0), []
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+        loss = F.cross_entropy(by_hand(pixel_values=batch["pixel_values"]).logits, batch["labels"])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(by_hand.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert losses[-1] < losses[0]
 
 
 def decay_groups(model):
