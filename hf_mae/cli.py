@@ -84,7 +84,7 @@ hf-mae evaluate knn --model outputs/mine --dataset path/to/images
 hf-mae evaluate linear-probe --model outputs/mine --dataset path/to/images
 hf-mae evaluate linear-probe --recipe linear_probe_vit_base_in1k --model outputs/base
 hf-mae evaluate classification --model outputs/finetune_quickstart --dataset digits
-hf-mae predict --model outputs/finetune_quickstart --dataset path/to/images --output predictions.csv
+hf-mae predict --model outputs/finetune_quickstart --dataset path/to/images --output labels.csv
 hf-mae embed --model outputs/mine --dataset path/to/images --output features.parquet
 hf-mae reconstruct photo.jpg path/to/images --model outputs/mine --output picture.png
 hf-mae report outputs/mine
