@@ -79,8 +79,8 @@ class MAEForImageClassification(MAEPreTrainedModel):
     def problem_of(self, labels: torch.Tensor) -> ProblemType:
         """The problem type that labels mean, as in transformers.
 
-        One label is a regression, integers are classes, floats are several labels. Soft labels (mixup) need the
-        `problem_type` "single_label_classification": their rows can't be told from several labels.
+        One label is a regression, integers of any type are classes, floats are several labels. Soft labels (mixup) need
+        the `problem_type` "single_label_classification": their rows can't be told from several labels.
         """
         if self.num_labels == 1:
             return "regression"
@@ -100,15 +100,19 @@ class MAEForImageClassification(MAEPreTrainedModel):
             ValueError: if the labels have none of these forms.
         """
         logits = logits.float()
-        if self.config.problem_type is None:
-            self.config.problem_type = self.problem_of(labels)
-        if self.config.problem_type == "regression":
+        problem = self.config.problem_type or self.problem_of(labels)
+        loss = self._loss_of(problem, logits, labels)
+        self.config.problem_type = problem  # not before the labels are known to fit
+        return loss
+
+    def _loss_of(self, problem: str, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if problem == "regression":
             rows = labels.unsqueeze(1) if labels.ndim == 1 and logits.shape[1] == 1 else labels
-            return F.mse_loss(logits, self._one_value_per_logit(rows, logits))
-        if self.config.problem_type == "multi_label_classification":
-            return F.binary_cross_entropy_with_logits(logits, self._one_value_per_logit(labels, logits))
+            return F.mse_loss(logits, self._one_value_per_logit(problem, rows, logits))
+        if problem == "multi_label_classification":
+            return F.binary_cross_entropy_with_logits(logits, self._one_value_per_logit(problem, labels, logits))
         if labels.is_floating_point():
-            return F.cross_entropy(logits, self._one_value_per_logit(labels, logits))
+            return F.cross_entropy(logits, self._one_value_per_logit(problem, labels, logits))
         if labels.shape not in ((len(logits),), (len(logits), 1)):
             raise ValueError(
                 f"labels of shape {tuple(labels.shape)} are not the class indices of {len(logits)} images; for several "
@@ -116,12 +120,12 @@ class MAEForImageClassification(MAEPreTrainedModel):
             )
         return F.cross_entropy(logits, labels.flatten().long())
 
-    def _one_value_per_logit(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    def _one_value_per_logit(self, problem: str, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Labels as float (B, num_labels); the losses would broadcast another shape instead of failing."""
         if labels.shape != logits.shape:
             raise ValueError(
                 f"labels of shape {tuple(labels.shape)} don't fit {tuple(logits.shape)} (images, num_labels) that "
-                f'problem_type "{self.config.problem_type}" needs; give {logits.shape[1]} values per image, or change '
+                f'problem_type "{problem}" needs; give {logits.shape[1]} values per image, or change '
                 "num_labels"
             )
         return labels.float()

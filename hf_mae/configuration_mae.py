@@ -24,7 +24,7 @@ SIZES: dict[str, dict[str, int]] = {
     },
 }  # fmt: skip
 
-# Far above every real model's. A config from elsewhere must not fill the memory before anyone sees what is wrong.
+# Far above every real model's, so that absurd values are refused before they exhaust memory.
 MOST = {
     "hidden_size": 2**15, "num_hidden_layers": 1024, "num_attention_heads": 2**15, "intermediate_size": 2**17,
     "image_size": 2**16, "patch_size": 2**16, "num_channels": 2**14, "num_labels": 2**20, "mask_cell": 2**16,
@@ -175,13 +175,15 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def encoder_stride(self) -> int | list[int] | tuple[int, ...]:
-        """Pixels per token and side, as transformers' masked-image scripts ask for them: the patch size."""
+        """Side of a patch in pixels, by the name that transformers' masked-image scripts use."""
         return self.patch_size
 
     @encoder_stride.setter
     def encoder_stride(self, value: int | list[int] | tuple[int, ...]) -> None:
-        if value != self.patch_size:
-            raise ValueError(f"encoder_stride {value} differs from patch_size {self.patch_size}; leave it out")
+        if _pair(value) != self.patch_height_width:
+            raise ValueError(
+                f"encoder_stride {value} differs from patch_size {self.patch_size}; give the same for both"
+            )
 
     @property
     def grid_size(self) -> tuple[int, int]:
@@ -314,8 +316,8 @@ class MAEConfig(NamesCode, BackboneConfigMixin, PreTrainedConfig):
 
 def _check_most(key: str, value: Any) -> None:
     largest = max(value, default=0) if isinstance(value, (list, tuple)) else value or 0
-    if largest > MOST[key]:
-        raise ValueError(f"{key} {str(value)[:40]} is more than {MOST[key]:,}; no model has that many, so check it")
+    if isinstance(largest, (int, float)) and largest > MOST[key]:
+        raise ValueError(f"{key} {str(value)[:40]} is more than {MOST[key]:,}; check the value")
 
 
 def _pair(size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:

@@ -19,6 +19,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .configuration_mae import MAEConfig
 from .masking_mae import gather_tokens, patchify
 
+MOST_TABLES = 8  # of other patch grids: detection has a new grid in nearly every step
+
 
 def sincos_table(grid_size: tuple[int, int], width: int, device: torch.device | str | None = None) -> torch.Tensor:
     """Fixed 2-D sine-cosine positions, with a zero row for the class token first.
@@ -49,14 +51,14 @@ class MAEPositions(nn.Module):
     A persistent float32 buffer: a checkpoint holds it, no optimizer changes it, and a model loaded in bfloat16 keeps
     it exact. With `trainable` it is a parameter with the same name.
 
-    The tables of other patch grids are made once and kept, as long as this one stays the same.
+    The tables of a few other patch grids are kept, as long as this one stays the same.
     """
 
     def __init__(self, config: MAEConfig, width: int, trainable: bool = False):
         super().__init__()
         self.config = config
         self.grid_size = config.grid_size
-        self.others: dict[tuple[int, int], torch.Tensor] = {}  # patch grid -> table
+        self.others: dict[tuple[int, int], tuple[Any, torch.Tensor]] = {}  # patch grid -> `_state`, table
         self.table: torch.Tensor
         table = sincos_table(self.grid_size, width)
         if trainable:
@@ -68,26 +70,32 @@ class MAEPositions(nn.Module):
         """(1 + h*w, width) table for a patch grid (h, w); for a grid not its own, by `config.position_resize`."""
         if grid_size == self.grid_size:
             return self.table
-        if self.table.requires_grad:
-            return self._interpolated(grid_size)  # part of the graph, so that the table is trained
-        if grid_size not in self.others:
-            self.others[grid_size] = self._resized(grid_size)
-        return self.others[grid_size]
+        if self.table.requires_grad or torch.compiler.is_compiling():
+            return self._resized(grid_size)  # part of the graph
+        state = self._state()
+        known, table = self.others.get(grid_size, (None, self.table))
+        if known != state:
+            with torch.inference_mode(False), torch.no_grad():
+                table = self._resized(grid_size)
+            if len(self.others) >= MOST_TABLES:
+                self.others.clear()
+            self.others[grid_size] = state, table
+        return table
+
+    def _state(self) -> tuple[Any, ...]:
+        """What the tables of other grids are made from; it differs after every change of this one."""
+        table = self.table
+        version = None if table.is_inference() else table._version
+        return table.data_ptr(), version, table.device, table.dtype, self.grid_size, self.config.position_resize
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"others": {}}
 
     def follow(self, config: MAEConfig) -> None:
         """Change permanently to the patch grid of `config`."""
         if config.grid_size != self.grid_size:
             self.table.data = self._resized(config.grid_size).detach()
             self.grid_size = config.grid_size
-            self.others.clear()
-
-    def _apply(self, *args: Any, **kwargs: Any) -> "MAEPositions":
-        self.others.clear()  # another device or dtype
-        return super()._apply(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.others.clear()
-        super()._load_from_state_dict(*args, **kwargs)
 
     def _resized(self, grid_size: tuple[int, int]) -> torch.Tensor:
         how, width = self.config.position_resize, self.table.shape[1]

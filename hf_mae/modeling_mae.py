@@ -196,10 +196,10 @@ class MAEPreTrainedModel(SavedWithCode, PreTrainedModel):  # pyright: ignore[rep
         """The patch grid (h, w) of a batch; a warning, once, if it isn't the model's and that is not expected."""
         grid_size = self.config.patch_grid(pixel_values.shape)
         if not other_size and grid_size != self.config.grid_size and not torch.compiler.is_compiling():
-            (H, W), size = pixel_values.shape[-2:], "{}x{}".format(*self.config.image_height_width)
+            size = "{}x{}".format(*self.config.image_height_width)
             logger.warning_once(
-                f"images of {H}x{W} in a model for {size}: its positions are resized in each forward pass. Load the "
-                f"model with image_size=({H}, {W}) to resize them once, or pass interpolate_pos_encoding=True"
+                f"images of another size than {size}, the model's: its positions are resized for them. Load the model "
+                "with their image_size, or pass interpolate_pos_encoding=True if that is meant"
             )
         return grid_size
 
@@ -293,7 +293,7 @@ class MAEForPreTraining(MAEPreTrainedModel):
         generator: torch.Generator | None = None,
         bool_masked_pos: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        return_loss: bool = True,
+        return_loss: bool | None = True,
         no_data: torch.Tensor | None = None,
         **kwargs: Unpack[MAEKwargs],
     ) -> MAEForPreTrainingOutput:
@@ -329,7 +329,7 @@ class MAEForPreTraining(MAEPreTrainedModel):
         encoded = self.mae(pixel_values, chosen=chosen, **known | {"return_dict": True})
         ids = self.predicted_patches(chosen, partly=self.training and mask is None)
         logits = self.decode(encoded, chosen, ids)
-        loss = self.reconstruction_loss(pixel_values, logits, ids, no_data) if return_loss else None
+        loss = self.reconstruction_loss(pixel_values, logits, ids, no_data) if return_loss is not False else None
         return MAEForPreTrainingOutput(
             loss=loss,
             logits=logits,

@@ -3,6 +3,7 @@
 import inspect
 import logging
 import math
+import pickle
 from itertools import pairwise
 
 import pytest
@@ -633,8 +634,9 @@ def test_any_size_that_the_patch_divides_runs_with_one_warning(model_class, capl
     for _ in range(2):
         found = model(bigger)
     assert len(caplog.messages) == 1
-    assert "images of 64x64 in a model for 32x32" in caplog.messages[0]
-    assert "image_size=(64, 64)" in caplog.messages[0]
+    assert "images of another size than 32x32" in caplog.messages[0]
+    model(pixels(2, 3, 48))
+    assert len(caplog.messages) == 1
     first = next(iter(expected))
     assert torch.equal(found[first], expected[first])
 
@@ -649,16 +651,27 @@ def test_the_positions_of_another_size_are_made_once_and_anew_after_a_change(tra
     table = positions((6, 5))
     assert positions((6, 5)) is table
     assert calls == [(6, 5)]
-    state = {"table": torch.randn(17, 48)}
-    positions.load_state_dict(state)
-    assert not torch.equal(positions((6, 5)), table)
-    assert torch.equal(positions((6, 5)), positions._interpolated((6, 5)))
-    positions.to(torch.float64)
-    assert positions((6, 5)).dtype == positions._interpolated((6, 5)).dtype
+    other = torch.randn(17, 48)
+    for change in (
+        lambda: positions.load_state_dict({"table": other}),
+        lambda: positions.load_state_dict({"table": other + 1}, assign=True),
+        lambda: positions.table.mul_(2),
+        lambda: setattr(positions.table, "data", other - 1),
+        lambda: setattr(positions.config, "position_resize", "sincos"),
+    ):
+        change()
+        assert not torch.equal(positions((6, 5)), table)
+        table = positions((6, 5))
+        assert torch.equal(table, real(positions, (6, 5)))
+        assert positions((6, 5)) is table
+    for side in range(1, 12):
+        positions((side, 2))
+    assert len(positions.others) <= 8
+    assert pickle.loads(pickle.dumps(positions)).others == {}
 
 
 def test_a_trained_table_gets_its_gradient_at_any_size():
-    positions = MAEPositions(tiny_config(), 48, trainable=True)
+    positions = MAEPositions(tiny_config(position_resize="interpolate"), 48, trainable=True)
     for _ in range(2):
         positions((6, 5)).sum().backward()
     assert (positions.table.grad != 0).all()
@@ -668,6 +681,9 @@ def test_a_size_seen_first_without_gradients_can_be_trained_on():
     model = tiny(MAEForPreTraining)
     with torch.inference_mode():
         model(pixels(2, 3, 64), interpolate_pos_encoding=True)
+    kept = [table for module in tables(model) for _, table in module.others.values()]
+    assert kept
+    assert not any(table.is_inference() for table in kept)
     model.train()(pixels(2, 3, 64), interpolate_pos_encoding=True).loss.backward()
     assert model.mae.embeddings.patch_embed.weight.grad is not None
 
@@ -732,6 +748,10 @@ def test_the_loss_stays_the_one_of_the_first_batch():
     torch.testing.assert_close(output.loss, F.binary_cross_entropy_with_logits(output.logits, one_each))
     with pytest.raises(ValueError, match=r"shape \(2,\) don't fit \(2, 3\)"):
         model(pixels(), labels=torch.tensor([0, 1]))
+    fresh = tiny(MAEForImageClassification, num_labels=3)
+    with pytest.raises(ValueError, match="give floats"):
+        fresh(pixels(), labels=torch.tensor([[1, 0, 1], [0, 0, 1]]))
+    assert fresh.config.problem_type is None
 
 
 def test_multi_label_and_regression_have_their_losses():

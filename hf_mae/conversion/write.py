@@ -106,7 +106,7 @@ def write_timm(model: Any, processor: MAEImageProcessor, folder: Path) -> Run:
             "classifier": "head",
         },
     }
-    names = [str(name) for name in config.id2label.values()][:num_classes]
+    names = [str(name) for _, name in sorted(config.id2label.items())][:num_classes]
     # Leave out transformers' placeholders: timm and its wrapper know the names of ImageNet's classes themselves.
     if names != [f"LABEL_{i}" for i in range(num_classes)]:
         settings["label_names"] = names

@@ -129,7 +129,7 @@ def build_classifier(recipe: FinetuneRecipe, labels: Labels) -> MAEForImageClass
         with loading(describe_failure(model_failure(recipe.model), recipe)):
             known = MAEConfig.from_pretrained(str(recipe.model))
             fine_tuned = "MAEForImageClassification" in (known.architectures or [])
-            classes = list(known.id2label.values())
+            classes = [name for _, name in sorted(known.id2label.items())]
             if fine_tuned and not recipe.reset_head and classes != list(labels.names):
                 raise UserError(
                     f"{recipe.model} has the classes {_some(classes)}, but {recipe.dataset} has {_some(labels.names)}; "
