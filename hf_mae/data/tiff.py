@@ -146,7 +146,7 @@ def _bands(pixels: np.ndarray, is_rgb: bool, extra: list[int]) -> Bands:
         alpha, most = pixels[:, :, -1:].astype(np.float64), np.iinfo(pixels.dtype).max
         straight = np.rint(pixels[:, :, :-1] * (most / np.maximum(alpha, 1))).clip(0, most)
         pixels = np.concatenate([straight, alpha], axis=-1).astype(pixels.dtype)
-    return Bands(pixels, is_rgb, bool(extra) and extra[-1] in (_PREMULTIPLIED, _STRAIGHT))
+    return Bands(pixels, is_rgb and pixels.shape[-1] >= 3, bool(extra) and extra[-1] in (_PREMULTIPLIED, _STRAIGHT))
 
 
 def _check_segments(data: bytes, page: Any, num_channels: int | None) -> None:

@@ -329,7 +329,7 @@ def test_the_commands_of_the_page_run(folder, tmp_path, monkeypatch):
         "prepare": ["--max_bad_fraction", 1],
         "pretrain": ["--total_batch_size", 8, "--per_device_batch_size", 8, "--dry_run", "true"],
     }
-    for line in block("hf-mae prepare", "docs/data.md", "bash").splitlines():
+    for line in block("--dataset outputs/images_256", "docs/data.md", "bash").splitlines():
         _, command, *words = shlex.split(line)
         assert start(command, *words, *extra.pop(command)) == 0
     assert not extra
