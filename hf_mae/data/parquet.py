@@ -196,7 +196,7 @@ class ParquetSource(BlockSource):
         """The first row of every block, a row group or an equal part of a large one; then the number of all rows."""
         edges: list[int] = []
         for group, (start, stop) in enumerate(itertools.pairwise(self._groups[shard])):
-            size = max(BLOCK_BYTES, _bytes_of(_chunks(self._metadata[shard], group, self._columns)))
+            size = max(BLOCK_BYTES, _bytes_of(self._metadata[shard], group, self._columns))
             edges += range(start, stop, max(1, (stop - start) * BLOCK_BYTES // size))
         return [*edges, self._groups[shard][-1]]
 
@@ -228,7 +228,6 @@ class ParquetSource(BlockSource):
         group = bisect_right(self._groups[shard], start) - 1
         first, last = self._groups[shard][group : group + 2]
         whole = (start, stop) == (first, last)
-        chunks = _chunks(metadata, group, self._columns)
         with reading(self._urls[shard]), open_bytes(self._urls[shard]) as file:
             try:
                 parquet = pq.ParquetFile(
@@ -236,7 +235,7 @@ class ParquetSource(BlockSource):
                     metadata=metadata,
                     pre_buffer=whole,  # joins the column chunks into one request, and keeps them in memory
                     buffer_size=0 if whole else READ_AHEAD,
-                    read_dictionary=_with_dictionary(chunks),
+                    read_dictionary=_with_dictionary(metadata, self._columns),
                     page_checksum_verification=True,
                 )
                 # No threads, because workers may be forked.
@@ -287,24 +286,30 @@ def declared_features(schema: Any, shard_name: str) -> Any:
         raise DataError(f"{message}; fetch it again or leave it out") from error
 
 
-def _chunks(metadata: Any, group: int, columns: Sequence[str] | None = None) -> list[Any]:
-    """What a footer says of the columns of a row group; nested columns have several parts."""
-    chunks = map(metadata.row_group(group).column, range(metadata.num_columns))
-    return [chunk for chunk in chunks if columns is None or chunk.path_in_schema.split(".", 1)[0] in columns]
+def _leaves(metadata: Any, columns: Sequence[str] | None = None) -> list[tuple[int, Any]]:
+    """The columns of a file by number, as its schema describes them; nested columns have several parts."""
+    leaves = ((number, metadata.schema.column(number)) for number in range(metadata.num_columns))
+    return [leaf for leaf in leaves if columns is None or leaf[1].path.split(".", 1)[0] in columns]
 
 
-def _bytes_of(chunks: Sequence[Any]) -> int:
-    """Bytes in memory, with each value of a dictionary once."""
-    numbers = (0 if chunk.physical_type.endswith("BYTE_ARRAY") else chunk.num_values for chunk in chunks)
+def _bytes_of(metadata: Any, group: int, columns: Sequence[str] | None = None) -> int:
+    """Bytes of a row group's columns in memory, with each value of a dictionary once; for a small group, at most."""
+    leaves, of_group = _leaves(metadata, columns), metadata.row_group(group)
+    numbers = [leaf for _, leaf in leaves if not leaf.physical_type.endswith("BYTE_ARRAY")]
+    if not any(leaf.max_repetition_level for leaf in numbers):
+        most = of_group.total_byte_size + len(numbers) * of_group.num_rows * NUMBER_BYTES
+        if 0 <= most <= BLOCK_BYTES:
+            return most
+    # A corrupt description of a column ends the process (pyarrow 24), so it is asked for only where it matters.
+    chunks = [of_group.column(number) for number, _ in leaves]
+    counts = (0 if chunk.physical_type.endswith("BYTE_ARRAY") else chunk.num_values for chunk in chunks)
     sizes = (chunk.total_uncompressed_size for chunk in chunks)
-    return sum(max(size, count * NUMBER_BYTES) for size, count in zip(sizes, numbers, strict=True))
+    return sum(max(size, count * NUMBER_BYTES) for size, count in zip(sizes, counts, strict=True))
 
 
-def _with_dictionary(chunks: Sequence[Any]) -> list[str]:
+def _with_dictionary(metadata: Any, columns: Sequence[str] | None = None) -> list[str]:
     """The columns to read as a dictionary and indices: it may have a few large values for many rows."""
-    return [
-        chunk.path_in_schema for chunk in chunks if chunk.has_dictionary_page and chunk.physical_type == "BYTE_ARRAY"
-    ]
+    return [leaf.path for _, leaf in _leaves(metadata, columns) if leaf.physical_type == "BYTE_ARRAY"]
 
 
 def largest_table(urls: Sequence[str]) -> tuple[int, int]:
@@ -316,9 +321,8 @@ def largest_table(urls: Sequence[str]) -> tuple[int, int]:
     for url in urls:
         metadata, edges, _ = _read_footer(url)
         for group, (start, stop) in enumerate(itertools.pairwise(edges)):
-            chunks, rows = _chunks(metadata, group), stop - start
-            size = _bytes_of(chunks)
-            if rows * size > BLOCK_BYTES and (columns := _with_dictionary(chunks)):
+            size, rows = _bytes_of(metadata, group), stop - start
+            if rows * size > BLOCK_BYTES and (columns := _with_dictionary(metadata)):
                 size += rows * sum(_longest_values(url, group, columns))
             total, longest = total + size, max(longest, size // max(rows, 1))
     return total, longest
